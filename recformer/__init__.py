@@ -1,0 +1,1 @@
+"""Recformer: sequential recommendation from language."""
