@@ -292,14 +292,15 @@ def write_processed(
         def staged(name: str) -> IO[str]:
             return stack.enter_context(atomic_write(folder / name))
 
-        # Left in reverse order: dataset.json is the last to take its name, so that a rewrite that is
+        # Left in reverse order: dataset.json is the last to take its name, so that a rewrite
         # killed between two renames does not pass for a whole one.
         json.dump(about, staged(DATASET_FILE), ensure_ascii=False, indent=2)
         write_mapping(staged(META_FILE), meta.items())
         write_mapping(staged(ITEM_FILE), ((asin, item) for item, asin in enumerate(asins)))
         write_mapping(staged(USER_FILE), ((name, user) for user, name in enumerate(user_names)))
         for name, part in ((TEST_FILE, test), (VAL_FILE, val), (TRAIN_FILE, train)):
-            rows = ((str(user), part[user].tolist()) for user in np.flatnonzero(part.lengths))
+            filled = np.flatnonzero(part.lengths).tolist()
+            rows = ((str(user), part[user].tolist()) for user in filled)
             write_mapping(staged(name), rows)
     return digest
 
@@ -358,7 +359,7 @@ def _read_split(path: Path, num_items: int) -> dict[int, list[int]]:
         if not isinstance(row, list) or not set(map(type, row)) <= {int}:
             shown = json.dumps(row)[:60]
             raise UserError(f"{path}: user {key} has {shown}, expected a list of item ids")
-        if row and not (0 <= min(row) and max(row) < num_items):
+        if row and (min(row) < 0 or max(row) >= num_items):
             wrong = min(row) if min(row) < 0 else max(row)
             raise UserError(
                 f"{path}: user {key} has item id {wrong}; the item map has ids 0 to {num_items - 1}"
