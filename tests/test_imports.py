@@ -1,0 +1,176 @@
+"""Imports run one way, and light things stay light to import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A module may import from its own layer and from the ones above it in this list, never from below.
+LAYERS: list[tuple[str, ...]] = [
+    ("recformer.files", "recformer.packing"),
+    ("recformer.config",),
+    ("recformer.tokenization", "recformer.data"),
+    ("recformer.models", "recformer.losses", "recformer.metrics"),
+    ("recformer.checkpoint", "recformer.training"),
+    ("recformer.pretrain", "recformer.finetune"),
+    ("baselines",),
+    ("benchmarks",),
+]
+
+# Run as `python -m …` or by a shell script; no other module imports them.
+ENTRY_POINTS = ("recformer.pretrain", "recformer.finetune", "baselines.__main__")
+
+# The package's face: hands names on lazily, so it stands outside the layers.
+FACADE = "recformer"
+
+# What `import recformer` and its model, tokenizer and config must not load.
+HEAVY = ("lightning", "pytorch_lightning", "deepspeed", "polars", "msgspec")
+# What training must not load: only data preparation reads raw files.
+PREPARATION_ONLY = ("polars", "msgspec", "isal")
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Every module of the packages that have layers, by name."""
+    packages = sorted({names[0].partition(".")[0] for names in LAYERS})
+    return {
+        module_name(path, root): path
+        for package in packages
+        for path in sorted((root / package).rglob("*.py"))
+    }
+
+
+def imported_names(source: str, module: str, is_package: bool) -> list[str]:
+    """Absolute names of what `source` imports, inside functions too.
+
+    `from a import b` gives `a.b`: whether b is a module or a name in one, its place is under `a`.
+    """
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                package = package[: len(package) - node.level + 1]
+                base = ".".join(package + ([base] if base else []))
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
+
+
+def layer_of(name: str) -> int | None:
+    for index, layer in enumerate(LAYERS):
+        if any(name == entry or name.startswith(entry + ".") for entry in layer):
+            return index
+    return None
+
+
+def wrong_imports(found: dict[str, Path]) -> list[str]:
+    """One line for each import that runs against the order or reaches an entry point."""
+    wrong = []
+    for module, path in found.items():
+        names = imported_names(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+        for name in names:
+            target = layer_of(name)
+            own = layer_of(module)
+            if target is not None and own is not None and target > own:
+                wrong.append(f"{module} imports {name}, which stands below it")
+            for entry in ENTRY_POINTS:
+                reaches = name == entry or name.startswith(entry + ".")
+                if reaches and module != entry and module != FACADE:
+                    wrong.append(f"{module} imports {name}, an entry point")
+    return wrong
+
+
+def test_imports_run_one_way() -> None:
+    assert wrong_imports(modules()) == []
+
+
+def test_every_module_has_a_layer() -> None:
+    unplaced = [name for name in modules() if layer_of(name) is None and name != FACADE]
+    assert unplaced == [], "name their layer in LAYERS"
+
+
+def test_facade_reaches_no_entry_point_nor_baselines() -> None:
+    names = imported_names((ROOT / "recformer/__init__.py").read_text(), FACADE, True)
+    banned = (*ENTRY_POINTS, "baselines", "benchmarks")
+    assert not [n for n in names if any(n == b or n.startswith(b + ".") for b in banned)]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("recformer/files.py", "from .models import encoder\n", "recformer.models.encoder"),
+        ("recformer/losses.py", "import recformer.finetune\n", "recformer.finetune"),
+        (
+            "recformer/models/encoder.py",
+            "def f():\n    from ..training.lit import LitWrapper\n",
+            "recformer.training.lit.LitWrapper",
+        ),
+        (
+            "recformer/metrics.py",
+            "from baselines import popularity\n",
+            "baselines.popularity",
+        ),
+        (
+            "recformer/models/__init__.py",
+            "from ..checkpoint import load_checkpoint\n",
+            "recformer.checkpoint.load_checkpoint",
+        ),
+    ],
+)
+def test_the_walk_sees_a_wrong_import(
+    tmp_path: Path, module: str, source: str, expected: str
+) -> None:
+    path = tmp_path / module
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    wrong = wrong_imports(modules(tmp_path))
+    assert wrong
+    assert all(expected in line for line in wrong)
+
+
+def test_the_walk_accepts_the_right_direction(tmp_path: Path) -> None:
+    path = tmp_path / "recformer" / "training" / "lit.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from ..models.seqrec import X\nimport recformer.config\nfrom . import y\n")
+    assert wrong_imports(modules(tmp_path)) == []
+
+
+def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
+    """Which of `names` a fresh interpreter has loaded after running `code`."""
+    program = f"import sys\n{code}\nprint(*[n for n in {names!r} if n in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_importing_recformer_is_light() -> None:
+    assert loaded_by("import recformer", HEAVY) == []
+
+
+def test_public_models_need_no_trainer() -> None:
+    code = "import recformer\nfor name in recformer.__all__:\n"
+    code += "    if name != 'LitWrapper': getattr(recformer, name)"
+    assert loaded_by(code, HEAVY) == []
+
+
+def test_training_reads_no_raw_files() -> None:
+    assert loaded_by("import recformer.finetune", PREPARATION_ONLY) == []
+
+
+def test_the_check_for_light_imports_can_fail() -> None:
+    assert loaded_by("import msgspec", HEAVY) == ["msgspec"]
