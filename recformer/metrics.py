@@ -470,9 +470,10 @@ class Evaluator:
         self.update(state["user_id"], state["target"], ranks)
 
     def gather(self) -> None:
-        """Merge the users of all processes into every process; all must call it, even without users.
+        """Merge the users of all processes into every process.
 
-        Does nothing where `torch.distributed` is not initialised.
+        All processes must call it, also those without users; where `torch.distributed` is not
+        initialised it does nothing.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return

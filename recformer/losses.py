@@ -1,0 +1,256 @@
+"""Objectives over cosine similarities: full and sampled softmax over items, in-batch contrastive.
+
+Cosine similarity is computed as one product of normalised matrices, never broadcast to
+(B, N, H), and always in float32, whatever autocast says: divided by the published temperature of
+0.05 it reaches 20, where bfloat16 steps by 0.06 to 0.125 - more than what tells good items apart.
+
+Shapes: B users, N items, C items of a chunk, H hidden size, K candidates of a user.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from recformer.files import UserError
+
+MIN_NORM = 1e-8  # least norm a vector is divided by, as in F.cosine_similarity
+CHUNK_ELEMENTS = 2**24  # of a chunk of items, and of users x items: 64 MB in float32
+
+
+def cosine_scores(users: Tensor, items: Tensor, temperature: float) -> Tensor:
+    """Cosine similarity divided by the temperature, float32 (B, N) (paper, section 2.2.4).
+
+    Items are not copied: the product is divided by their norms instead.
+
+    Args:
+        users: (B, H), any floating dtype, not necessarily normalised.
+        items: (N, H), likewise.
+        temperature: above 0.
+    """
+    with torch.autocast(users.device.type, enabled=False):
+        items = items.float()
+        return _normalised(users) @ items.T * (1 / (_norms(items) * temperature))
+
+
+def full_softmax_loss(
+    users: Tensor,
+    item_table: Tensor,
+    labels: Tensor,
+    temperature: float = 0.05,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of each user's target against all items (paper, section 2.3.2).
+
+    A large catalogue is passed chunk by chunk, twice: forward keeps a running log-sum-exp, backward
+    computes the scores again. Memory beyond the arguments and their gradients is then that of a few
+    chunks, below 1 GB whatever B and N. A gradient with respect to the item table is computed only
+    if it requires one.
+
+    Args:
+        users: (B, H), any floating dtype, not necessarily normalised.
+        item_table: (N, H), likewise, on the same device.
+        labels: item ids of the targets, int64 (B,).
+        temperature: above 0.
+        chunk_size: items a chunk; by default as many as make 64 MB, all at once if they fit in.
+
+    Returns:
+        The loss, a float32 scalar.
+
+    Raises:
+        UserError: shapes that do not fit, labels out of range, temperature or chunk_size not
+            positive.
+    """
+    _check(users, item_table, labels, temperature)
+    num_items, hidden = item_table.shape
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_ELEMENTS // max(hidden, len(users)))
+    elif chunk_size < 1:
+        raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
+    if chunk_size >= num_items:
+        return F.cross_entropy(cosine_scores(users, item_table, temperature), labels)
+    with torch.autocast(users.device.type, enabled=False):
+        users = _normalised(users)
+        losses: Tensor = _ChunkedCrossEntropy.apply(
+            users, item_table, labels, temperature, chunk_size
+        )
+        return losses.mean()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy (B,) of cosine scores / temperature, items in chunks.
+
+    users (B, H) float32 of length 1, item_table (N, H) of any norm and dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        users: Tensor,
+        item_table: Tensor,
+        labels: Tensor,
+        temperature: float,
+        chunk_size: int,
+    ) -> Tensor:
+        total = users.new_full((len(users),), -math.inf)  # log-sum-exp of the scores so far
+        target = users.new_zeros(len(users))  # score of the label
+        inverse = users.new_empty(len(item_table))  # 1 / (norm * temperature)
+        for start in range(0, len(item_table), chunk_size):
+            part = slice(start, start + chunk_size)
+            items = item_table[part].float()  # (C, H)
+            inverse[part] = 1 / (_norms(items) * temperature)
+            scores = (users @ items.T).mul_(inverse[part])  # (B, C)
+            total = torch.logaddexp(total, scores.logsumexp(dim=1))
+            rows, columns = _inside(labels, start, len(items))
+            target[rows] = scores[rows, columns]
+        ctx.save_for_backward(users, item_table, labels, total, inverse)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        return total - target
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        users, item_table, labels, total, inverse = ctx.saved_tensors
+        need_users, need_items = ctx.needs_input_grad[:2]
+        user_grad = torch.zeros_like(users) if need_users else None
+        item_grad = torch.empty_like(item_table) if need_items else None
+        with torch.autocast(users.device.type, enabled=False):  # backward may run inside it
+            for start in range(0, len(item_table), ctx.chunk_size):
+                part = slice(start, start + ctx.chunk_size)
+                items = item_table[part].float()
+                # d loss / d score = softmax - one-hot, times upstream
+                grad = (users @ items.T).mul_(inverse[part]).sub_(total[:, None]).exp_()  # (B, C)
+                rows, columns = _inside(labels, start, len(items))
+                grad[rows, columns] -= 1
+                grad.mul_(upstream[:, None]).mul_(inverse[part])
+                if user_grad is not None:
+                    user_grad.addmm_(grad, items)
+                if item_grad is not None:
+                    # through item / norm: a step along the item changes its norm only
+                    step = grad.T @ users  # (C, H)
+                    unit = items * (inverse[part] * ctx.temperature)[:, None]
+                    step.addcmul_((step * unit).sum(dim=1, keepdim=True), unit, value=-1)
+                    item_grad[part] = step.to(item_grad.dtype)
+        return user_grad, item_grad, None, None, None
+
+
+def sampled_softmax_loss(
+    users: Tensor,
+    item_table: Tensor,
+    labels: Tensor,
+    num_negatives: int,
+    temperature: float = 0.05,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Mean cross-entropy of each user's target against items drawn uniformly, never the target.
+
+    Draws are independent, one set a user, as published. Where the catalogue holds no more than
+    `num_negatives` other items, each of them is a negative once: the full softmax.
+
+    Args:
+        users, item_table, labels, temperature: as in `full_softmax_loss`.
+        num_negatives: negatives a user, at least 1.
+        generator: source of the draws, on any device; None is torch's global one.
+
+    Raises:
+        UserError: as `full_softmax_loss`, or `num_negatives` below 1.
+    """
+    _check(users, item_table, labels, temperature)
+    if num_negatives < 1:
+        raise UserError(f"num_negatives is {num_negatives}, expected at least 1")
+    num_items = len(item_table)
+    if num_negatives >= num_items - 1:
+        return full_softmax_loss(users, item_table, labels, temperature)
+    negatives = sample_negatives(labels, num_items, num_negatives, generator)
+    candidates = torch.cat([labels[:, None], negatives], dim=1)  # (B, 1 + K), the target first
+    with torch.autocast(users.device.type, enabled=False):
+        vectors = F.embedding(candidates, item_table).float()  # (B, 1 + K, H)
+        scores = (vectors @ _normalised(users)[:, :, None])[..., 0]  # (B, 1 + K)
+        scores = scores / (_norms(vectors) * temperature)
+        return F.cross_entropy(scores, torch.zeros_like(labels))
+
+
+def sample_negatives(
+    labels: Tensor,
+    num_items: int,
+    num_negatives: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Item ids (B, num_negatives), int64, uniform over all items but the label of the row.
+
+    Ids are drawn among one fewer and shifted past the label, so no draw is rejected or repeated.
+    """
+    device = labels.device if generator is None else generator.device
+    size = (len(labels), num_negatives)
+    drawn = torch.randint(num_items - 1, size, generator=generator, device=device)
+    drawn = drawn.to(labels.device)
+    return drawn + (drawn >= labels[:, None])
+
+
+def contrastive_loss(
+    a: Tensor, b: Tensor, temperature: float = 0.05, target_ids: Tensor | None = None
+) -> Tensor:
+    """In-batch contrastive loss: a[i] against every b, b[i] is right (paper, section 2.3.1).
+
+    Args:
+        a: sequence vectors (B, H), any floating dtype, not necessarily normalised.
+        b: vectors of their target items (B, H).
+        temperature: above 0.
+        target_ids: ids of the items in `b`, (B,). Where two rows have the same target, neither is a
+            negative of the other. Without it every other row is one.
+
+    Raises:
+        UserError: shapes that do not fit, or a temperature that is not positive.
+    """
+    if a.ndim != 2 or a.shape != b.shape:
+        raise UserError(
+            f"a and b have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (B, H) twice"
+        )
+    labels = torch.arange(len(a), device=a.device)
+    _check(a, b, labels, temperature)
+    scores = cosine_scores(a, b, temperature)  # (B, B)
+    if target_ids is not None:
+        if target_ids.shape != labels.shape:
+            raise UserError(
+                f"target_ids have shape {tuple(target_ids.shape)}, expected ({len(a)},)"
+            )
+        same = target_ids[:, None] == target_ids[None, :]
+        same.fill_diagonal_(False)
+        scores = scores.masked_fill(same, -math.inf)
+    return F.cross_entropy(scores, labels)
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1).clamp(min=MIN_NORM)
+
+
+def _normalised(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.float(), dim=-1, eps=MIN_NORM)
+
+
+def _inside(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Rows whose label stands in the chunk of `count` items from `start`, and its column there."""
+    rows = ((labels >= start) & (labels < start + count)).nonzero()[:, 0]
+    return rows, labels[rows] - start
+
+
+def _check(users: Tensor, items: Tensor, labels: Tensor, temperature: float) -> None:
+    if users.ndim != 2 or items.ndim != 2 or users.shape[1] != items.shape[1]:
+        raise UserError(
+            f"users have shape {tuple(users.shape)} and items {tuple(items.shape)}, expected "
+            "(B, H) and (N, H)"
+        )
+    if labels.shape != users.shape[:1]:
+        raise UserError(f"labels have shape {tuple(labels.shape)}, expected ({len(users)},)")
+    if not temperature > 0:
+        raise UserError(f"temperature is {temperature}, expected a number above 0")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < len(items)):
+        raise UserError(
+            f"labels reach from {int(labels.min())} to {int(labels.max())}, expected item ids "
+            f"from 0 to {len(items) - 1}"
+        )
