@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import LongformerConfig
 
+from recformer.files import UserError
+
 # The values of the paper (section 3.1.4 and the published scripts). The only place they stand.
 PAPER: dict[str, Any] = {
     "max_attr_num": 3,
@@ -91,20 +93,20 @@ class RecformerConfig(LongformerConfig):
         """The attention window of every layer, from `attention_window` as it stands now.
 
         Raises:
-            ValueError: a window that is not a positive even number, or a list of another length
+            UserError: a window that is not a positive even number, or a list of another length
                 than the number of layers.
         """
         windows = self.attention_window
         if isinstance(windows, int):
             windows = [windows] * self.num_hidden_layers
         if len(windows) != self.num_hidden_layers:
-            raise ValueError(
+            raise UserError(
                 f"attention_window has {len(windows)} entries for {self.num_hidden_layers} layers; "
                 "give one number, or one per layer"
             )
         for window in windows:
             if window <= 0 or window % 2:
-                raise ValueError(
+                raise UserError(
                     f"attention_window must be positive and even, got {window}: "
                     "half of it lies on either side of a token"
                 )
@@ -117,15 +119,15 @@ class RecformerConfig(LongformerConfig):
         (`config.attention_window = [64] * 12`).
 
         Raises:
-            ValueError: names the field, what it holds and what it may hold.
+            UserError: names the field, what it holds and what it may hold.
         """
         _ = self.layer_windows
         if self.pooler_type not in POOLER_TYPES:
-            raise ValueError(f"pooler_type must be 'cls' or 'avg', got {self.pooler_type!r}")
+            raise UserError(f"pooler_type must be 'cls' or 'avg', got {self.pooler_type!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if not self.temp > 0:
-            raise ValueError(f"temp must be above 0, got {self.temp}")
+            raise UserError(f"temp must be above 0, got {self.temp}")

@@ -1,0 +1,13 @@
+"""The networks: encoder, pretraining and recommendation heads."""
+
+from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
+from recformer.models.pretraining import RecformerForPretraining, RecformerPretrainingOutput
+from recformer.models.seqrec import RecformerForSeqRec
+
+__all__ = [
+    "RecformerForPretraining",
+    "RecformerForSeqRec",
+    "RecformerModel",
+    "RecformerPreTrainedModel",
+    "RecformerPretrainingOutput",
+]

@@ -1,0 +1,361 @@
+"""Banded attention with a global `<s>`, over packed tokens (paper section 2.2.2; Longformer).
+
+A token attends to the `window / 2` tokens before and after it in its own sequence and to `<s>`, which
+it sees once, through the ordinary key and value. `<s>` attends to every token of its sequence through
+projections of its own.
+
+How it is computed:
+
+- The run of packed tokens is cut into blocks of queries, whatever sequences they belong to. The keys
+  of a block are the slice of the run around it, plus one more: the `<s>` of the sequence that reaches
+  into the slice from the left. Any other sequence with a query in the block has its `<s>` within the
+  slice, being its first token. A mask, built once a batch and shared by the layers, does the rest.
+- The score of `<s>` against a token x is q . (W x + b). W is multiplied into q instead of x, b is the
+  same for all tokens and drops out of the softmax, and the value projection is applied after the
+  weighted sum, so that no token but `<s>` pays for the global projections. Sums over a sequence go
+  over chunks of tokens that do not cross sequences.
+
+Shapes: B sequences, T packed tokens, H hidden, A heads, D = H / A, W window;
+N query blocks of Q queries and K keys; C chunks of S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recformer.config import RecformerConfig
+from recformer.models.dropout import dropout
+from recformer.packing import PackedTokens
+
+# Fewer queries a block copy every key more often, more of them score more pairs outside the band;
+# 64 was the quickest on CPU for the published window of 64.
+QUERY_BLOCK = 64
+# Tokens a chunk of the sums over whole sequences. Every sequence ends with a chunk partly filled.
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which keys each block of queries sees, for one window size.
+
+    Attributes:
+        block: Q, queries a block.
+        half: tokens visible on either side.
+        first: (N,) int64 the token that serves as the extra key of each block.
+        mask: (N, 1, Q, K) additive, 0 or -inf. Key 0 is the extra one, key 1 + j the token
+            `block * n - half + j`.
+    """
+
+    block: int
+    half: int
+    first: Tensor
+    mask: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def num_keys(self) -> int:
+        return self.mask.shape[3]
+
+    @property
+    def padded_size(self) -> int:
+        """Tokens that the key slices of all blocks span, tokens outside the run included."""
+        return (self.num_blocks - 1) * self.block + self.num_keys - 1
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Indices of a batch that every layer uses; see `build_layout`.
+
+    Attributes:
+        first: (B,) int64 the token that is `<s>` of each sequence.
+        chunk_sequence: (C,) int64 sequence of each chunk.
+        chunk_tokens: (C, S) int64 token of each place of a chunk.
+        chunk_valid: (C, S) bool, False at places beyond the end of the sequence.
+        token_places: (T,) int64 place of each token among the C * S.
+        lengths: (B,) int64 tokens a sequence.
+        bands: by window size.
+    """
+
+    first: Tensor
+    chunk_sequence: Tensor
+    chunk_tokens: Tensor
+    chunk_valid: Tensor
+    token_places: Tensor
+    lengths: Tensor
+    bands: dict[int, Band]
+
+    @property
+    def batch_size(self) -> int:
+        return self.first.numel()
+
+    def gather_chunks(self, values: Tensor) -> Tensor:
+        """Lay per-token `values` (T, H) out as (C, S, H); places that are not valid hold any token."""
+        return _GatherChunks.apply(values, self.chunk_tokens, self.token_places)
+
+    def sum_chunks(self, values: Tensor) -> Tensor:
+        """Add up (C, ...) over the chunks of each sequence: (B, ...)."""
+        total = values.new_zeros((self.batch_size, *values.shape[1:]))
+        return total.index_add(0, self.chunk_sequence, values)
+
+    def mean_tokens(self, hidden: Tensor) -> Tensor:
+        """Mean over the tokens of each sequence, `<s>` among them: (T, H) -> (B, H)."""
+        weights = self.chunk_valid / self.lengths[self.chunk_sequence, None]  # (C, S)
+        chunks = self.gather_chunks(hidden)
+        return self.sum_chunks((chunks * weights[:, :, None]).sum(dim=1)).to(hidden.dtype)
+
+
+def build_layout(
+    packed: PackedTokens, windows: Iterable[int], dtype: torch.dtype
+) -> AttentionLayout:
+    """Indices and masks of a batch, without waiting for the device.
+
+    Args:
+        packed: the batch.
+        windows: window sizes of the layers, positive and even.
+        dtype: floating type that scores are computed in.
+    """
+    cu_seqlens = packed.cu_seqlens
+    device = cu_seqlens.device
+    sequence_ids = packed.sequence_ids
+    first, lengths = cu_seqlens[:-1], packed.lengths
+
+    # The number of chunks depends on the lengths; its upper bound is known without reading them.
+    size = packed.num_tokens // CHUNK + packed.batch_size
+    chunk_ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
+    chunk = torch.arange(size, device=device)
+    sequence = torch.searchsorted(chunk_ends, chunk, right=True).clamp_(max=packed.batch_size - 1)
+    chunk_starts = F.pad(chunk_ends[:-1], (1, 0))
+    place = (chunk - chunk_starts[sequence])[:, None] * CHUNK + torch.arange(CHUNK, device=device)
+    valid = place < lengths[sequence, None]
+    tokens = torch.where(valid, first[sequence, None] + place, 0)
+    places = chunk_starts[sequence_ids] * CHUNK + packed.offsets_in_sequence
+
+    return AttentionLayout(
+        first=first,
+        chunk_sequence=sequence,
+        chunk_tokens=tokens,
+        chunk_valid=valid,
+        token_places=places,
+        lengths=lengths,
+        bands={
+            window: _build_band(sequence_ids, first, window, dtype)
+            for window in sorted(set(windows))
+        },
+    )
+
+
+def _build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.dtype) -> Band:
+    device = sequence_ids.device
+    half = window // 2
+    num_tokens = sequence_ids.numel()
+    block = max(QUERY_BLOCK, half)
+    num_blocks = -(-num_tokens // block)
+    # The slice reaches a little further right than it must: kernels like a multiple of 8.
+    num_keys = -(-(1 + block + window) // 8) * 8
+
+    start = torch.arange(num_blocks, device=device)[:, None] * block  # (N, 1)
+    query = start + torch.arange(block, device=device)  # (N, Q)
+    key = start - half + torch.arange(num_keys - 1, device=device)  # (N, K - 1)
+    last = num_tokens - 1
+    real_query = query <= last
+    query_sequence = torch.where(real_query, sequence_ids[query.clamp(max=last)], -1)
+    real_key = (key >= 0) & (key <= last)
+    key_sequence = torch.where(real_key, sequence_ids[key.clamp(0, last)], -2)
+    is_first = real_key & (key == first[key_sequence.clamp(min=0)])
+
+    near = (query[:, :, None] - key[:, None, :]).abs() <= half  # (N, Q, K - 1)
+    same = query_sequence[:, :, None] == key_sequence[:, None, :]
+    in_slice = same & (near | is_first[:, None, :])
+
+    slice_start = key[:, 0]
+    extra_sequence = sequence_ids[slice_start.clamp(min=0)]  # (N,)
+    extra = first[extra_sequence]
+    unseen = extra < slice_start  # else it stands in the slice already
+    sees_extra = (query_sequence == extra_sequence[:, None]) & unseen[:, None]
+    # Rows beyond the last token are thrown away, but a row without any key would be NaN.
+    sees_extra = sees_extra | ~real_query
+
+    visible = torch.cat([sees_extra[:, :, None], in_slice], dim=2)[:, None]  # (N, 1, Q, K)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return Band(block, half, extra, mask.masked_fill_(~visible, float("-inf")))
+
+
+class _GatherChunks(torch.autograd.Function):
+    """Rows by index; each row that counts is taken once, so that the way back is a gather as well."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, chunk_tokens: Tensor, token_places: Tensor) -> Tensor:
+        ctx.save_for_backward(token_places)
+        return values.index_select(0, chunk_tokens.flatten()).view(*chunk_tokens.shape, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (token_places,) = ctx.saved_tensors
+        return grad.reshape(-1, grad.shape[-1]).index_select(0, token_places), None, None
+
+
+class _KeyBlocks(torch.autograd.Function):
+    """(T, H) -> (N, A, K, D): the extra key and the slice of keys of every block."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, band: Band, num_heads: int) -> Tensor:
+        ctx.band = band
+        num_tokens, hidden = x.shape
+        dim = hidden // num_heads
+        padded = F.pad(x, (0, 0, band.half, band.padded_size - band.half - num_tokens))
+        slices = padded.as_strided(
+            (band.num_blocks, num_heads, band.num_keys - 1, dim),
+            (band.block * hidden, dim, hidden, 1),
+        )
+        blocks = x.new_empty((band.num_blocks, num_heads, band.num_keys, dim))
+        blocks[:, :, 1:] = slices
+        blocks[:, :, 0] = x.index_select(0, band.first).view(-1, num_heads, dim)
+        ctx.num_tokens = num_tokens
+        return blocks
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        band: Band = ctx.band
+        num_blocks, num_heads, num_keys, dim = grad.shape
+        hidden = num_heads * dim
+        padded = grad.new_zeros((band.padded_size, hidden))
+        # Slices overlap, pieces of them as long as the distance between two blocks do not.
+        for begin in range(0, num_keys - 1, band.block):
+            size = min(band.block, num_keys - 1 - begin)
+            pieces = padded.as_strided(
+                (num_blocks, num_heads, size, dim),
+                (band.block * hidden, dim, hidden, 1),
+                begin * hidden,
+            )
+            pieces += grad[:, :, 1 + begin : 1 + begin + size]
+        padded.index_add_(0, band.first + band.half, grad[:, :, 0].reshape(num_blocks, hidden))
+        return padded[band.half : band.half + ctx.num_tokens], None, None
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Give parameters that cannot change the output the gradient they have: zero.
+
+    Without it they would have none, which the optimizer takes for "leave alone" (no weight decay)
+    and distributed training for an error.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def band_attention(
+    query: Tensor, key: Tensor, value: Tensor, band: Band, num_heads: int, dropout_p: float = 0.0
+) -> Tensor:
+    """Softmax attention within the band and to `<s>`.
+
+    Args:
+        query, key, value: (T, H).
+        dropout_p: probability that an attention weight is dropped.
+
+    Returns:
+        (T, H).
+    """
+    num_tokens, hidden = query.shape
+    dim = hidden // num_heads
+    query = F.pad(query, (0, 0, 0, band.num_blocks * band.block - num_tokens))
+    query = query.view(band.num_blocks, band.block, num_heads, dim).transpose(1, 2)
+    keys = _KeyBlocks.apply(key, band, num_heads)
+    values = _KeyBlocks.apply(value, band, num_heads)
+    if query.device.type == "cpu" and torch.is_grad_enabled():
+        # On CPU the fused kernel knows no dropout and is slow backward in bfloat16.
+        scores = torch.matmul(query * dim**-0.5, keys.transpose(2, 3)) + band.mask
+        weights = dropout(scores.softmax(dim=-1), dropout_p, training=True)
+        context = torch.matmul(weights, values)
+    else:
+        context = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=band.mask, dropout_p=dropout_p
+        )
+    return context.transpose(1, 2).reshape(-1, hidden)[:num_tokens]
+
+
+class RecformerSelfAttention(nn.Module):
+    """Self-attention of one layer. Parameter names are those of transformers' Longformer."""
+
+    def __init__(self, config: RecformerConfig, window: int) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.window = window
+        self.dropout_p = config.attention_probs_dropout_prob
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.query_global = nn.Linear(hidden, hidden)
+        self.key_global = nn.Linear(hidden, hidden)
+        self.value_global = nn.Linear(hidden, hidden)
+
+    def forward(self, hidden: Tensor, layout: AttentionLayout, first_only: bool = False) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden: (T, H).
+            layout: indices and masks of the batch.
+            first_only: compute `<s>` alone.
+
+        Returns:
+            (T, H), or (B, H) if `first_only`.
+        """
+        context = self._attend_from_first(hidden, layout)
+        if first_only:
+            idle = (self.query, self.key, self.value)
+            return _ZeroGradient.apply(context, *(p for layer in idle for p in layer.parameters()))
+        local = band_attention(
+            self.query(hidden),
+            self.key(hidden),
+            self.value(hidden),
+            layout.bands[self.window],
+            self.num_heads,
+            self.dropout_p if self.training else 0.0,
+        )
+        return local.index_copy(0, layout.first, context.to(local.dtype))
+
+    def _attend_from_first(self, hidden: Tensor, layout: AttentionLayout) -> Tensor:
+        """What `<s>` of every sequence gathers from all its tokens: (T, H) -> (B, H)."""
+        heads, width = self.num_heads, hidden.shape[1]
+        dim = width // heads
+        query = self.query_global(hidden.index_select(0, layout.first)) * dim**-0.5  # (B, H)
+        # q . (W x + b) = (q W) . x + a constant of the sequence
+        key_weight = self.key_global.weight.view(heads, dim, width)
+        query = torch.matmul(query.view(-1, heads, dim).transpose(0, 1), key_weight)  # (A, B, H)
+        query = query.transpose(0, 1).index_select(0, layout.chunk_sequence)  # (C, A, H)
+
+        chunks = layout.gather_chunks(hidden)  # (C, S, H)
+        scores = torch.matmul(query, chunks.transpose(1, 2)).float()  # (C, A, S)
+        scores = scores.masked_fill(~layout.chunk_valid[:, None], float("-inf"))
+        with torch.no_grad():  # for the range of exp alone: the softmax does not depend on it
+            top = scores.new_full((layout.batch_size, heads), float("-inf"))
+            index = layout.chunk_sequence[:, None].expand(-1, heads)
+            top.scatter_reduce_(0, index, scores.amax(dim=2), "amax")
+            top = top.index_select(0, layout.chunk_sequence)[:, :, None]
+        weights = (scores - top).exp()
+        total = layout.sum_chunks(weights.sum(dim=2)).index_select(0, layout.chunk_sequence)
+        weights = dropout(weights / total[:, :, None], self.dropout_p, self.training)  # (C, A, S)
+
+        summed = torch.matmul(weights.to(chunks.dtype), chunks).float()  # (C, A, H)
+        summed = layout.sum_chunks(summed).to(hidden.dtype)  # (B, A, H)
+        value_weight = self.value_global.weight.view(heads, dim, width)
+        context = torch.matmul(summed.transpose(0, 1), value_weight.transpose(1, 2))  # (A, B, D)
+        # The weights add up to 1 unless some were dropped.
+        mass = layout.sum_chunks(weights.sum(dim=2))  # (B, A)
+        bias = self.value_global.bias.view(heads, dim) * mass[:, :, None].to(hidden.dtype)
+        context = (context.transpose(0, 1) + bias).reshape(-1, width)
+        return _ZeroGradient.apply(context, self.key_global.bias)

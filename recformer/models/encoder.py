@@ -1,0 +1,298 @@
+"""The encoder: token embeddings, Longformer layers over packed tokens, pooling (paper section 2.2).
+
+Shapes: B sequences, L padded length, T packed tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from recformer.config import RecformerConfig
+from recformer.files import UserError
+from recformer.models.attention import AttentionLayout, RecformerSelfAttention, build_layout
+from recformer.models.dropout import dropout
+from recformer.packing import PackedTokens
+
+# Buffers that released files carry and nobody needs.
+STALE_BUFFERS = ("position_ids",)
+
+
+class RecformerEmbeddings(nn.Module):
+    """Sum of word, position, token-type and item-position embeddings, normalised."""
+
+    def __init__(self, config: RecformerConfig) -> None:
+        super().__init__()
+        hidden, pad = config.hidden_size, config.pad_token_id
+        self.word_embeddings = nn.Embedding(config.vocab_size, hidden, padding_idx=pad)
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings, hidden, padding_idx=pad
+        )
+        self.token_type_embeddings = nn.Embedding(config.token_type_size, hidden)
+        self.item_position_embeddings = nn.Embedding(config.max_item_embeddings, hidden)
+        self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+        # Positions count from 1 after the pad token's id, as in the RoBERTa family.
+        self.first_position = pad + 1
+
+    def forward(self, packed: PackedTokens) -> Tensor:
+        """(T, H) hidden states of the tokens before the first layer."""
+        positions = packed.position_ids
+        if positions is None:
+            positions = packed.offsets_in_sequence + self.first_position
+        hidden = self.word_embeddings(packed.input_ids)
+        hidden = hidden + self.position_embeddings(positions)
+        hidden = hidden + self.token_type_embeddings(packed.token_type_ids)
+        hidden = hidden + self.item_position_embeddings(packed.item_position_ids)
+        return dropout(self.LayerNorm(hidden), self.dropout_p, self.training)
+
+    def check(self, packed: PackedTokens) -> None:
+        """Refuse a batch that no forward pass is defined for, before any of it is computed.
+
+        Raises:
+            UserError: a sequence without a token, or longer than the table of positions.
+        """
+        if packed.batch_size == 0:
+            raise UserError("the batch has no sequence")
+        shortest, longest = (int(n) for n in torch.stack(packed.lengths.aminmax()).tolist())
+        if shortest < 1:
+            raise UserError("a sequence without a token: each starts with <s>")
+        rows = self.position_embeddings.num_embeddings
+        if packed.position_ids is None:
+            last = longest - 1 + self.first_position
+        else:
+            last = int(packed.position_ids.max())
+        if last >= rows:
+            raise UserError(
+                f"a sequence of {longest} tokens needs position {last}, but the model has positions "
+                f"up to {rows - 1}; cut sequences (max_token_num) to "
+                f"{rows - self.first_position} tokens, or start from a model with more positions"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in STALE_BUFFERS:
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _ResidualOutput(nn.Module):
+    """Linear, dropout, residual, LayerNorm: the end of either half of a layer."""
+
+    def __init__(self, config: RecformerConfig, input_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        hidden = dropout(self.dense(hidden), self.dropout_p, self.training)
+        return self.LayerNorm(hidden + residual)
+
+
+class RecformerAttention(nn.Module):
+    """Self-attention and what follows it."""
+
+    def __init__(self, config: RecformerConfig, window: int) -> None:
+        super().__init__()
+        self.self = RecformerSelfAttention(config, window)
+        self.output = _ResidualOutput(config, config.hidden_size)
+
+    def forward(self, hidden: Tensor, layout: AttentionLayout, first_only: bool) -> Tensor:
+        context = self.self(hidden, layout, first_only)
+        residual = hidden.index_select(0, layout.first) if first_only else hidden
+        return self.output(context, residual)
+
+
+class RecformerIntermediate(nn.Module):
+    """First half of the feed-forward network."""
+
+    def __init__(self, config: RecformerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden))
+
+
+class RecformerLayer(GradientCheckpointingLayer):
+    """One post-LayerNorm transformer layer."""
+
+    def __init__(self, config: RecformerConfig, window: int) -> None:
+        super().__init__()
+        self.attention = RecformerAttention(config, window)
+        self.intermediate = RecformerIntermediate(config)
+        self.output = _ResidualOutput(config, config.intermediate_size)
+
+    def forward(self, hidden: Tensor, layout: AttentionLayout, first_only: bool) -> Tensor:
+        """(T, H) -> (T, H), or (B, H) of the `<s>` tokens if `first_only`."""
+        hidden = self.attention(hidden, layout, first_only)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class RecformerEncoder(nn.Module):
+    """The layers."""
+
+    def __init__(self, config: RecformerConfig) -> None:
+        super().__init__()
+        self.windows = config.layer_windows
+        self.layer = nn.ModuleList([RecformerLayer(config, window) for window in self.windows])
+
+    def forward(self, hidden: Tensor, layout: AttentionLayout, first_only: bool) -> Tensor:
+        """(T, H) -> (T, H); with `first_only` the last layer is computed for `<s>` alone: (B, H)."""
+        for layer in self.layer[:-1]:
+            hidden = layer(hidden, layout, False)
+        return self.layer[-1](hidden, layout, first_only)
+
+
+class RecformerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation by transformers' conventions."""
+
+    config_class = RecformerConfig
+    base_model_prefix = "longformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("RecformerSelfAttention",)
+    _keys_to_ignore_on_load_unexpected = (r"position_ids",)
+
+    def __init__(self, config: RecformerConfig) -> None:
+        config.check()
+        super().__init__(config)
+
+
+class RecformerModel(RecformerPreTrainedModel):
+    """The encoder with its pooler; state-dict keys are those of transformers' Longformer."""
+
+    def __init__(self, config: RecformerConfig) -> None:
+        super().__init__(config)
+        self.embeddings = RecformerEmbeddings(config)
+        self.encoder = RecformerEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    def encode(self, packed: PackedTokens) -> Tensor:
+        """Pooled vectors (B, H) of a packed batch, the last layer computed only where it counts.
+
+        Raises:
+            UserError: a sequence that is empty or longer than the model has positions for.
+        """
+        if self.config.pooler_type == "cls":
+            return self._encode(packed, first_only=True)[0]
+        return self.encode_tokens(packed)[1]
+
+    def encode_tokens(self, packed: PackedTokens) -> tuple[Tensor, Tensor]:
+        """Hidden states of every token and pooled vectors of a packed batch.
+
+        Returns:
+            (T, H) and (B, H).
+
+        Raises:
+            UserError: as `encode`.
+        """
+        hidden, layout = self._encode(packed, first_only=False)
+        if self.config.pooler_type == "cls":
+            return hidden, hidden.index_select(0, layout.first)
+        return hidden, layout.mean_tokens(hidden)
+
+    def _encode(self, packed: PackedTokens, first_only: bool) -> tuple[Tensor, AttentionLayout]:
+        self.embeddings.check(packed)
+        hidden = self.embeddings(packed)
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        layout = build_layout(packed, self.encoder.windows, dtype)
+        return self.encoder(hidden, layout, first_only), layout
+
+    def pack(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        item_position_ids: Tensor | None = None,
+        **refused: Any,
+    ) -> PackedTokens:
+        """The published padded inputs as a packed batch; arguments as in `forward`."""
+        for name, value in refused.items():
+            if value is not None and value is not False:
+                raise UserError(f"{name} is not supported")
+        if input_ids is None or item_position_ids is None:
+            missing = "input_ids" if input_ids is None else "item_position_ids"
+            raise UserError(f"{missing} is required, of shape (batch, length)")
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if global_attention_mask is not None:
+            at_first = torch.zeros_like(global_attention_mask)
+            at_first[:, 0] = 1
+            if not torch.equal(global_attention_mask, at_first):
+                raise UserError(
+                    "global_attention_mask must be 1 at the first token of every sequence (<s>) and "
+                    "0 elsewhere: other global tokens are not supported"
+                )
+        return PackedTokens.from_padded(
+            input_ids, attention_mask, token_type_ids, item_position_ids, position_ids
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        item_position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, Tensor]:
+        """The published signature: right-padded inputs in, right-padded hidden states out.
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, L), 1 at tokens; None: every token but `pad_token_id`.
+            global_attention_mask: (B, L), 1 at the first token alone, which is also what None means.
+            token_type_ids: (B, L) int64; None: all 0.
+            position_ids: (B, L) int64; None: counted from `pad_token_id + 1`.
+            item_position_ids: (B, L) int64.
+            return_dict: False returns the tuple of the output's fields.
+            head_mask, inputs_embeds, output_attentions, output_hidden_states: refused.
+
+        Returns:
+            `last_hidden_state` (B, L, H), zeros at padding, and `pooler_output` (B, H).
+
+        Raises:
+            ValueError: inputs that are refused, missing, padded on the left, empty or too long.
+        """
+        packed = self.pack(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            token_type_ids,
+            position_ids,
+            item_position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        assert input_ids is not None  # `pack` refused it
+        hidden, pooled = self.encode_tokens(packed)
+        padded = packed.to_padded(hidden, input_ids.shape[1])
+        if return_dict is False:
+            return padded, pooled
+        return BaseModelOutputWithPooling(last_hidden_state=padded, pooler_output=pooled)
