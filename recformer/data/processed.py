@@ -264,7 +264,7 @@ def write_processed(
     asins: Sequence[str],
     meta: Mapping[str, Mapping[str, str]],
     dataset: Mapping[str, Any],
-) -> str:
+) -> dict[str, Any]:
     """Write a processed folder; no file appears before all of them are written.
 
     Args:
@@ -276,15 +276,14 @@ def write_processed(
         dataset: parameters and counts for dataset.json; the sizes and the split hash are added.
 
     Returns:
-        The split hash.
+        What dataset.json holds.
     """
-    digest = split_hash(train, val, test, asins)
     about = {
         **dataset,
         "num_users": len(user_names),
         "num_items": len(asins),
         "num_interactions": sum(len(part.items) for part in (train, val, test)),
-        "split_hash": digest,
+        "split_hash": split_hash(train, val, test, asins),
     }
     folder = Path(folder)
     with ExitStack() as stack:
@@ -302,7 +301,7 @@ def write_processed(
             filled = np.flatnonzero(part.lengths).tolist()
             rows = ((str(user), part[user].tolist()) for user in filled)
             write_mapping(staged(name), rows)
-    return digest
+    return about
 
 
 def write_mapping(handle: IO[str], entries: Iterable[tuple[str, Any]]) -> None:

@@ -1,0 +1,397 @@
+"""Raw Amazon-2018 files: gzipped, one JSON object a line.
+
+Reviews hold `reviewerID`, `asin`, `unixReviewTime` (seconds); metadata hold `asin` and the
+attributes of a product. Both hold many fields that nobody asked for: lines go through a typed
+parser that steps over them without building anything, so that neither time nor memory grows much
+with them. Only a line that does not fit the type is looked at again, with Python's own parser: it
+is then mended (a number as an asin, a time as text), or it is a bad line, which stops the run with
+file and line number or is left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from gzip import BadGzipFile
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy as np
+from isal import igzip, igzip_lib
+from tqdm import tqdm
+
+from recformer.data.splits import Interactions
+from recformer.data.text import OddValueError, clean_text, text_parts
+from recformer.files import UserError
+
+DEFAULT_ATTRIBUTES = ("title", "brand", "category")
+
+_ISAL_ERROR: Any = igzip_lib.IsalError  # a class, which its stub declares as an instance
+_GZIP_ERRORS: tuple[type[Exception], ...] = (EOFError, BadGzipFile, zlib.error, _ISAL_ERROR)
+_LINES_A_PROGRESS_STEP = 256
+_SHARED_TEXTS = 1_000_000
+
+_Key = Annotated[str, msgspec.Meta(min_length=1)]
+_Row = TypeVar("_Row", bound=msgspec.Struct)
+
+
+class Review(msgspec.Struct, gc=False):
+    """What is kept of a review."""
+
+    reviewerID: _Key
+    asin: _Key
+    unixReviewTime: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class BadLineError(ValueError):
+    """A line that cannot be used; the message is the reason in a few words."""
+
+
+@dataclass
+class BadLines:
+    """What happens to lines that cannot be used: the first one ends the run, or all are counted.
+
+    Attributes:
+        skip: leave bad lines out instead of ending the run.
+        reasons: how many lines were left out for which reason.
+        first: file, line number and reason of the first few.
+    """
+
+    skip: bool = False
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+
+    def add(self, path: Path, line_number: int, reason: str) -> None:
+        """Note a bad line.
+
+        Raises:
+            UserError: bad lines are not to be skipped.
+        """
+        if not self.skip:
+            raise UserError(
+                f"{path}, line {line_number}: {reason}. Mend the file, or pass --skip_bad_lines to "
+                f"leave such lines out and count them"
+            )
+        self.reasons[reason] += 1
+        if len(self.first) < 5:
+            self.first.append(f"{path.name}, line {line_number}: {reason}")
+
+    def summary(self) -> dict[str, Any]:
+        """For dataset.json: how many, why, and where the first ones are."""
+        return {
+            "total": self.reasons.total(),
+            "reasons": dict(self.reasons),
+            "first": list(self.first),
+        }
+
+
+def check_raw_files(
+    reviews: Sequence[str | os.PathLike], metadata: Sequence[str | os.PathLike] = ()
+) -> None:
+    """Look at the first lines of every file, before any long work.
+
+    Raises:
+        FileNotFoundError: files are missing; all of them are named.
+        UserError: a file is empty, is not gzip, or holds the other kind of lines.
+    """
+    missing = [str(path) for path in (*reviews, *metadata) if not Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(f"no such file: {', '.join(missing)}")
+    for path in map(Path, reviews):
+        kinds = _kinds(path)
+        if kinds and "reviews" not in kinds:
+            raise UserError(
+                f"{path} holds product metadata, expected reviews (reviewerID, asin, "
+                f"unixReviewTime): are the two files swapped?"
+            )
+    for path in map(Path, metadata):
+        if _kinds(path) == {"reviews"}:
+            raise UserError(
+                f"{path} holds reviews, expected product metadata (asin, title, brand, …): are the "
+                f"two files swapped?"
+            )
+
+
+def read_reviews(path: str | os.PathLike, bad_lines: BadLines) -> Iterator[Review]:
+    """The reviews of a file, in file order.
+
+    Raises:
+        UserError: the file is damaged or has no usable line, or `bad_lines` refuses one.
+    """
+    return _read_rows(Path(path), Review, _mend_review, bad_lines)
+
+
+def read_products(
+    path: str | os.PathLike, attributes: Sequence[str], bad_lines: BadLines
+) -> Iterator[tuple[Any, ...]]:
+    """`(asin, value of the first attribute, …)` of every line, in file order.
+
+    Values are what the JSON holds, None where there is nothing.
+
+    Raises:
+        UserError: the file is damaged or has no usable line, or `bad_lines` refuses one.
+    """
+    # Field names of a struct must be Python names and JSON keys need not be: keys are renamed. The
+    # key `asin` is there already and may be asked for as an attribute.
+    names = {f"value_{place}": name for place, name in enumerate(attributes) if name != "asin"}
+    row_type = msgspec.defstruct(
+        "Product",
+        [("asin", _Key), *((field_name, Any, None) for field_name in names)],
+        rename=names,
+        gc=False,
+    )
+
+    def mend(row: dict[str, Any]) -> msgspec.Struct:
+        values = [_mend_text(row.get(name)) for name in names.values()]
+        return row_type(_mend_key(row, "asin"), *values)
+
+    rows = map(msgspec.structs.astuple, _read_rows(Path(path), row_type, mend, bad_lines))
+    if "asin" not in attributes:
+        return rows
+    place = list(attributes).index("asin")
+    return ((row[0], *row[1 : place + 1], row[0], *row[place + 1 :]) for row in rows)
+
+
+def read_metadata(
+    paths: Sequence[str | os.PathLike],
+    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+    *,
+    clean: bool = True,
+    bad_lines: BadLines | None = None,
+    only: Container[str] | None = None,
+    required: str | None = None,
+) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
+    """The text of every product: `{asin: {attribute: text}}`, attributes in the order asked for.
+
+    A later row of the same asin replaces the earlier one, unless nothing is left of it. Lists are
+    joined by one space. Null and missing values are absent attributes, and when cleaning so are
+    values without text; products without any attribute are left out.
+
+    Args:
+        paths: metadata files, read one after the other.
+        attributes: keys of the JSON objects.
+        clean: take markup and script out of the text; otherwise text as it stands in the file.
+        bad_lines: what to do with lines that cannot be used; by default the first ends the run.
+        only: asins to keep.
+        required: leave out products without this attribute.
+
+    Returns:
+        The products and how many rows there were, were duplicates, were left out and why.
+
+    Raises:
+        UserError: see `read_products`.
+    """
+    bad_lines = bad_lines or BadLines()
+    products: dict[str, dict[str, str]] = {}
+    left_out: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    # Brands and categories repeat: one copy of a text serves all. Bounded, as titles do not.
+    shared: dict[str, str] = {}
+
+    for path in paths:
+        for asin, *values in read_products(path, attributes, bad_lines):
+            counts["rows"] += 1
+            if only is not None and asin not in only:
+                counts["rows_of_products_without_reviews"] += 1
+                continue
+            item = {}
+            for name, value in zip(attributes, values):
+                try:
+                    text = _text(value, clean)
+                except OddValueError:
+                    counts["values_that_are_no_text"] += 1
+                    continue
+                if text is not None:
+                    if len(shared) < _SHARED_TEXTS:
+                        text = shared.setdefault(text, text)
+                    item[name] = text
+            if asin in products or asin in left_out:
+                counts["duplicate_rows"] += 1
+            if item and (required is None or required in item):
+                products[asin] = item
+                left_out.pop(asin, None)
+            elif asin not in products:
+                left_out[asin] = f"products_without_{required}" if item else "products_without_text"
+
+    counts["products"] = len(products)
+    counts.update(left_out.values())
+    return products, dict(counts)
+
+
+def read_interactions(
+    path: str | os.PathLike, known: Container[str], bad_lines: BadLines | None = None
+) -> tuple[Interactions, dict[str, int]]:
+    """The reviews of known products as arrays, in file order.
+
+    Takes 16 bytes an interaction beside the names of users and items.
+
+    Args:
+        path: a review file.
+        known: asins that count; reviews of others are left out and counted.
+        bad_lines: what to do with lines that cannot be used; by default the first ends the run.
+
+    Returns:
+        The interactions, and how many reviews there were and were of unknown products.
+
+    Raises:
+        UserError: see `read_reviews`.
+    """
+    users, items, times = array("i"), array("i"), array("q")
+    user_codes: dict[str, int] = {}
+    item_codes: dict[str, int] = {}
+    num_unknown = 0
+    for review in read_reviews(path, bad_lines or BadLines()):
+        asin = review.asin
+        if asin not in known:
+            num_unknown += 1
+            continue
+        users.append(user_codes.setdefault(review.reviewerID, len(user_codes)))
+        items.append(item_codes.setdefault(asin, len(item_codes)))
+        times.append(review.unixReviewTime)
+
+    interactions = Interactions(
+        users=np.frombuffer(users, dtype=np.int32) if users else np.empty(0, np.int32),
+        items=np.frombuffer(items, dtype=np.int32) if items else np.empty(0, np.int32),
+        times=np.frombuffer(times, dtype=np.int64) if times else np.empty(0, np.int64),
+        user_names=list(user_codes),
+        item_names=list(item_codes),
+    )
+    return interactions, {
+        "reviews": len(users) + num_unknown,
+        "reviews_of_unknown_products": num_unknown,
+    }
+
+
+def _text(value: Any, clean: bool) -> str | None:
+    if value is None:
+        return None
+    if clean:
+        # One text, one cleaning; a line break keeps script in one part from eating the next.
+        return clean_text(value if type(value) is str else "\n".join(text_parts(value))) or None
+    return value if type(value) is str else " ".join(text_parts(value))
+
+
+def _lines(path: Path) -> Generator[bytes, None, None]:
+    """Lines of a gzip file, with a progress bar over its compressed size."""
+    with (
+        open(path, "rb") as raw,
+        tqdm(
+            total=path.stat().st_size,
+            desc=path.name,
+            unit="B",
+            unit_scale=True,
+            disable=None,  # no bar where nobody watches: a file or a pipe
+            leave=False,
+        ) as bar,
+    ):
+        try:
+            with igzip.IGzipFile(fileobj=raw) as lines:
+                while step := list(islice(lines, _LINES_A_PROGRESS_STEP)):
+                    yield from step
+                    bar.update(raw.tell() - bar.n)
+        except _GZIP_ERRORS as error:
+            raise UserError(
+                f"{path} is cut off, damaged or not gzip ({error}): expected a whole gzip file, "
+                f"fetch it again"
+            ) from error
+
+
+def _read_rows(
+    path: Path,
+    row_type: type[_Row],
+    mend: Callable[[dict[str, Any]], _Row],
+    bad_lines: BadLines,
+) -> Iterator[_Row]:
+    decode = msgspec.json.Decoder(row_type).decode
+    line_number = num_rows = 0
+    for line in _lines(path):
+        line_number += 1
+        try:
+            row = decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            if not line.strip():
+                continue
+            try:
+                row = mend(_parse(line))
+            except BadLineError as error:
+                bad_lines.add(path, line_number, str(error))
+                continue
+        num_rows += 1
+        yield row
+    if num_rows == 0:
+        found = f"{line_number} lines, none of them usable" if line_number else "an empty file"
+        raise UserError(f"{path}: expected one JSON object a line, got {found}")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """A line by Python's parser, which takes NaN, lone surrogates and raw control characters."""
+    try:
+        row = json.loads(line.decode("utf-8"), strict=False)
+    except UnicodeDecodeError:
+        raise BadLineError("not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise BadLineError("not valid JSON") from None
+    if not isinstance(row, dict):
+        raise BadLineError(f"a JSON {type(row).__name__}, expected an object")
+    return row
+
+
+def _mend_key(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None or value == "":
+        raise BadLineError(f"no {name}")
+    if not isinstance(value, str):
+        raise BadLineError(f"{name} is no text")
+    return _mend_text(value)
+
+
+def _mend_text(value: Any) -> Any:
+    """Without lone surrogates, which no file can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_mend_text(part) for part in value]
+    return value
+
+
+def _mend_review(row: dict[str, Any]) -> Review:
+    reviewer, asin = _mend_key(row, "reviewerID"), _mend_key(row, "asin")
+    time = row.get("unixReviewTime")
+    if time is None or time == "":
+        raise BadLineError("no unixReviewTime")
+    try:
+        seconds = int(float(time)) if not isinstance(time, bool | int) else int(time)
+    except (TypeError, ValueError, OverflowError):
+        raise BadLineError("unixReviewTime is no number") from None
+    if isinstance(time, bool) or not -(2**63) <= seconds < 2**63:
+        raise BadLineError("unixReviewTime is no number")
+    return Review(reviewer, asin, seconds)
+
+
+def _kinds(path: Path) -> set[str]:
+    """What the first lines of a file look like: "reviews", "metadata", both or nothing known."""
+    kinds = set()
+    lines = _lines(path)
+    first = [line for line in islice(lines, 20) if line.strip()]
+    lines.close()
+    if not first:
+        raise UserError(f"{path} is empty, expected one JSON object a line")
+    for line in first:
+        try:
+            row = _parse(line)
+        except BadLineError:
+            continue  # whether bad lines matter is decided when the file is read
+        if "reviewerID" in row or "unixReviewTime" in row:
+            kinds.add("reviews")
+        elif {"title", "brand", "category", "description", "price", "also_buy"} & row.keys():
+            kinds.add("metadata")
+    return kinds

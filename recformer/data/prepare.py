@@ -1,0 +1,365 @@
+"""From raw files to the files that training reads: the three jobs of the data scripts.
+
+    prepare_finetuning          reviews + metadata → a processed folder
+    prepare_pretraining_items   reviews + metadata of many categories → meta_data.json
+    prepare_pretraining         reviews + meta_data.json → train.json, dev.json
+
+Every input is looked at before any long work, and nothing is written before everything is known.
+Parameters, counts and content hashes go to dataset.json beside the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from recformer.data.amazon import (
+    DEFAULT_ATTRIBUTES,
+    BadLines,
+    check_raw_files,
+    read_interactions,
+    read_metadata,
+    read_reviews,
+)
+from recformer.data.processed import (
+    DATASET_FILE,
+    META_FILE,
+    TRAIN_FILE,
+    write_mapping,
+    write_processed,
+)
+from recformer.data.splits import build_histories, count_duplicates, leave_one_out
+from recformer.files import UserError, atomic_write, read_json
+
+PRETRAINING_CATEGORIES = (
+    "Automotive",
+    "Cell_Phones_and_Accessories",
+    "Clothing_Shoes_and_Jewelry",
+    "Electronics",
+    "Grocery_and_Gourmet_Food",
+    "Home_and_Kitchen",
+    "Movies_and_TV",
+)
+DEV_CATEGORY = "CDs_and_Vinyl"
+DEV_FILE = "dev.json"
+
+
+def prepare_finetuning(
+    file_path: str | os.PathLike,
+    meta_file_path: str | os.PathLike,
+    output_path: str | os.PathLike,
+    *,
+    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+    clean: bool = True,
+    min_interactions: int = 4,
+    user_sample_rate: float = 1.0,
+    seed: int = 0,
+    skip_bad_lines: bool = False,
+) -> dict[str, Any]:
+    """Write a processed folder, split leave-one-out, from a review and a metadata file.
+
+    As published: only users with at least `min_interactions` reviews of known products are kept,
+    ids are given by first appearance, sorting by time is stable. All products of the metadata file
+    that have text are written, also those that nobody reviewed.
+
+    Args:
+        file_path: reviews, gzipped JSON lines.
+        meta_file_path: metadata, gzipped JSON lines.
+        output_path: folder to write, created where missing.
+        attributes: metadata keys that make up an item, in this order.
+        clean: clean the text, see `recformer.data.text.clean_text`.
+        min_interactions: users with fewer are left out.
+        user_sample_rate, seed: keep a seeded sample of the users.
+        skip_bad_lines: leave out and count lines that cannot be used.
+
+    Returns:
+        What dataset.json holds.
+
+    Raises:
+        FileNotFoundError, UserError: an input is missing, damaged or not what it should be; nothing
+            is written then.
+    """
+    check_raw_files([file_path], [meta_file_path])
+    output = _writable_folder(output_path)
+    bad_lines = BadLines(skip=skip_bad_lines)
+    products, metadata_counts = read_metadata(
+        [meta_file_path], attributes, clean=clean, bad_lines=bad_lines
+    )
+    interactions, review_counts = read_interactions(file_path, products, bad_lines)
+    if not len(interactions):
+        raise UserError(
+            f"none of the {review_counts['reviews']} reviews in {file_path} is of a product in "
+            f"{meta_file_path}: expected two files of the same category"
+        )
+    histories = build_histories(
+        interactions,
+        min_interactions=min_interactions,
+        user_sample_rate=user_sample_rate,
+        seed=seed,
+    )
+    if not histories.user_names:
+        raise UserError(
+            f"no user is left of {histories.counts['users']} in {file_path}: "
+            f"{histories.counts['users_with_too_few_interactions']} have fewer than "
+            f"{min_interactions} reviews of known products (--min_interactions), "
+            f"{histories.counts['users_not_sampled']} were not sampled (--user_sample_rate)"
+        )
+    train, val, test = leave_one_out(histories.sequences)
+    return write_processed(
+        output,
+        train=train,
+        val=val,
+        test=test,
+        user_names=histories.user_names,
+        asins=histories.item_names,
+        meta=products,
+        dataset={
+            "source": {"reviews": Path(file_path).name, "metadata": Path(meta_file_path).name},
+            "parameters": {
+                "split": "leave_one_out",
+                "attributes": list(attributes),
+                "clean": clean,
+                "min_interactions": min_interactions,
+                "user_sample_rate": user_sample_rate,
+                "seed": seed,
+                "skip_bad_lines": skip_bad_lines,
+            },
+            "counts": {
+                "metadata": metadata_counts,
+                "reviews": {**review_counts, "duplicate_reviews": count_duplicates(interactions)},
+                "histories": {
+                    **histories.counts,
+                    "users_with_val_and_test_item": int((test.lengths > 0).sum()),
+                },
+                "bad_lines": bad_lines.summary(),
+            },
+        },
+    )
+
+
+def prepare_pretraining_items(
+    meta_root: str | os.PathLike,
+    seq_root: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    categories: Sequence[str] = PRETRAINING_CATEGORIES,
+    dev_category: str = DEV_CATEGORY,
+    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+    clean: bool = True,
+    skip_bad_lines: bool = False,
+) -> dict[str, Any]:
+    """Write meta_data.json: every product of the categories that has a title and was reviewed.
+
+    Args:
+        meta_root: folder of `meta_<category>.json.gz`.
+        seq_root: folder of `<category>_5.json.gz`.
+        output_dir: folder to write, created where missing.
+        categories, dev_category: to train on, and to validate on.
+        attributes: metadata keys that make up an item, in this order. Products without a title are
+            left out where the title is one of them.
+        clean: clean the text; a title of which nothing is left counts as none.
+        skip_bad_lines: leave out and count lines that cannot be used.
+
+    Returns:
+        What dataset.json holds.
+
+    Raises:
+        FileNotFoundError, UserError: an input is missing, damaged or not what it should be; nothing
+            is written then.
+    """
+    names = _all_categories(categories, dev_category)
+    metadata = [_meta_path(meta_root, name) for name in names]
+    reviews = [_review_path(seq_root, name) for name in names]
+    check_raw_files(reviews, metadata)
+    output = _writable_folder(output_dir)
+
+    bad_lines = BadLines(skip=skip_bad_lines)
+    reviewed = {review.asin for path in reviews for review in read_reviews(path, bad_lines)}
+    products, counts = read_metadata(
+        metadata,
+        attributes,
+        clean=clean,
+        bad_lines=bad_lines,
+        only=reviewed,
+        required="title" if "title" in attributes else None,
+    )
+    if not products:
+        raise UserError(
+            f"no product in {meta_root} has text and a review in {seq_root}: expected metadata and "
+            f"reviews of the same categories"
+        )
+    dataset = {
+        "meta_data": {
+            "source": {
+                "metadata": [path.name for path in metadata],
+                "reviews": [path.name for path in reviews],
+            },
+            "parameters": {
+                "attributes": list(attributes),
+                "clean": clean,
+                "skip_bad_lines": skip_bad_lines,
+            },
+            "counts": {
+                "metadata": counts,
+                "products_reviewed": len(reviewed),
+                "bad_lines": bad_lines.summary(),
+            },
+        }
+    }
+    with ExitStack() as stack:
+        # Left in reverse order. Sequences made from older metadata are no longer described.
+        about = stack.enter_context(atomic_write(output / DATASET_FILE))
+        write_mapping(stack.enter_context(atomic_write(output / META_FILE)), products.items())
+        json.dump(dataset, about, ensure_ascii=False, indent=2)
+    return dataset
+
+
+def prepare_pretraining(
+    seq_root: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    categories: Sequence[str] = PRETRAINING_CATEGORIES,
+    dev_category: str = DEV_CATEGORY,
+    min_interactions: int = 2,
+    user_sample_rate: float = 1.0,
+    seed: int = 0,
+    skip_bad_lines: bool = False,
+) -> dict[str, Any]:
+    """Write train.json and dev.json: one sequence of asins per user and category, oldest first.
+
+    Products that meta_data.json in the same folder does not have are left out. Sorting by time is
+    stable: at equal times the order of the file stands.
+
+    Args:
+        seq_root: folder of `<category>_5.json.gz`.
+        output_dir: folder with meta_data.json, to which the two files are added.
+        categories, dev_category: to train on, and to validate on.
+        min_interactions: shorter sequences are left out. A pretraining pair is a history and a
+            target, so one item is of no use.
+        user_sample_rate, seed: keep a seeded sample of the users, the same ones in every category.
+        skip_bad_lines: leave out and count lines that cannot be used.
+
+    Returns:
+        What dataset.json holds.
+
+    Raises:
+        FileNotFoundError, UserError: an input is missing, damaged or not what it should be; nothing
+            is written then.
+    """
+    names = _all_categories(categories, dev_category)
+    reviews = {name: _review_path(seq_root, name) for name in names}
+    check_raw_files(list(reviews.values()))
+    output = _writable_folder(output_dir)
+    known = _known_asins(output / META_FILE)
+    older = read_json(output / DATASET_FILE) if (output / DATASET_FILE).is_file() else {}
+
+    bad_lines = BadLines(skip=skip_bad_lines)
+    counts: dict[str, dict[str, int]] = {}
+    digest = hashlib.sha256()
+    totals = {}
+    with ExitStack() as stack:
+        # Left in reverse order: dataset.json is the last to take its name.
+        about = stack.enter_context(atomic_write(output / DATASET_FILE))
+        for file_name, members in ((DEV_FILE, [dev_category]), (TRAIN_FILE, list(categories))):
+            handle = stack.enter_context(atomic_write(output / file_name))
+            num_sequences = num_interactions = 0
+            border = "[\n"
+            for name in members:
+                interactions, review_counts = read_interactions(reviews[name], known, bad_lines)
+                histories = build_histories(
+                    interactions,
+                    min_interactions=min_interactions,
+                    user_sample_rate=user_sample_rate,
+                    seed=seed,
+                )
+                counts[name] = {
+                    **review_counts,
+                    "duplicate_reviews": count_duplicates(interactions),
+                    **histories.counts,
+                }
+                sequences, asins = histories.sequences, histories.item_names
+                for row in range(len(sequences)):
+                    line = json.dumps([asins[item] for item in sequences[row]])
+                    digest.update(f"{file_name} {line}\n".encode())
+                    handle.write(border + line)
+                    border = ",\n"
+                num_sequences += len(sequences)
+                num_interactions += len(sequences.items)
+            handle.write("\n]\n")
+            if num_sequences == 0:
+                raise UserError(
+                    f"no sequence is left for {file_name} from {', '.join(members)}: of the "
+                    f"reviews, none or too few are of products in {output / META_FILE} (was it "
+                    f"made from these categories?), or the sample of users is empty"
+                )
+            totals[file_name] = {"sequences": num_sequences, "interactions": num_interactions}
+        dataset = {
+            **older,
+            "sequences": {
+                "source": {"reviews": [path.name for path in reviews.values()]},
+                "parameters": {
+                    "categories": list(categories),
+                    "dev_category": dev_category,
+                    "min_interactions": min_interactions,
+                    "user_sample_rate": user_sample_rate,
+                    "seed": seed,
+                    "skip_bad_lines": skip_bad_lines,
+                },
+                "counts": {"categories": counts, "bad_lines": bad_lines.summary()},
+                "files": totals,
+                "split_hash": digest.hexdigest(),
+            },
+        }
+        json.dump(dataset, about, ensure_ascii=False, indent=2)
+    return dataset
+
+
+def _meta_path(root: str | os.PathLike, category: str) -> Path:
+    return Path(root) / f"meta_{category}.json.gz"
+
+
+def _review_path(root: str | os.PathLike, category: str) -> Path:
+    return Path(root) / f"{category}_5.json.gz"
+
+
+def _all_categories(categories: Sequence[str], dev_category: str) -> list[str]:
+    names = [*categories, dev_category]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"{', '.join(twice)} named twice among the categories; the validation category must "
+            f"not be trained on"
+        )
+    return names
+
+
+def _writable_folder(path: str | os.PathLike) -> Path:
+    """A folder or a path that may become one; found out before any long work."""
+    folder = Path(path)
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write to {folder}: {nearest} is a file, expected a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"cannot write to {folder}: no permission to write in {nearest}")
+    return folder
+
+
+class _Ignored(msgspec.Struct, gc=False):
+    """A JSON object whose content is stepped over."""
+
+
+def _known_asins(path: Path) -> dict[str, _Ignored]:
+    """The asins of a meta_data.json, without its texts."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: run meta_data_process.py first")
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, _Ignored])
+    except msgspec.DecodeError as error:
+        raise UserError(f"{path} is not {{asin: {{attribute: text}}}}: {error}") from error
