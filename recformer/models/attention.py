@@ -1,19 +1,20 @@
 """Banded attention with a global `<s>`, over packed tokens (paper section 2.2.2; Longformer).
 
-A token attends to the `window / 2` tokens before and after it in its own sequence and to `<s>`, which
-it sees once, through the ordinary key and value. `<s>` attends to every token of its sequence through
-projections of its own.
+A token attends to the `window / 2` tokens before and after it in its own sequence and to `<s>`,
+which it sees once, through the ordinary key and value. `<s>` attends to every token of its sequence
+through projections of its own.
 
 How it is computed:
 
-- The run of packed tokens is cut into blocks of queries, whatever sequences they belong to. The keys
-  of a block are the slice of the run around it, plus one more: the `<s>` of the sequence that reaches
-  into the slice from the left. Any other sequence with a query in the block has its `<s>` within the
-  slice, being its first token. A mask, built once a batch and shared by the layers, does the rest.
-- The score of `<s>` against a token x is q . (W x + b). W is multiplied into q instead of x, b is the
-  same for all tokens and drops out of the softmax, and the value projection is applied after the
-  weighted sum, so that no token but `<s>` pays for the global projections. Sums over a sequence go
-  over chunks of tokens that do not cross sequences.
+- The run of packed tokens is cut into blocks of queries, whatever sequences they belong to. The
+  keys of a block are the slice of the run around it, plus one more: the `<s>` of the sequence that
+  reaches into the slice from the left. Any other sequence with a query in the block has its `<s>`
+  within the slice, being its first token. A mask, built once a batch and shared by the layers, does
+  the rest.
+- The score of `<s>` against a token x is q . (W x + b). W is multiplied into q instead of x, b is
+  the same for all tokens and drops out of the softmax, and the value projection is applied after
+  the weighted sum, so that no token but `<s>` pays for the global projections. Sums over a sequence
+  go over chunks of tokens that do not cross sequences.
 
 Shapes: B sequences, T packed tokens, H hidden, A heads, D = H / A, W window;
 N query blocks of Q queries and K keys; C chunks of S tokens.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +99,7 @@ class AttentionLayout:
         return self.first.numel()
 
     def gather_chunks(self, values: Tensor) -> Tensor:
-        """Lay per-token `values` (T, H) out as (C, S, H); places that are not valid hold any token."""
+        """Per-token `values` (T, H) as (C, S, H); places that are not valid hold any token."""
         return _GatherChunks.apply(values, self.chunk_tokens, self.token_places)
 
     def sum_chunks(self, values: Tensor) -> Tensor:
@@ -189,15 +191,15 @@ def _build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.d
 
 
 class _GatherChunks(torch.autograd.Function):
-    """Rows by index; each row that counts is taken once, so that the way back is a gather as well."""
+    """Rows by index; each row that counts is taken once, so the way back is a gather as well."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, chunk_tokens: Tensor, token_places: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, chunk_tokens: Tensor, token_places: Tensor) -> Tensor:
         ctx.save_for_backward(token_places)
         return values.index_select(0, chunk_tokens.flatten()).view(*chunk_tokens.shape, -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (token_places,) = ctx.saved_tensors
         return grad.reshape(-1, grad.shape[-1]).index_select(0, token_places), None, None
 
@@ -206,7 +208,7 @@ class _KeyBlocks(torch.autograd.Function):
     """(T, H) -> (N, A, K, D): the extra key and the slice of keys of every block."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, band: Band, num_heads: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, band: Band, num_heads: int) -> Tensor:
         ctx.band = band
         num_tokens, hidden = x.shape
         dim = hidden // num_heads
@@ -222,7 +224,7 @@ class _KeyBlocks(torch.autograd.Function):
         return blocks
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         band: Band = ctx.band
         num_blocks, num_heads, num_keys, dim = grad.shape
         hidden = num_heads * dim
@@ -248,12 +250,12 @@ class _ZeroGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(*parameters)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 

@@ -1,12 +1,14 @@
 """Dropout that does not dominate a training step on CPU.
 
-torch draws the Bernoulli mask of a CPU tensor one element after the other, which at small model sizes
-costs more than the matrix products around it. Here 16 random bits decide about an element: the
-probability is met to 2**-17, the survivors are scaled by the probability really used, and the mean is
-kept exactly.
+torch draws the Bernoulli mask of a CPU tensor one element after the other, which at small model
+sizes costs more than the matrix products around it. Here 16 random bits decide about an element:
+the probability is met to 2**-17, the survivors are scaled by the share that really survives, and
+the mean is kept exactly.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +45,13 @@ class _MaskedScale(torch.autograd.Function):
     """x * mask * scale; keeps the boolean mask alone for the way back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.scale = scale
         return (x * mask).mul_(scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         return (grad * mask).mul_(ctx.scale), None, None
 

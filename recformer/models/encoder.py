@@ -70,8 +70,8 @@ class RecformerEmbeddings(nn.Module):
             last = int(packed.position_ids.max())
         if last >= rows:
             raise UserError(
-                f"a sequence of {longest} tokens needs position {last}, but the model has positions "
-                f"up to {rows - 1}; cut sequences (max_token_num) to "
+                f"a sequence of {longest} tokens needs position {last}, but the model has only "
+                f"positions up to {rows - 1}; cut sequences (max_token_num) to "
                 f"{rows - self.first_position} tokens, or start from a model with more positions"
             )
 
@@ -145,7 +145,7 @@ class RecformerEncoder(nn.Module):
         self.layer = nn.ModuleList([RecformerLayer(config, window) for window in self.windows])
 
     def forward(self, hidden: Tensor, layout: AttentionLayout, first_only: bool) -> Tensor:
-        """(T, H) -> (T, H); with `first_only` the last layer is computed for `<s>` alone: (B, H)."""
+        """(T, H) -> (T, H); with `first_only` the last layer is for `<s>` alone: (B, H)."""
         for layer in self.layer[:-1]:
             hidden = layer(hidden, layout, False)
         return self.layer[-1](hidden, layout, first_only)
@@ -174,10 +174,10 @@ class RecformerModel(RecformerPreTrainedModel):
         self.encoder = RecformerEncoder(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.word_embeddings = value
 
     def encode(self, packed: PackedTokens) -> Tensor:
@@ -239,8 +239,8 @@ class RecformerModel(RecformerPreTrainedModel):
             at_first[:, 0] = 1
             if not torch.equal(global_attention_mask, at_first):
                 raise UserError(
-                    "global_attention_mask must be 1 at the first token of every sequence (<s>) and "
-                    "0 elsewhere: other global tokens are not supported"
+                    "global_attention_mask must be 1 at the first token of every sequence (<s>) "
+                    "and 0 elsewhere: other global tokens are not supported"
                 )
         return PackedTokens.from_padded(
             input_ids, attention_mask, token_type_ids, item_position_ids, position_ids
@@ -265,7 +265,7 @@ class RecformerModel(RecformerPreTrainedModel):
         Args:
             input_ids: (B, L) int64.
             attention_mask: (B, L), 1 at tokens; None: every token but `pad_token_id`.
-            global_attention_mask: (B, L), 1 at the first token alone, which is also what None means.
+            global_attention_mask: (B, L), 1 at the first token alone; None means the same.
             token_type_ids: (B, L) int64; None: all 0.
             position_ids: (B, L) int64; None: counted from `pad_token_id + 1`.
             item_position_ids: (B, L) int64.

@@ -83,8 +83,8 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         return
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """The two names of the bias, whatever `config.tie_word_embeddings` says (transformers 5)."""
-        return dict(self._tied_weights_keys)
+        """Both names of the bias, whatever `config.tie_word_embeddings` says (transformers 5)."""
+        return {"lm_head.decoder.bias": "lm_head.bias"}
 
     def forward_packed(
         self,
@@ -107,8 +107,8 @@ class RecformerForPretraining(RecformerPreTrainedModel):
             raise UserError(
                 f"side a has {a.batch_size} sequences and side b {b.batch_size}: they are pairs"
             )
-        pooled = self.longformer.encode(PackedTokens.cat([a, b]))
-        logits = cosine_scores(*pooled.chunk(2), self.config.temp)
+        vectors_a, vectors_b = self.longformer.encode(PackedTokens.cat([a, b])).chunk(2)
+        logits = cosine_scores(vectors_a, vectors_b, self.config.temp)
         labels = torch.arange(a.batch_size, device=logits.device)
         loss = F.cross_entropy(logits, labels)
         masked = [

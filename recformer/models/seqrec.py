@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from recformer.config import RecformerConfig
@@ -40,7 +39,7 @@ class RecformerForSeqRec(RecformerPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike | None, *args: Any, **kwargs: Any):
+    def from_pretrained(cls, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a folder whose config has an `item_num` holds item vectors."""
         kwargs.setdefault("with_item_embedding", True)
         return super().from_pretrained(path, *args, **kwargs)
@@ -175,7 +174,8 @@ class RecformerForSeqRec(RecformerPreTrainedModel):
             table = self.item_embedding
             if table is None or table.weight.shape != vectors.shape:
                 device = self.longformer.embeddings.word_embeddings.weight.device
+                rows, size = vectors.shape
                 self._set_item_embedding(
-                    nn.Embedding(*vectors.shape, device=device, dtype=vectors.dtype)
+                    nn.Embedding(rows, size, device=device, dtype=vectors.dtype)
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
