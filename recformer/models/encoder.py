@@ -5,7 +5,7 @@ Shapes: B sequences, L padded length, T packed tokens, H hidden.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +157,8 @@ class RecformerPreTrainedModel(PreTrainedModel):
     config_class = RecformerConfig
     base_model_prefix = "longformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("RecformerSelfAttention",)
-    _keys_to_ignore_on_load_unexpected = (r"position_ids",)
+    _no_split_modules: ClassVar[list[str]] = ["RecformerSelfAttention"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = list(STALE_BUFFERS)
 
     def __init__(self, config: RecformerConfig) -> None:
         config.check()

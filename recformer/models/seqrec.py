@@ -42,7 +42,11 @@ class RecformerForSeqRec(RecformerPreTrainedModel):
     def from_pretrained(cls, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a folder whose config has an `item_num` holds item vectors."""
         kwargs.setdefault("with_item_embedding", True)
-        return super().from_pretrained(path, *args, **kwargs)
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        if model.item_embedding is not None:  # transformers 5 makes every parameter trainable
+            model.item_embedding.weight.requires_grad_(False)
+        return loaded
 
     def init_item_embedding(self, embeddings: Tensor | None = None) -> None:
         """Make the item table, of `config.item_num` random vectors that are trained, or of vectors.
