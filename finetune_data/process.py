@@ -23,19 +23,21 @@ def main() -> None:
         "--file_path",
         default=str(HERE / "Industrial_and_Scientific_5.json.gz"),
         metavar="FILE",
-        help="reviews, gzipped JSON lines (default: %(default)s)",
+        help="reviews, gzipped JSON lines (default: Industrial_and_Scientific_5.json.gz beside this "
+        "script)",
     )
     parser.add_argument(
         "--meta_file_path",
         default=str(HERE / "meta_Industrial_and_Scientific.json.gz"),
         metavar="FILE",
-        help="metadata, gzipped JSON lines (default: %(default)s)",
+        help="metadata, gzipped JSON lines (default: meta_Industrial_and_Scientific.json.gz beside "
+        "this script)",
     )
     parser.add_argument(
         "--output_path",
         default=str(HERE / "Scientific"),
         metavar="FOLDER",
-        help="processed folder to write (default: %(default)s)",
+        help="processed folder to write (default: Scientific beside this script)",
     )
     flags.add_text_flags(parser)
     flags.add_user_flags(parser, 4, "users with fewer reviews of known products than this")

@@ -180,7 +180,7 @@ def read_metadata(
         clean: take markup and script out of the text; otherwise text as it stands in the file.
         bad_lines: what to do with lines that cannot be used; by default the first ends the run.
         only: asins to keep.
-        required: leave out products without this attribute.
+        required: leave out products that have null here or nothing at all.
 
     Returns:
         The products and how many rows there were, were duplicates, were left out and why.
@@ -191,7 +191,7 @@ def read_metadata(
     bad_lines = bad_lines or BadLines()
     products: dict[str, dict[str, str]] = {}
     left_out: dict[str, str] = {}
-    counts: Counter[str] = Counter()
+    counts = Counter(rows=0, duplicate_rows=0, values_that_are_no_text=0, products_without_text=0)
     # Brands and categories repeat: one copy of a text serves all. Bounded, as titles do not.
     shared: dict[str, str] = {}
 
@@ -202,7 +202,11 @@ def read_metadata(
                 counts["rows_of_products_without_reviews"] += 1
                 continue
             item = {}
+            complete = True
             for name, value in zip(attributes, values):
+                if value is None:
+                    complete = complete and name != required
+                    continue
                 try:
                     text = _text(value, clean)
                 except OddValueError:
@@ -214,7 +218,7 @@ def read_metadata(
                     item[name] = text
             if asin in products or asin in left_out:
                 counts["duplicate_rows"] += 1
-            if item and (required is None or required in item):
+            if item and complete:
                 products[asin] = item
                 left_out.pop(asin, None)
             elif asin not in products:
@@ -270,8 +274,6 @@ def read_interactions(
 
 
 def _text(value: Any, clean: bool) -> str | None:
-    if value is None:
-        return None
     if clean:
         # One text, one cleaning; a line break keeps script in one part from eating the next.
         return clean_text(value if type(value) is str else "\n".join(text_parts(value))) or None

@@ -18,7 +18,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
         default=list(DEFAULT_ATTRIBUTES),
         metavar="KEY",
         help="metadata keys that make up an item, in this order; lists are joined by one space "
-        "(default: %(default)s)",
+        f"(default: {' '.join(DEFAULT_ATTRIBUTES)})",
     )
     parser.add_argument(
         "--no_clean",
@@ -41,7 +41,7 @@ def add_category_flags(
         nargs="+",
         default=list(categories),
         metavar="NAME",
-        help="categories to train on (default: %(default)s)",
+        help=f"categories to train on (default: {' '.join(categories)})",
     )
     parser.add_argument(
         "--dev_category",

@@ -162,9 +162,9 @@ def prepare_pretraining_items(
         seq_root: folder of `<category>_5.json.gz`.
         output_dir: folder to write, created where missing.
         categories, dev_category: to train on, and to validate on.
-        attributes: metadata keys that make up an item, in this order. Products without a title are
-            left out where the title is one of them.
-        clean: clean the text; a title of which nothing is left counts as none.
+        attributes: metadata keys that make up an item, in this order. Products whose title is null
+            or missing are left out where the title is one of them.
+        clean: clean the text, see `recformer.data.text.clean_text`.
         skip_bad_lines: leave out and count lines that cannot be used.
 
     Returns:
