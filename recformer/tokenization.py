@@ -1,0 +1,702 @@
+"""Items become sentences, sentences become token ids (paper section 2.1, figure 2).
+
+An item is a dict of attributes in the order of its keys, `{"title": …, "brand": …, "category": …}`.
+Its sentence is name, value, name, value, …, every name and every value tokenised by itself, without
+a leading space and without special tokens. A user's items, newest first, behind one `<s>` are the
+input of the model.
+
+The work is done by a fast (Rust) tokenizer held inside; nothing of it or of the configuration is
+changed from here. `RecformerTokenizer.encode_items` is the quick way through for a catalogue, the
+other methods have the published signatures.
+
+`python -m recformer.tokenization --meta_file meta_data.json --vocab_size 4096 --output_dir DIR`
+trains a small byte-level BPE on a catalogue.
+
+Shapes: N items, T tokens of all of them laid end to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain, pairwise
+from numbers import Number
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
+
+from recformer.config import RecformerConfig
+from recformer.files import (
+    UserError,
+    atomic_write,
+    exit_with_message,
+    read_json,
+    sha256_of,
+    write_json,
+)
+
+# Token types: `<s>`, attribute name, attribute value, padding.
+CLS_TYPE, NAME_TYPE, VALUE_TYPE, PAD_TYPE = range(4)
+
+# RoBERTa's special tokens. A tokenizer trained here gives them the ids 0 to 4; RoBERTa's own
+# `<mask>` is the last of its vocabulary.
+BYTE_LEVEL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+# The class that transformers 4 and 5 both read as "all is in tokenizer.json".
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+
+# Enters the fingerprint: raise it when the sentence of an item changes its meaning.
+SENTENCE_FORM = "item sentence 1"
+
+Item = Mapping[str, Any]
+Encoding = dict[str, list[int]]
+
+
+def item_texts(
+    items: Iterable[Item], max_attr_num: int | None = None, first_index: int = 0
+) -> tuple[list[str], list[int]]:
+    """The texts that the sentences of `items` are made of.
+
+    A value of None (or NaN) is an absent attribute, as if the key were not there. Lists are joined
+    by one space, nested ones too; numbers become their text. The empty string stays: its attribute
+    is its name alone, as published.
+
+    Args:
+        items: N dicts, attributes in order.
+        max_attr_num: attributes kept of every item; None keeps all.
+        first_index: number of the first item, for error messages.
+
+    Returns:
+        name, value, name, value, … of all items one after the other, and the number of attributes
+        of each item (N).
+
+    Raises:
+        ValueError: an item is not a dict, or a name or a value cannot be made text of.
+    """
+    texts: list[str] = []
+    counts: list[int] = []
+    for index, item in enumerate(items, first_index):
+        if not isinstance(item, Mapping):
+            raise UserError(
+                f"item {index} is {_show(item)}, expected a dict of attributes such as "
+                '{"title": "…", "brand": "…"}'
+            )
+        count = 0
+        for name, value in item.items():
+            if count == max_attr_num:
+                break
+            if type(name) is not str:
+                raise UserError(f"item {index}: attribute name {_show(name)} is not a string")
+            if type(value) is not str:
+                value = _value_text(value, name, index)
+                if value is None:
+                    continue
+            texts.append(name)
+            texts.append(value)
+            count += 1
+        counts.append(count)
+    return texts, counts
+
+
+def _value_text(value: Any, name: str, index: int) -> str | None:
+    """The text of an attribute's value, None where it is absent."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Number):
+        # NaN is what data frames make of a missing value.
+        return str(value) if value == value else None
+    if isinstance(value, (list, tuple)):
+        parts = (_value_text(part, name, index) for part in value)
+        return " ".join(part for part in parts if part is not None)
+    raise UserError(
+        f"item {index}: the value of {name!r} is {_show(value)}, expected a string, a number, "
+        "a list of them, or None"
+    )
+
+
+def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> npt.NDArray[np.int64]:
+    """Indices of many runs, one run after the other: `starts[i], …, starts[i] + lengths[i] - 1`.
+
+    Args:
+        starts, lengths: (S,) integers; a run may be empty.
+
+    Returns:
+        (lengths.sum(),) int64.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total, dtype=np.int64)
+
+
+class RecformerTokenizer:
+    """Items and item sequences to token ids, as published, on a fast tokenizer.
+
+    Args:
+        tokenizer: a fast tokenizer with a `<s>` (or `[CLS]`, which plays it) and a padding token. A
+            private copy of its backend is used, with padding and truncation off.
+        config: max_attr_num, max_attr_length, max_item_embeddings and max_token_num are read from
+            it at every call, so two tokenizers with two configurations do not disturb each other.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one or lacks a special token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, config: RecformerConfig) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{type(tokenizer).__name__} is not a fast (Rust) tokenizer; "
+                "a folder with a tokenizer.json has one"
+            )
+        self.config = config
+        self.special_tokens: dict[str, str] = {
+            role: str(token)
+            for role, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, (str, AddedToken))
+        }
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        # published: `<mask>` or `</s>` written in a title becomes that special token, and released
+        # checkpoints have seen it so. The BERT family and tokenizers trained here have no such
+        # past: to them it is text like any other.
+        self.split_special_tokens = (
+            bool(tokenizer.split_special_tokens) or "bos_token" not in self.special_tokens
+        )
+        self._backend.encode_special_tokens = self.split_special_tokens
+
+        # The largest id and not the number of entries: a vocabulary may have holes.
+        self._num_ids = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_token_id = self._role_id("bos_token", "cls_token")
+        self.pad_token_id = self._role_id("pad_token")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        config: RecformerConfig | None = None,
+        **kwargs: Any,
+    ) -> RecformerTokenizer:
+        """Load from a folder or a hub id.
+
+        A folder may hold a `tokenizer.json` (any BERT, RoBERTa or Longformer family, and what
+        `save_pretrained` writes), `vocab.json` and `merges.txt` alone (RoBERTa, Longformer), or
+        `vocab.txt` alone (BERT).
+
+        Args:
+            config: None reads the `config.json` in the same place.
+            kwargs: passed on to transformers: `revision`, `token`, …, and
+                `split_special_tokens=True`, which takes a `<mask>` written in a title as text.
+
+        Raises:
+            FileNotFoundError: no such folder, or no tokenizer in it.
+            ValueError: it cannot be read, or `config` is None and the configuration there says
+                nothing about items.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        tokenizer = _load_fast_tokenizer(source, **kwargs)
+        return cls(tokenizer, _load_config(source, **kwargs) if config is None else config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write an ordinary tokenizer folder, which AutoTokenizer of transformers reads as well.
+
+        Files: tokenizer.json, tokenizer_config.json, special_tokens_map.json. The configuration is
+        the model's to save.
+        """
+        _save_tokenizer(
+            self._backend, self.special_tokens, self.split_special_tokens, save_directory
+        )
+
+    # The flag is not part of the backend's own pickle.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = self.split_special_tokens
+
+    def __len__(self) -> int:
+        return self._num_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that a word embedding needs: the largest token id + 1."""
+        return self._num_ids
+
+    @property
+    def eos_token_id(self) -> int:
+        return self._role_id("eos_token", "sep_token")
+
+    @property
+    def mask_token_id(self) -> int:
+        return self._role_id("mask_token")
+
+    def _role_id(self, *roles: str) -> int:
+        for role in roles:
+            token = self.special_tokens.get(role)
+            token_id = None if token is None else self._backend.token_to_id(token)
+            if token_id is not None:
+                return token_id
+        raise UserError(
+            f"the tokenizer has no {' or '.join(roles)}; it has {self.special_tokens}. "
+            "Use one of the BERT, RoBERTa or Longformer family"
+        )
+
+    @cached_property
+    def _content_digest(self) -> str:
+        """SHA-256 of what decides which ids a text becomes."""
+        content = json.loads(self._backend.to_str())
+        keys = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+        return sha256_of(json.dumps({key: content[key] for key in keys}, sort_keys=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that the ids of an item depend on, other than its texts."""
+        form = (self.split_special_tokens, self.config.max_attr_num, self.config.max_attr_length)
+        return sha256_of(SENTENCE_FORM, self._content_digest, *map(str, form))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids`, special tokens written out."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=False)
+
+    def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str | None]:
+        """The token of every id, None where there is none."""
+        return [self._backend.id_to_token(token_id) for token_id in token_ids]
+
+    def encode_items(
+        self, items: Sequence[Item]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Token ids of many items at once.
+
+        Every different text is tokenised once. An item without attributes has no tokens.
+
+        Args:
+            items: N dicts, attributes in order.
+
+        Returns:
+            input_ids (T,) int32, token_type_ids (T,) uint8 (1 name, 2 value) and offsets (N + 1,)
+            int64: item i has the tokens `offsets[i]:offsets[i + 1]`.
+
+        Raises:
+            ValueError: see `item_texts`.
+        """
+        texts, counts = item_texts(items, self.config.max_attr_num)
+        index: dict[str, int] = {}
+        text_ids = np.fromiter(
+            (index.setdefault(text, len(index)) for text in texts), np.int64, len(texts)
+        )
+        flat, lengths = self._tokenize(list(index))
+        starts = np.cumsum(lengths) - lengths
+
+        # Name and value of an attribute are cut together: the value has what the name leaves.
+        longest = self.config.max_attr_length
+        kept = np.minimum(lengths[text_ids].reshape(-1, 2).cumsum(axis=1), longest)
+        attribute_ends = np.concatenate(([0], kept[:, 1].cumsum()))
+        kept[:, 1] -= kept[:, 0]
+
+        input_ids = flat[ragged_indices(starts[text_ids], kept.ravel())]
+        types = np.tile(np.array([NAME_TYPE, VALUE_TYPE], dtype=np.uint8), len(kept))
+        token_type_ids = np.repeat(types, kept.ravel())
+        offsets = attribute_ends[np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))]
+        return input_ids, token_type_ids, offsets
+
+    def _tokenize(self, texts: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Ids of `texts` end to end, (T,) int32, and the number of tokens of each, int64."""
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            # Half a surrogate pair, as a broken JSON escape leaves it, is no Unicode for Rust.
+            whole = [
+                text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts
+            ]
+            encodings = self._backend.encode_batch_fast(whole, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+    def encode_item(self, item: Item) -> tuple[list[int], list[int]]:
+        """input_ids and token_type_ids (1 name, 2 value) of one item."""
+        input_ids, token_type_ids, _ = self.encode_items([item])
+        return input_ids.tolist(), token_type_ids.tolist()
+
+    def encode(self, items: Sequence[Any], encode_item: bool = True) -> Encoding:
+        """Encode one sequence of items, oldest first.
+
+        The output has the newest item first, at most `max_item_embeddings - 1` items and at most
+        `max_token_num` tokens.
+
+        Args:
+            items: dicts; with `encode_item=False` `[input_ids, token_type_ids]` pairs.
+
+        Returns:
+            Lists of one length: input_ids; item_position_ids (0 for `<s>`, k for the k-th newest
+            item); token_type_ids (0 `<s>`, 1 name, 2 value); attention_mask (all 1);
+            global_attention_mask (1 at `<s>`).
+
+        Raises:
+            ValueError: not a list, an empty one, or items of the wrong kind.
+        """
+        _check_sequence(items)
+        # Nothing older than what is kept is looked at.
+        recent = items[max(0, len(items) - (self.config.max_item_embeddings - 1)) :]
+        pairs = self._encode_each(recent) if encode_item else recent
+
+        input_ids, item_position_ids, token_type_ids = [self.bos_token_id], [0], [CLS_TYPE]
+        for position, pair in enumerate(reversed(pairs), 1):
+            ids, types = _check_pair(pair)
+            input_ids.extend(ids)
+            token_type_ids.extend(types)
+            item_position_ids.extend([position] * len(ids))
+
+        length = min(len(input_ids), self.config.max_token_num)
+        return {
+            "input_ids": input_ids[:length],
+            "item_position_ids": item_position_ids[:length],
+            "token_type_ids": token_type_ids[:length],
+            "attention_mask": [1] * length,
+            "global_attention_mask": [1] + [0] * (length - 1),
+        }
+
+    def _encode_each(self, items: Sequence[Item]) -> list[tuple[list[int], list[int]]]:
+        input_ids, token_type_ids, offsets = self.encode_items(items)
+        borders = offsets.tolist()
+        return [
+            (input_ids[start:end].tolist(), token_type_ids[start:end].tolist())
+            for start, end in pairwise(borders)
+        ]
+
+    def batch_encode(
+        self,
+        item_batch: Sequence[Sequence[Any]],
+        encode_item: bool = True,
+        pad_to_max: bool = False,
+    ) -> dict[str, list[list[int]]]:
+        """Encode and pad a batch of sequences: `encode` of each, then `padding`."""
+        _check_batch(item_batch)
+        return self.padding([self.encode(items, encode_item) for items in item_batch], pad_to_max)
+
+    def padding(
+        self, item_batch: Sequence[Encoding], pad_to_max: bool = False
+    ) -> dict[str, list[list[int]]]:
+        """Pad encoded sequences on the right; the encodings given stay as they are.
+
+        Args:
+            item_batch: outputs of `encode`.
+            pad_to_max: to `max_token_num` instead of the longest of the batch.
+
+        Returns:
+            For every key a list of lists of one length. Padding has the padding id, token type 3,
+            item position `max_item_embeddings - 1` and 0 in both masks.
+
+        Raises:
+            ValueError: an empty batch, or a sequence longer than `max_token_num`.
+        """
+        if not item_batch:
+            raise UserError("an empty batch cannot be padded")
+        length = max(len(encoding["input_ids"]) for encoding in item_batch)
+        if pad_to_max:
+            if length > self.config.max_token_num:
+                raise UserError(
+                    f"a sequence has {length} tokens, max_token_num is {self.config.max_token_num}"
+                )
+            length = self.config.max_token_num
+        fill = {
+            "input_ids": self.pad_token_id,
+            # published: padding shares the position of the oldest item that can be told apart.
+            "item_position_ids": self.config.max_item_embeddings - 1,
+            "token_type_ids": PAD_TYPE,
+            "attention_mask": 0,
+            "global_attention_mask": 0,
+        }
+        return {
+            key: [
+                encoding[key] + [value] * (length - len(encoding[key])) for encoding in item_batch
+            ]
+            for key, value in fill.items()
+        }
+
+    def __call__(
+        self,
+        items: Item | Sequence[Item] | Sequence[Sequence[Item]],
+        pad_to_max: bool = False,
+        return_tensor: bool = False,
+    ) -> dict[str, Any]:
+        """Encode an item, one sequence of items (oldest first) or a batch of sequences.
+
+        Args:
+            pad_to_max: pad to `max_token_num` tokens. Otherwise a batch is padded to its longest
+                sequence and one sequence not at all.
+            return_tensor: int64 tensors, (L,) or (B, L), instead of lists.
+
+        Returns:
+            input_ids, item_position_ids, token_type_ids, attention_mask, global_attention_mask.
+
+        Raises:
+            ValueError: anything but dicts in lists, or an empty list.
+        """
+        if isinstance(items, Mapping):
+            items = [items]
+        _check_sequence(items)
+        inputs: Mapping[str, Any]
+        if isinstance(items[0], (list, tuple)):
+            inputs = self.batch_encode(cast(Sequence[Sequence[Item]], items), pad_to_max=pad_to_max)
+        else:
+            encoding = self.encode(items)
+            inputs = encoding
+            # published: pad_to_max was ignored for one sequence.
+            if pad_to_max:
+                inputs = {key: rows[0] for key, rows in self.padding([encoding], True).items()}
+        if return_tensor:
+            return {key: torch.tensor(value, dtype=torch.long) for key, value in inputs.items()}
+        return dict(inputs)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '…'} ({type(value).__name__})"
+
+
+def _check_sequence(items: Any) -> None:
+    if not isinstance(items, (list, tuple)):
+        raise UserError(f"got {_show(items)}, expected a list of items (dicts), oldest first")
+    if not items:
+        raise UserError("got an empty sequence, expected at least one item")
+
+
+def _check_batch(item_batch: Any) -> None:
+    _check_sequence(item_batch)
+    for row, items in enumerate(item_batch):
+        if not isinstance(items, (list, tuple)) or not items:
+            raise UserError(
+                f"sequence {row} of the batch is {_show(items)}, expected a list of items with at "
+                "least one of them"
+            )
+
+
+def _check_pair(pair: Any) -> tuple[Sequence[int], Sequence[int]]:
+    if isinstance(pair, (list, tuple)) and len(pair) == 2 and len(pair[0]) == len(pair[1]):
+        return pair[0], pair[1]
+    raise UserError(
+        f"got {_show(pair)}, expected a pair [input_ids, token_type_ids] of one length "
+        "(encode_item=False takes items that are encoded already)"
+    )
+
+
+def _load_fast_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder or hub id, by what the folder holds."""
+    folder = Path(source)
+    load: Any = AutoTokenizer.from_pretrained
+    if folder.is_dir():
+        held = {path.name for path in folder.iterdir()}
+        # AutoTokenizer cannot tell what bare vocabulary files belong to.
+        if not held & {"tokenizer.json", "tokenizer_config.json"}:
+            if {"vocab.json", "merges.txt"} <= held:
+                load = _load_bare_roberta
+            elif "vocab.txt" in held:
+                load = BertTokenizerFast.from_pretrained
+            else:
+                raise FileNotFoundError(
+                    f"{source} has no tokenizer: expected tokenizer.json, or vocab.json and "
+                    "merges.txt (RoBERTa, Longformer), or vocab.txt (BERT)"
+                )
+        elif _is_plain(folder):
+            # Straight to it: AutoTokenizer would look at config.json first, and warn of its type.
+            load = PreTrainedTokenizerFast.from_pretrained
+    elif folder.is_file():
+        raise NotADirectoryError(f"{source} is a file, expected the folder of a tokenizer")
+    elif source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source!r} does not exist, expected the folder of a tokenizer")
+    try:
+        return load(source, **kwargs)
+    except Exception as error:  # a damaged file is a plain Exception when Rust reads it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"no tokenizer could be loaded from {source!r}, which must be a folder here or a model "
+            f"of the hub: {reason}"
+        ) from error
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether tokenizer.json says it all, as in the folders written here."""
+    described = folder / "tokenizer_config.json"
+    if not described.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    values = read_json(described)
+    return isinstance(values, dict) and values.get("tokenizer_class") == PLAIN_CLASS
+
+
+def _load_bare_roberta(
+    source: str, split_special_tokens: bool = False, **_: Any
+) -> PreTrainedTokenizerFast:
+    """RoBERTa's and Longformer's tokenizer from vocab.json and merges.txt.
+
+    Not through transformers, whose version 5 forgets that `<mask>` takes the space before it.
+    """
+    folder = Path(source)
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    missing = [token for token in BYTE_LEVEL_TOKENS if model.token_to_id(token) is None]
+    if missing:
+        raise UserError(f"vocab.json has no {', '.join(missing)}: not a RoBERTa or Longformer")
+    backend = _byte_level(model)
+    *others, mask = BYTE_LEVEL_TOKENS
+    backend.add_special_tokens(others)
+    backend.add_special_tokens([AddedToken(mask, lstrip=True, normalized=False)])
+    return _with_roles(backend, split_special_tokens)
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    """A byte-level tokenizer that puts no space before a text."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _with_roles(backend: Tokenizer, split_special_tokens: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that has RoBERTa's special tokens, framed and named as RoBERTa's."""
+    bos, pad, eos, unk, mask = BYTE_LEVEL_TOKENS
+    vocab = backend.get_vocab()
+    backend.post_processor = processors.RobertaProcessing(
+        (eos, vocab[eos]), (bos, vocab[bos]), add_prefix_space=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        sep_token=eos,
+        pad_token=pad,
+        cls_token=bos,
+        mask_token=mask,
+        split_special_tokens=split_special_tokens,
+    )
+
+
+def _load_config(source: str, **kwargs: Any) -> RecformerConfig:
+    try:
+        values, _ = RecformerConfig.get_config_dict(source, **kwargs)
+    except OSError as error:
+        raise UserError(
+            f"{source} has no config.json that says how long an item may be; pass config="
+        ) from error
+    if "max_attr_num" not in values:
+        raise UserError(
+            f"the config.json in {source} is of a {values.get('model_type')!r} model and has no "
+            "max_attr_num, max_attr_length, …; pass config=RecformerConfig(…)"
+        )
+    return RecformerConfig.from_dict(values)
+
+
+def _save_tokenizer(
+    backend: Tokenizer,
+    special_tokens: Mapping[str, str],
+    split_special_tokens: bool,
+    folder: str | os.PathLike,
+) -> None:
+    """Write the tokenizer folder, in the form that both transformers 4 and 5 read."""
+    folder = Path(folder)
+    with atomic_write(folder / "tokenizer.json") as handle:
+        handle.write(backend.to_str(pretty=True))
+    # Written here and not by transformers: what 5 writes (class names, types), 4 cannot read.
+    write_json(folder / "special_tokens_map.json", dict(special_tokens), indent=2)
+    described = {
+        **special_tokens,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": split_special_tokens,
+        "tokenizer_class": PLAIN_CLASS,
+    }
+    write_json(folder / "tokenizer_config.json", described, indent=2)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, output_dir: str | os.PathLike | None = None
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE, the kind that RoBERTa and Longformer have.
+
+    Any text can be encoded with it. The same texts give the same tokenizer; their order does not
+    matter.
+
+    Args:
+        texts: attribute names and values of a catalogue, as they will be tokenised.
+        vocab_size: most entries of the vocabulary, special tokens and the 256 bytes included.
+            There are fewer when no pair of tokens is left that occurs twice.
+        output_dir: where to write the tokenizer folder; None does not write.
+
+    Returns:
+        The tokenizer, with `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4.
+
+    Raises:
+        ValueError: no text, or a vocabulary too small for the bytes.
+    """
+    smallest = len(BYTE_LEVEL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise UserError(
+            f"vocab_size is {vocab_size}, expected at least {smallest}: 256 bytes and "
+            f"{len(BYTE_LEVEL_TOKENS)} special tokens"
+        )
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            seen += bool(text)
+            yield text
+
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(BYTE_LEVEL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    backend.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise UserError("no text to train a tokenizer on")
+    tokenizer = _with_roles(backend, split_special_tokens=True)
+    if output_dir is not None:
+        _save_tokenizer(backend, tokenizer.special_tokens_map, True, output_dir)
+    return tokenizer
+
+
+def _catalogue_texts(meta_files: Sequence[str]) -> Iterator[str]:
+    """Attribute names and values of all items in `meta_data.json` files."""
+    for path in meta_files:
+        items = read_json(path)
+        if not isinstance(items, dict):
+            raise UserError(f"{path} holds {_show(items)}, expected {{asin: {{attribute: text}}}}")
+        yield from item_texts(items.values())[0]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a tokenizer on catalogues: the command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recformer.tokenization",
+        description="Train a small byte-level BPE tokenizer on item texts.",
+    )
+    parser.add_argument(
+        "--meta_file",
+        nargs="+",
+        required=True,
+        help="meta_data.json files: {asin: {attribute: text}}",
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, default=4096, help="most tokens, special ones included"
+    )
+    parser.add_argument("--output_dir", required=True, help="folder to write the tokenizer to")
+    args = parser.parse_args(argv)
+    tokenizer = train_tokenizer(_catalogue_texts(args.meta_file), args.vocab_size, args.output_dir)
+    size = len(tokenizer)
+    fewer = "" if size == args.vocab_size else f" (of {args.vocab_size}: no pair is left)"
+    print(f"wrote a byte-level BPE tokenizer of {size} tokens{fewer} to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
