@@ -380,7 +380,7 @@ def _read_items(path: Path, asins: Sequence[str]) -> list[dict[str, str]]:
         for name, value in attributes.items():
             if isinstance(value, str):
                 item[name] = value
-            elif isinstance(value, int | float):
+            elif isinstance(value, int | float) and not isinstance(value, bool):
                 item[name] = str(value)
             elif value is not None:
                 shown = json.dumps(value)[:60]
