@@ -32,7 +32,7 @@ FACADE = "recformer"
 # What `import recformer` and its model, tokenizer and config must not load.
 HEAVY = ("lightning", "pytorch_lightning", "deepspeed", "polars", "msgspec")
 # What training must not load: only data preparation reads raw files.
-PREPARATION_ONLY = ("polars", "msgspec", "isal")
+PREPARATION_ONLY = ("polars", "msgspec")
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
