@@ -335,7 +335,7 @@ def _read_rows(
 def _parse(line: bytes) -> dict[str, Any]:
     """A line by Python's parser, which takes NaN, lone surrogates and raw control characters."""
     try:
-        row = json.loads(line.decode("utf-8"), strict=False)
+        row = json.loads(line.decode("utf-8-sig"), strict=False)
     except UnicodeDecodeError:
         raise BadLineError("not UTF-8") from None
     except (ValueError, RecursionError):
