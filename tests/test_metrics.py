@@ -1,0 +1,548 @@
+"""Ranks and figures: by hand as fractions, and unmoved by batches, chunks, orders and processes."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recformer import metrics
+from recformer.metrics import (
+    TIE_TOLERANCE,
+    Evaluator,
+    TargetRanks,
+    count_ranks,
+    per_user_metrics,
+    rank_by_vectors,
+)
+
+
+def ranks_of(above, tied=0, num_candidates=100) -> TargetRanks:
+    above = np.atleast_1d(above)
+    ones = np.ones(len(above), dtype=np.int64)
+    return TargetRanks(above, tied * ones, num_candidates * ones)
+
+
+def as_lists(ranks: TargetRanks) -> list[list[int]]:
+    return [ranks.above.tolist(), ranks.tied.tolist(), ranks.num_candidates.tolist()]
+
+
+# Figures
+
+
+@pytest.mark.parametrize("ties", ["expected", "pessimistic", "optimistic"])
+def test_figures_without_ties(ties):
+    figures = per_user_metrics(ranks_of([0, 2, 9, 10]), ks=(1, 10), ties=ties)
+    expected = {
+        "NDCG@1": [1, 0, 0, 0],
+        "Recall@1": [1, 0, 0, 0],
+        "MRR@1": [1, 0, 0, 0],
+        "NDCG@10": [1, 1 / 2, 1 / math.log2(11), 0],
+        "Recall@10": [1, 1, 1, 0],
+        "MRR@10": [1, 1 / 3, 1 / 10, 0],
+        "MRR": [1, 1 / 3, 1 / 10, 1 / 11],
+        "AUC": [1, 98 / 100, 91 / 100, 90 / 100],
+    }
+    assert {name: values.tolist() for name, values in figures.items()} == expected
+
+
+def test_expected_figures_of_a_tie_across_the_cut():
+    # 8 above and 3 tied: positions 9, 10, 11, 12, equally likely
+    figures = per_user_metrics(ranks_of(8, tied=3), ks=(10,))
+    assert figures["Recall@10"][0] == 2 / 4
+    ndcg = (1 / math.log2(10) + 1 / math.log2(11)) / 4
+    assert figures["NDCG@10"][0] == pytest.approx(ndcg, abs=1e-15)
+    assert figures["MRR@10"][0] == pytest.approx(float(Fraction(1, 9) + Fraction(1, 10)) / 4)
+    mrr = sum(Fraction(1, r) for r in (9, 10, 11, 12)) / 4
+    assert figures["MRR"][0] == pytest.approx(float(mrr), abs=1e-15)
+    assert figures["AUC"][0] == 1 - 9.5 / 100
+
+
+def test_pessimistic_and_optimistic_take_the_ends_of_a_tie():
+    tie = ranks_of(8, tied=3)
+    worst = per_user_metrics(tie, ks=(10,), ties="pessimistic")
+    best = per_user_metrics(tie, ks=(10,), ties="optimistic")
+    assert (worst["Recall@10"][0], best["Recall@10"][0]) == (0, 1)
+    assert (worst["NDCG@10"][0], best["NDCG@10"][0]) == (0, 1 / math.log2(10))
+    assert (worst["MRR"][0], best["MRR"][0]) == (1 / 12, 1 / 9)
+    assert (worst["AUC"][0], best["AUC"][0]) == (1 - 11 / 100, 1 - 8 / 100)
+
+
+def test_expected_is_the_mean_over_all_orders_of_tied_items():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores = rng.integers(0, 3, size=5)
+        target = int(rng.integers(5))
+        figures = per_user_metrics(count_ranks(scores[None], [target]), ks=(2,))
+        totals = dict.fromkeys(("NDCG@2", "Recall@2", "MRR@2", "MRR", "AUC"), 0.0)
+        orders = list(permutations(range(5)))
+        for order in orders:  # a stable sort of a shuffled list breaks ties as the shuffle says
+            ranked = sorted(order, key=lambda i: -scores[i])
+            r = ranked.index(target) + 1
+            totals["NDCG@2"] += (r <= 2) / math.log2(r + 1)
+            totals["Recall@2"] += r <= 2
+            totals["MRR@2"] += (r <= 2) / r
+            totals["MRR"] += 1 / r
+            totals["AUC"] += 1 - (r - 1) / 5
+        for name, total in totals.items():
+            assert figures[name][0] == pytest.approx(total / len(orders), abs=1e-14), name
+
+
+def test_expected_figures_of_a_huge_tie():
+    size = 1_500_000  # all items alike
+    figures = per_user_metrics(ranks_of(0, tied=size - 1, num_candidates=size), ks=(10,))
+    assert figures["Recall@10"][0] == 10 / size
+    dcg = math.fsum(1 / math.log2(r + 1) for r in range(1, 11))
+    assert figures["NDCG@10"][0] == pytest.approx(dcg / size, rel=1e-14)
+    harmonic = math.fsum(1 / r for r in range(1, size + 1))
+    assert figures["MRR"][0] == pytest.approx(harmonic / size, rel=1e-12)
+    assert figures["AUC"][0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_model_that_sees_no_difference_is_no_winner():
+    ranks = count_ranks(torch.zeros(3, 1000), [0, 5, 999])
+    evaluator = Evaluator(ks=(10,))
+    evaluator.update([0, 1, 2], [0, 5, 999], ranks)
+    assert evaluator.compute()["Recall@10"] == pytest.approx(10 / 1000, abs=1e-15)
+    assert evaluator.compute()["tie_rate"] == 1
+
+
+# Ranks from scores
+
+
+def test_ranks_of_scores_by_hand():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.5], [4.0, 3.0, 2.0, 1.0]])
+    assert as_lists(count_ranks(scores, [2, 0])) == [[1, 0], [1, 0], [4, 4]]
+    # user 0 has seen item 1 twice and the target; user 1 has seen items 1 and 2
+    seen = ([0, 0, 0, 1, 1], [1, 1, 2, 1, 2])
+    assert as_lists(count_ranks(scores, [2, 3], seen)) == [[0, 1], [1, 0], [3, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float16, torch.float64])
+def test_scores_of_any_dtype(dtype):
+    scores = torch.tensor([[3, 1, 2, 2]], dtype=dtype)
+    assert as_lists(count_ranks(scores, torch.tensor([3]))) == [[1], [1], [4]]
+    if dtype == torch.float64:
+        assert as_lists(count_ranks(scores.numpy(), np.array([3]))) == [[1], [1], [4]]
+        close = torch.tensor([[1.0, 1.0 + 1e-15]], dtype=dtype)  # compared as they are
+        assert as_lists(count_ranks(close, [0])) == [[1], [0], [2]]
+
+
+def test_a_row_of_scores_may_hold_infinities():
+    scores = torch.tensor([[-torch.inf, 1.0, torch.inf, -torch.inf]])
+    assert as_lists(count_ranks(scores, [1])) == [[1], [0], [4]]
+    assert as_lists(count_ranks(scores, [0])) == [[2], [1], [4]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "targets", "seen", "message"),
+    [
+        ([[0.0, 1.0], [math.nan, 1.0]], [0, 1], None, "row 1 hold NaN"),
+        ([0.0, 1.0], [0], None, r"shape \(2,\)"),
+        ([[0.0, 1.0]], [2], None, "targets reach from 2 to 2.*0 to 1"),
+        ([[0.0, 1.0]], [-1], None, "targets reach from -1"),
+        ([[0.0, 1.0]], [0, 1], None, "length 2, expected 1"),
+        ([[0.0, 1.0]], [0.0], None, "float64.*integers"),
+        ([[0.0, 1.0]], [0], ([1], [0]), "rows of seen reach from 1"),
+        ([[0.0, 1.0]], [0], ([0], [2]), "cols of seen reach from 2"),
+        ([[0.0, 1.0]], [0], ([0, 0], [1]), "cols of seen have length 1, expected 2"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_are_refused(scores, targets, seen, message):
+    with pytest.raises(ValueError, match=message):
+        count_ranks(torch.tensor(scores), targets, seen)
+
+
+# Ranks from vectors
+
+
+def exact_ranks(users, items, targets, cosine=True) -> tuple[list[int], list[int]]:
+    """The definition in `rank_by_vectors`, in float64, one pair at a time."""
+    users, items = users.double(), items.double()
+    norms = items.norm(dim=1)
+    above, tied = [], []
+    for user, target in zip(users, targets, strict=True):
+        scores = torch.tensor([math.fsum((user * item).tolist()) for item in items])
+        if cosine:
+            scores = scores / norms
+        apart = (scores - scores[target]) / user.norm()
+        tolerance = TIE_TOLERANCE * (1 if cosine else norms[target])
+        above.append(int((apart > tolerance).sum()))
+        tied.append(int((apart.abs() <= tolerance).sum()) - 1)
+    return above, tied
+
+
+def catalogue(
+    num_users=64, num_items=300, hidden=96, seed=0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Users, items and targets with copies, near copies and encoder-like crowding."""
+    generator = torch.Generator().manual_seed(seed)
+    items = torch.randn(num_items, hidden, generator=generator) + 3  # crowded: cosines near 0.9
+    items[100:140] = items[7]  # copies
+    items[140:150] = items[7] * 2  # copies of another length
+    items[150:170] = items[20:40] * (1 + 2.0**-24)  # rounded away or one bit off
+    items[170:180] = items[30:40] + 1e-5  # near, but another item
+    users = torch.randn(num_users, hidden, generator=generator) + 3
+    targets = torch.randint(0, num_items, (num_users,), generator=generator)
+    targets[:8] = torch.tensor([7, 100, 139, 145, 30, 160, 170, 0])
+    return users, items, targets
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_vector_ranks_follow_their_definition(cosine):
+    users, items, targets = catalogue(num_users=24)
+    ranks = rank_by_vectors(users, items, targets, cosine=cosine)
+    assert (ranks.above.tolist(), ranks.tied.tolist()) == exact_ranks(users, items, targets, cosine)
+    copies = 50 if cosine else 40  # items of twice the length differ in their dot product only
+    assert ranks.tied[:3].tolist() == [copies] * 3
+    assert ranks.num_candidates.tolist() == [300] * 24
+
+
+def test_dot_products_of_long_items_are_ranked_exactly():
+    # every product is small beside the lengths, so float32 rounding is as large as the scores
+    generator = torch.Generator().manual_seed(0)
+    users = torch.randn(4, 96, generator=generator)
+    items = torch.randn(200, 96, generator=generator)
+    items -= (items @ users.T) @ torch.linalg.pinv(users.T)  # at right angles to all users
+    items[10:] *= 1e5
+    items[10:] += 1e-3 * torch.randn(190, 96, generator=generator)
+    targets = torch.arange(4)
+    ranks = rank_by_vectors(users, items, targets, cosine=False)
+    expected = exact_ranks(users, items, targets, cosine=False)
+    assert (ranks.above.tolist(), ranks.tied.tolist()) == expected
+
+
+def test_vector_ranks_by_hand():
+    items = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0], [3.0, 3.0], [-1.0, 0.0], [0.0, 0.0]])
+    users = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    ranks = rank_by_vectors(users, items, [1, 0, 3])
+    # cosines of user 0: 1, .7, 0, .7, -1, 0; of user 1: 0, .7, 1, .7, 0, 0; user 2 has no direction
+    assert as_lists(ranks) == [[1, 3, 0], [1, 2, 5], [6, 6, 6]]
+    ranks = rank_by_vectors(users, items, [1, 0, 3], cosine=False)
+    # products of user 0: 2, 1, 0, 3, -1, 0; of user 1 (length 1): 0, 1, 5, 3, 0, 0
+    assert as_lists(ranks) == [[2, 3, 0], [0, 2, 5], [6, 6, 6]]
+    seen = ([0, 0, 1, 1, 2], [0, 1, 2, 2, 5])
+    ranks = rank_by_vectors(users, items, [1, 0, 3], seen)
+    assert as_lists(ranks) == [[0, 2, 0], [1, 2, 4], [5, 5, 5]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 17, 32, 63, 64])
+def test_batch_size_does_not_move_a_rank(batch_size):
+    users, items, targets = catalogue(hidden=768)
+    expected = as_lists(rank_by_vectors(users, items, targets))
+    got: list[list[int]] = [[], [], []]
+    for start in range(0, 64, batch_size):
+        part = slice(start, start + batch_size)
+        for column, values in zip(
+            got, as_lists(rank_by_vectors(users[part], items, targets[part])), strict=True
+        ):
+            column.extend(values)
+    assert got == expected
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, 101, 299, 300, 5000])
+def test_chunk_size_does_not_move_a_rank(chunk_size):
+    users, items, targets = catalogue(hidden=768)
+    expected = as_lists(rank_by_vectors(users, items, targets))
+    assert as_lists(rank_by_vectors(users, items, targets, None, chunk_size)) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_order_of_users_and_items_does_not_move_a_rank(seed):
+    users, items, targets = catalogue(hidden=768)
+    expected = rank_by_vectors(users, items, targets)
+    generator = torch.Generator().manual_seed(seed)
+    order, rows = torch.randperm(300, generator=generator), torch.randperm(64, generator=generator)
+    place = torch.empty(300, dtype=torch.int64)
+    place[order] = torch.arange(300)  # item i now stands at place[i]
+    ranks = rank_by_vectors(users[rows], items[order], place[targets[rows]], None, 37)
+    assert ranks.above.tolist() == expected.above[rows].tolist()
+    assert ranks.tied.tolist() == expected.tied[rows].tolist()
+
+
+@pytest.mark.parametrize("share", [-1.0, 2.0])  # a float64 product for all rows, for none
+@pytest.mark.parametrize("spread", [0.0, 1e-8, 1e-6, 1e-4])
+def test_a_collapsed_encoder_is_ranked_exactly(monkeypatch, share, spread):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(64, generator=generator)
+    items = base + spread * torch.randn(200, 64, generator=generator)
+    users = base + spread * torch.randn(6, 64, generator=generator)
+    targets = torch.arange(6)
+    monkeypatch.setattr(metrics, "DENSE_SHARE", share)
+    monkeypatch.setattr(metrics, "PAIR_ELEMENTS", 64 * 7)  # several rounds of single pairs
+    ranks = rank_by_vectors(users, items, targets)
+    assert (ranks.above.tolist(), ranks.tied.tolist()) == exact_ranks(users, items, targets)
+    if spread == 0:
+        assert as_lists(ranks) == [[0] * 6, [199] * 6, [200] * 6]
+
+
+def test_users_in_several_blocks(monkeypatch):
+    users, items, targets = catalogue()
+    seen = (np.repeat(np.arange(64), 20), np.arange(64 * 20) % 300)
+    expected = as_lists(rank_by_vectors(users, items, targets, seen))
+    assert expected[2] != [300] * 64
+    monkeypatch.setattr(metrics, "USER_BLOCK", 13)
+    assert as_lists(rank_by_vectors(users, items, targets, seen, 50)) == expected
+
+
+def test_seen_items_leave_the_ranking_but_the_target_stays():
+    users, items, targets = catalogue(num_users=16)
+    rng = np.random.default_rng(0)
+    seen = (rng.integers(0, 16, 2000), rng.integers(0, 300, 2000))
+    ranks = rank_by_vectors(users, items, targets, seen, 70)
+    for user, target in enumerate(targets.tolist()):
+        gone = set(seen[1][seen[0] == user].tolist()) - {target}
+        stay = [item for item in range(300) if item not in gone]
+        above, tied = exact_ranks(users[user : user + 1], items[stay], [stay.index(target)])
+        assert [ranks.above[user], ranks.tied[user]] == above + tied
+        assert ranks.num_candidates[user] == len(stay) < 300
+    assert ranks.tied.max() > 0
+
+
+def test_item_tables_of_every_kind(tmp_path):
+    users, items, targets = catalogue()
+    expected = as_lists(rank_by_vectors(users, items, targets))
+    on_disk = np.memmap(tmp_path / "items", np.float32, "w+", shape=tuple(items.shape))
+    on_disk[:] = items.numpy()
+    on_disk.flush()
+    read_only = np.memmap(tmp_path / "items", np.float32, "r", shape=tuple(items.shape))
+    assert as_lists(rank_by_vectors(users, read_only, targets, None, 64)) == expected
+    assert as_lists(rank_by_vectors(users.double(), items.double(), targets)) == expected
+    assert as_lists(rank_by_vectors(users.numpy(), items.T.contiguous().T, targets)) == expected
+
+    half = items.bfloat16()
+    expected = as_lists(rank_by_vectors(users, half.float(), targets))
+    assert as_lists(rank_by_vectors(users, half, targets, None, 64)) == expected
+    half = items.half()
+    expected = as_lists(rank_by_vectors(users, half.float(), targets))
+    assert as_lists(rank_by_vectors(users, half.numpy(), targets, None, 64)) == expected
+
+
+def test_arguments_are_left_as_they_were():
+    users, items, targets = catalogue()
+    before = users.clone(), items.clone(), targets.clone()
+    rank_by_vectors(users, items, targets, ([0], [1]))
+    assert all(torch.equal(a, b) for a, b in zip(before, (users, items, targets), strict=True))
+
+
+def test_low_precision_settings_of_a_trainer_do_not_reach_the_ranks():
+    users, items, targets = catalogue(hidden=768)
+    expected = as_lists(rank_by_vectors(users, items, targets))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products on some CPUs, TF32 on GPUs
+    try:
+        product = users @ items.T
+        with torch.autocast("cpu", torch.bfloat16):
+            assert as_lists(rank_by_vectors(users, items, targets)) == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.equal(users @ items.T, product)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cosine", [True, False])
+def test_a_gpu_gives_the_same_ranks(cosine):
+    users, items, targets = catalogue(num_users=2000, num_items=5000, hidden=768)
+    expected = as_lists(rank_by_vectors(users, items, targets, None, None, cosine))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = rank_by_vectors(users.cuda(), items.cuda(), targets.cuda(), None, 700, cosine)
+        assert as_lists(got) == expected
+        got = rank_by_vectors(users.cuda(), items.numpy(), targets, None, 700, cosine)
+        assert as_lists(got) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements any operation has put out, views of its inputs aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_that_of_a_chunk(dtype):
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randn(20_000, 32, generator=generator).to(dtype)
+    users, targets = torch.randn(50, 32, generator=generator), torch.arange(50)
+    with LargestTensor() as seen:
+        rank_by_vectors(users, items, targets, None, 400)
+    assert seen.elements == 400 * 50  # table: 640,000; users x items: 1,000,000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda u, i, t: (u * math.nan, i, t), "user vector in row 0 holds NaN"),
+        (lambda u, i, t: (u, torch.cat([i[:-1], i[-1:] * math.inf]), t), "item vector in row 299"),
+        (lambda u, i, t: (u, i * 1e38, t), "row 0 holds NaN, infinity or a value beyond"),
+        (lambda u, i, t: (u[:, :5], i, t), r"\(64, 5\) and item vectors \(300, 96\)"),
+        (lambda u, i, t: (u, i, t[:5]), "targets have length 5, expected 64"),
+        (lambda u, i, t: (u, i, t + 300), "targets reach from .* 0 to 299"),
+        (lambda u, i, t: (u, i, t, None, 0), "chunk_size is 0"),
+    ],
+)
+def test_vectors_that_cannot_be_ranked_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        rank_by_vectors(*change(*catalogue()))
+
+
+# Evaluator
+
+
+def test_figures_are_sums_over_users_by_their_number():
+    evaluator = Evaluator(ks=(1, 10))
+    evaluator.update([4, 2, 9], [0, 1, 2], ranks_of([0, 1, 2]))
+    evaluator.update(torch.tensor([1]), np.array([5]), ranks_of([9], tied=1))  # a batch of one
+    figures = evaluator.compute()
+    assert figures["num_users"] == 4
+    assert figures["tie_rate"] == 1 / 4
+    assert figures["Recall@1"] == 1 / 4
+    assert figures["Recall@10"] == (3 + 1 / 2) / 4
+    ndcg = 1 + 1 / math.log2(3) + 1 / 2 + 1 / math.log2(11) / 2
+    assert figures["NDCG@10"] == pytest.approx(ndcg / 4, abs=1e-15)
+    mrr = 1 + Fraction(1, 2) + Fraction(1, 3) + (Fraction(1, 10) + Fraction(1, 11)) / 2
+    assert figures["MRR"] == pytest.approx(float(mrr) / 4, abs=1e-15)
+    assert figures["AUC"] == pytest.approx(1 - (0 + 1 + 2 + 9.5) / 4 / 100, abs=1e-15)
+    assert list(figures) == [
+        *("NDCG@1", "Recall@1", "MRR@1", "NDCG@10", "Recall@10", "MRR@10"),
+        *("MRR", "AUC", "tie_rate", "num_users"),
+    ]
+
+
+def many_users(count=1000, seed=0) -> tuple[np.ndarray, np.ndarray, TargetRanks]:
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(count * 3)[:count]
+    above, tied = rng.integers(0, 200, count), rng.integers(0, 3, count)
+    return ids, rng.integers(0, 300, count), TargetRanks(above, tied, np.full(count, 300))
+
+
+def part_of(users, rows) -> tuple[np.ndarray, np.ndarray, TargetRanks]:
+    ids, targets, ranks = users
+    return (
+        ids[rows],
+        targets[rows],
+        TargetRanks(ranks.above[rows], ranks.tied[rows], ranks.num_candidates[rows]),
+    )
+
+
+def test_batches_order_and_merging_change_nothing_to_the_last_bit():
+    users = many_users()
+    whole = Evaluator()
+    whole.update(*users)
+    expected = whole.compute()
+    order = np.random.default_rng(1).permutation(1000)
+    for size in (1, 7, 64, 999):
+        evaluator = Evaluator()
+        for start in range(0, 1000, size):
+            evaluator.update(*part_of(users, order[start : start + size]))
+        assert evaluator.compute() == expected
+        assert evaluator.compute() == expected  # computing takes nothing away
+
+    one, other = Evaluator(), Evaluator()
+    one.update(*part_of(users, order[:600]))
+    other.update(*part_of(users, order[500:]))  # a hundred users stand in both
+    one.merge(other.state())
+    assert one.compute() == expected
+    assert one.state()["user_id"].tolist() == sorted(users[0].tolist())
+
+
+def test_a_user_counts_once():
+    evaluator = Evaluator(ks=(1,))
+    evaluator.update([3, 3, 8], [5, 5, 6], ranks_of([0, 0, 1]))
+    evaluator.update([3], [5], ranks_of([7]))  # the row that came first stays
+    assert evaluator.compute()["Recall@1"] == 1 / 2
+    evaluator.update([8], [7], ranks_of([0]))
+    with pytest.raises(ValueError, match="user 8 has two targets, items 6 and 7"):
+        evaluator.compute()
+
+
+def test_per_user_ranks_as_parquet(tmp_path):
+    import pyarrow.parquet as pq
+
+    evaluator = Evaluator(ks=(10,), ties="pessimistic")
+    evaluator.update([9, 4], [1, 2], ranks_of([6, 3], tied=1))
+    path = tmp_path / "ranks.parquet"
+    evaluator.write_parquet(path)
+    table = pq.read_table(path)
+    assert table.to_pydict() == {
+        "user_id": [4, 9],
+        "target": [2, 1],
+        "above": [3, 6],
+        "tied": [1, 1],
+        "num_candidates": [100, 100],
+        "rank": [4.5, 7.5],
+    }
+    evaluator.update([4], [3], ranks_of([0]))  # cannot be written: two targets
+    with pytest.raises(ValueError, match="two targets"):
+        evaluator.write_parquet(path)
+    assert pq.read_table(path) == table
+    assert [p.name for p in tmp_path.iterdir()] == ["ranks.parquet"]
+
+
+def run_process(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+    )
+    users = many_users(count=101)
+    # rows as a distributed sampler deals them: strided, padded from the start to equal length
+    rows = np.resize(np.arange(101), 102)[rank::world_size]
+    evaluator = Evaluator()
+    evaluator.update(*part_of(users, rows))
+    evaluator.gather()
+    torch.save(evaluator.compute(), f"{folder}/{rank}.pt")
+    alone = Evaluator()  # one process may have no users
+    if rank == 1:
+        alone.update(*users)
+    alone.gather()
+    torch.save(alone.compute(), f"{folder}/{rank}_alone.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    evaluator = Evaluator()
+    evaluator.update(*many_users(count=101))
+    evaluator.gather()  # a single process: nothing to do
+    expected = evaluator.compute()
+    mp.spawn(run_process, args=(2, str(tmp_path)), nprocs=2)
+    for name in ("0", "1", "0_alone", "1_alone"):
+        assert torch.load(tmp_path / f"{name}.pt") == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Evaluator().compute(), "no users were ranked"),
+        (lambda: Evaluator(ties="lucky"), "ties is 'lucky', expected one of expected, pess"),
+        (lambda: Evaluator(ks=(10, 0)), r"ks are \[10, 0\]"),
+        (lambda: Evaluator(ks=(10, 10)), r"ks are \[10, 10\]"),
+        (lambda: Evaluator().update([1, 2], [3, 4], ranks_of([0])), "user_ids have length 2"),
+        (lambda: Evaluator().update([1], [3, 4], ranks_of([0])), "targets have length 2"),
+        (lambda: ranks_of([99], tied=1), "row 0 has 99 items above and 1 tied of 100"),
+        (lambda: ranks_of([-1]), "row 0 has -1 items above"),
+        (lambda: TargetRanks(np.zeros(2, int), np.zeros(1, int), np.ones(2, int)), "tied have le"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
