@@ -76,7 +76,9 @@ use_environment() { # extra ...
     extras=$(IFS=,; echo "$*")
     echo "== installing recformer${extras:+[$extras]} into $venv (a few minutes the first time)"
     rm -f "$venv/.installed"
-    (cd "$RECFORMER_ROOT" && "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+    local quiet=--quiet
+    if [ -t 1 ]; then quiet=--progress-bar=on; fi # a person wants to see what is downloaded
+    (cd "$RECFORMER_ROOT" && "$PYTHON" -m pip install "$quiet" --disable-pip-version-check \
         -c constraints.txt -e ".${extras:+[$extras]}") || {
         _environment_error "pip could not install what is needed; its own message stands above"
         return 1
