@@ -1,8 +1,8 @@
 """Files that appear whole or not at all, and content hashes.
 
 Everything the package writes goes through here: a file is written beside its final name, flushed to
-disk and renamed, so that an interrupted or failed run (full disk, kill) never leaves half a file and
-never destroys the one that was there.
+disk and renamed, so that an interrupted or failed run (full disk, kill) never leaves half a file
+and never destroys the one that was there.
 """
 
 from __future__ import annotations

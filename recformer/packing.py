@@ -9,7 +9,7 @@ Shapes: B sequences, L padded length, T packed tokens (sum of the lengths), H hi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ class PackedTokens:
         starts = self.cu_seqlens[:-1].repeat_interleave(self.lengths, output_size=self.num_tokens)
         return torch.arange(self.num_tokens, device=starts.device) - starts
 
-    def _map(self, function) -> PackedTokens:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedTokens:
         return PackedTokens(
             function(self.input_ids),
             function(self.token_type_ids),

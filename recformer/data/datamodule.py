@@ -1,0 +1,176 @@
+"""The one data module: any model trains on a processed folder with it and its own collators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch.distributed
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from recformer.data.collators import EvalExample, TrainExample
+from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
+from recformer.files import UserError
+
+EVAL_BATCH_SIZE = 64  # users; memory only, no figure depends on it
+
+
+class TrainDataset(Dataset):
+    """Training sequences of at least two items, fetched a batch at a time by (row, seed) pairs."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+        self.user_ids = np.flatnonzero(sequences.lengths >= 2)
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def __getitem__(self, keys: list[tuple[int, int]]) -> list[TrainExample]:
+        users = [(int(self.user_ids[row]), seed) for row, seed in keys]
+        return [TrainExample(user, self.sequences[user], seed) for user, seed in users]
+
+
+class EvalDataset(Dataset):
+    """One example per evaluated user; `rows` of all `examples`."""
+
+    def __init__(self, examples: EvalExamples, rows: np.ndarray) -> None:
+        self.examples = examples
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EvalExample:
+        examples, row = self.examples, int(self.rows[index])
+        user_id, target = int(examples.user_ids[row]), int(examples.targets[row])
+        return EvalExample(user_id, examples.histories[row], target)
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Shuffled batches of (row, seed) that depend on (seed, epoch) alone.
+
+    The order is drawn for the whole group of processes and each takes its part of every global
+    batch, so that W processes x batch b see what one process x batch W*b sees; a last batch that
+    does not divide by W loses the rest. Lightning calls `set_epoch`, also after a resume.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        _, world = _rank_and_world()
+        full, rest = divmod(self.num_rows, self.batch_size * world)
+        return full + (rest >= world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rank, world = _rank_and_world()
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(self.num_rows)
+        seeds = generator.integers(2**62, size=self.num_rows)  # by row: independent of the order
+        for start in range(0, len(order), self.batch_size * world):
+            rows = order[start : start + self.batch_size * world]
+            share = len(rows) // world
+            if share:
+                rows = rows[rank * share : (rank + 1) * share]
+                yield [(int(row), int(seeds[row])) for row in rows]
+
+
+class ShareSampler(Sampler[int]):
+    """Every `world`-th row from `rank` on: each row once over all processes, nothing repeated."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        rank, world = _rank_and_world()
+        return len(range(rank, self.num_rows, world))
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world = _rank_and_world()
+        return iter(range(rank, self.num_rows, world))
+
+
+class SeqRecDataModule(LightningDataModule):
+    """Loaders over a processed folder.
+
+    Args:
+        folder: the data.
+        train_collator: list of `TrainExample` -> batch for `training_loss`.
+        eval_collator: list of `EvalExample` -> batch for `rank`.
+        batch_size: users a process and step.
+        num_workers: loader processes; they share the memory-mapped item store.
+        eval_users: size of a seeded sample of validation users, None for all; of test, always all.
+        seed: order of training, draws of targets, sample of validation users.
+
+    Raises:
+        UserError: nobody to train on, or nobody to evaluate.
+    """
+
+    def __init__(
+        self,
+        folder: ProcessedFolder,
+        train_collator: Callable,
+        eval_collator: Callable,
+        batch_size: int,
+        num_workers: int = 0,
+        eval_users: int | None = None,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.train_collator = train_collator
+        self.eval_collator = eval_collator
+        self.num_workers = num_workers
+        self.train_set = TrainDataset(folder.train)
+        self.train_sampler = EpochBatchSampler(len(self.train_set), batch_size, seed)
+        validation, test = folder.eval_examples("val"), folder.eval_examples("test")
+        rows = np.arange(len(validation))
+        if eval_users is not None and eval_users < len(validation):
+            generator = np.random.default_rng(seed)
+            rows = np.sort(generator.choice(rows, eval_users, replace=False))
+        self.val_set = EvalDataset(validation, rows)
+        self.test_set = EvalDataset(test, np.arange(len(test)))
+        for name, examples in (("val", self.val_set), ("test", self.test_set)):
+            if len(examples) == 0:
+                raise UserError(f"{folder.path} has no user with a {name} target and a history")
+        if len(self.train_set) == 0:
+            raise UserError(f"{folder.path} has no training sequence of two items or more")
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_set,
+            batch_size=None,  # the sampler yields whole batches; Lightning sets epochs on `sampler`
+            sampler=self.train_sampler,
+            collate_fn=self.train_collator,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _eval_dataloader(self, rows: EvalDataset) -> DataLoader:
+        return DataLoader(
+            rows,
+            batch_size=EVAL_BATCH_SIZE,
+            sampler=ShareSampler(len(rows)),
+            collate_fn=self.eval_collator,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        return self._eval_dataloader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_dataloader(self.test_set)

@@ -1,0 +1,126 @@
+"""The one Lightning module: every model of the repository trains and is evaluated inside it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import lightning
+import torch
+from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
+
+from recformer.metrics import Evaluator, TargetRanks
+
+
+class Recommender(Protocol):
+    """What a model brings to `LitWrapper` (besides being an `nn.Module`)."""
+
+    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Scalar loss of a batch of its training collator."""
+
+    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
+        """Where `batch["labels"]` stand among all items, for a batch of its evaluation collator."""
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: no decay on biases and LayerNorm weights."""
+    decay: list[torch.nn.Parameter] = []
+    no_decay: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = name.endswith("bias") or "layernorm" in name.lower() or "layer_norm" in name
+        (no_decay if plain else decay).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+
+
+class LitWrapper(lightning.LightningModule):
+    """A recommender with its optimizer, schedule and evaluation.
+
+    AdamW with a linear schedule after `warmup_steps` optimizer steps. Validation logs
+    `val/<metric>`, test logs `test/<metric>` (see `recformer.metrics.Evaluator`); the evaluator of
+    the last evaluation stays at `self.evaluator`, so that ranks can be written.
+
+    Args:
+        model: a `Recommender`.
+        learning_rate, weight_decay, warmup_steps: of AdamW and its schedule.
+        metric_ks: cut-offs of NDCG and Recall.
+        ties: `expected`, `pessimistic` or `optimistic`.
+        filter_seen: take items of the history out of the candidates (never the target).
+        seed: dropout is re-seeded from it at each epoch start, so that a resumed run goes on as the
+            uninterrupted one would have.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        metric_ks: tuple[int, ...] = (10, 50),
+        ties: str = "expected",
+        filter_seen: bool = False,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.metric_ks = tuple(metric_ks)
+        self.ties = ties
+        self.filter_seen = filter_seen
+        self.seed = seed
+        self.evaluator = Evaluator(self.metric_ks, self.ties)
+
+    @property
+    def recommender(self) -> Recommender:
+        return cast(Recommender, self.model)
+
+    def configure_optimizers(self) -> Any:
+        # The fused kernel needs every parameter on a device that has one; CPU and CUDA do.
+        groups = parameter_groups(self.model, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+        schedule = get_linear_schedule_with_warmup(
+            optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self.seed * 100_003 + self.current_epoch * 1_009 + self.global_rank)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.recommender.training_loss(batch)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {self.global_step}: lower the learning rate, "
+                "or train in float32"
+            )
+        size = len(batch["labels"])
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=size, prog_bar=True)
+        self.log("train/lr", self.lr_schedulers().get_last_lr()[0], on_step=True, on_epoch=False)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluator = Evaluator(self.metric_ks, self.ties)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        ranks = self.recommender.rank(batch, filter_seen=self.filter_seen)
+        self.evaluator.update(batch["user_ids"], batch["labels"], ranks)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _log_metrics(self, split: str) -> None:
+        self.evaluator.gather()  # every process then holds all users and logs the same figures
+        for name, value in self.evaluator.compute().items():
+            self.log(f"{split}/{name}", float(value), rank_zero_only=False)

@@ -1,0 +1,69 @@
+"""The table that ends the quickstart: rows of `metrics.json` files on one split, compared by user.
+
+`python scripts/quickstart_report.py --recformer DIR --lines NAME=DIR [NAME=DIR ...]`
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from recformer.files import UserError, exit_with_message, read_json
+from recformer.finetune import format_table
+from recformer.metrics import TargetRanks, per_user_metrics
+
+
+def ndcg_by_user(path: Path, ties: str) -> tuple[np.ndarray, np.ndarray]:
+    """User ids and NDCG@10 of each, from a file of ranks."""
+    table = pq.read_table(path)
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    ranks = TargetRanks(columns["above"], columns["tied"], columns["num_candidates"])
+    return columns["user_id"], per_user_metrics(ranks, (10,), ties)["NDCG@10"]
+
+
+def verdict(ours: np.ndarray, theirs: np.ndarray, name: str) -> str:
+    """What the paired difference in NDCG@10 allows to say, in one sentence."""
+    difference = ours - theirs
+    margin = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
+    gain = f"{difference.mean():+.4f} NDCG@10, 95 % interval ±{margin:.4f}"
+    if difference.mean() > margin:
+        return f"Recformer beats {name} ({gain}; {ours.mean() / theirs.mean():.1f} times)."
+    if difference.mean() < -margin:
+        return f"Recformer falls behind {name} ({gain})."
+    return f"Recformer and {name} cannot be told apart on this many users ({gain})."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--recformer", type=Path, required=True, help="its output folder")
+    parser.add_argument("--lines", nargs="+", required=True, help="NAME=output folder of baselines")
+    args = parser.parse_args()
+    ours = read_json(args.recformer / "metrics.json")
+    rule = {name: ours[name] for name in ("split_hash", "ties", "filter_seen")}
+    last = list(ours["evaluations"])[-1]
+    if ours["stages"].get("stage2", {}).get("best", 0) is None:
+        last = "stage1"
+    user_ids, mine = ndcg_by_user(args.recformer / "ranks" / f"{last}_test.parquet", ours["ties"])
+    rows, verdicts = {}, []
+    for line in args.lines:
+        name, _, folder = line.partition("=")
+        theirs = read_json(Path(folder) / "metrics.json")
+        if {key: theirs.get(key) for key in rule} != rule:
+            raise UserError(f"{folder} and {args.recformer} differ in split, ties or filter_seen")
+        rows[name] = theirs["test"]
+        users, gains = ndcg_by_user(Path(folder) / "ranks_test.parquet", ours["ties"])
+        if not np.array_equal(users, user_ids):
+            raise UserError(f"{folder} and {args.recformer} ranked different users")
+        verdicts.append(verdict(mine, gains, name))
+    names = {"zero_shot": "Recformer untrained", "stage1": "Recformer stage 1"}
+    names["stage2"] = "Recformer stage 2"
+    rows |= {names[name]: entry["test"] for name, entry in ours["evaluations"].items()}
+    print(format_table(rows))
+    print("\n".join(verdicts))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,47 @@
+# Sourced by quickstart.sh and finetune.sh, not run: the bundled sample and the small model on it.
+#
+#   prepare_sample DIR SEED      raw files, processed folders and a tokenizer below DIR
+#
+# What is there already is kept. Sets SAMPLE_DATA (the target's processed folder), SAMPLE_TOKENIZER
+# and SMALL_MODEL (flags of a Recformer that trains in a minute or two on two cores).
+
+SAMPLE_PRETRAIN="Camping Kitchen Garden"
+SAMPLE_DEV="Music"
+SAMPLE_TARGET="Cycling"
+
+prepare_sample() { # directory, seed
+    local root=$1 seed=$2
+    SAMPLE_DATA="$root/finetune_data/$SAMPLE_TARGET"
+    SAMPLE_TOKENIZER="$root/tokenizer"
+    if [ "$(cat "$root/seed" 2>/dev/null || echo "$seed")" != "$seed" ]; then
+        echo "error: $root holds a sample of seed $(cat "$root/seed"); choose another folder" >&2
+        return 1
+    fi
+    if [ ! -e "$root/seed" ]; then
+        echo "== writing a sample in the raw Amazon format to $root/raw"
+        "$PYTHON" -m recformer.data.sample --output_dir "$root/raw" --seed "$seed"
+        mkdir -p "$root"
+        echo "$seed" >"$root/seed"
+    fi
+    if [ ! -e "$root/pretrain_data/dev.json" ]; then
+        echo "== processing the categories to pretrain on"
+        # shellcheck disable=SC2086  # a list of words
+        "$PYTHON" pretrain_data/meta_data_process.py --meta_root "$root/raw" \
+            --seq_root "$root/raw" --categories $SAMPLE_PRETRAIN \
+            --dev_category "$SAMPLE_DEV" --output_dir "$root/pretrain_data"
+        # shellcheck disable=SC2086
+        "$PYTHON" pretrain_data/interaction_data_process.py --meta_root "$root/raw" \
+            --seq_root "$root/raw" --categories $SAMPLE_PRETRAIN \
+            --dev_category "$SAMPLE_DEV" --output_dir "$root/pretrain_data"
+    fi
+    if [ ! -e "$SAMPLE_DATA/dataset.json" ]; then
+        echo "== processing the category to finetune on"
+        "$PYTHON" finetune_data/process.py --file_path "$root/raw/${SAMPLE_TARGET}_5.json.gz" \
+            --meta_file_path "$root/raw/meta_$SAMPLE_TARGET.json.gz" --output_path "$SAMPLE_DATA"
+    fi
+    if [ ! -e "$SAMPLE_TOKENIZER/tokenizer_config.json" ]; then
+        echo "== training a small tokenizer"
+        "$PYTHON" -m recformer.tokenization --meta_file "$root/pretrain_data/meta_data.json" \
+            "$SAMPLE_DATA/meta_data.json" --vocab_size 4096 --output_dir "$SAMPLE_TOKENIZER"
+    fi
+}
