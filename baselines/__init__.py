@@ -1,0 +1,98 @@
+"""The lines every model must beat, on the same processed folder and evaluator as every model.
+
+`python -m baselines --model NAME --data_path FOLDER`, or in Python
+
+>>> Popularity(ProcessedFolder.load(path)).evaluate("test")["NDCG@10"]
+
+A baseline has `rank(examples, seen)`, which places the target of every example among all items;
+`evaluate` turns that into figures.
+
+Shapes: E evaluation examples, C examples of a chunk, N items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from recformer.data.processed import EvalExamples, ProcessedFolder
+from recformer.metrics import Evaluator, TargetRanks, count_ranks
+
+SCORES_AT_A_TIME = 2**23  # users x items: 64 MB in float64
+
+
+class Baseline(Protocol):
+    """What `evaluate` needs of a baseline."""
+
+    folder: ProcessedFolder
+
+    def rank(self, examples: EvalExamples, filter_seen: bool) -> TargetRanks:
+        """Place the target of every example among all items."""
+        ...
+
+
+def evaluate(
+    baseline: Baseline,
+    split: Literal["val", "test"] = "test",
+    metric_ks: Sequence[int] = (10, 50),
+    ties: str = "expected",
+    filter_seen: bool = False,
+) -> Evaluator:
+    """Rank every target of a split.
+
+    Args:
+        baseline: the model, made for a processed folder.
+        split: "val" or "test".
+        metric_ks: cut-offs of the metrics.
+        ties: "expected", "pessimistic" or "optimistic" position of a tied target.
+        filter_seen: take items of the history out of the candidates.
+
+    Returns:
+        The evaluator: `compute()` gives the figures, `write_parquet` the rank of every user.
+
+    Raises:
+        ValueError: an unknown split or tie rule, or nobody to evaluate.
+    """
+    evaluator = Evaluator(metric_ks, ties)
+    examples = baseline.folder.eval_examples(split)
+    evaluator.update(examples.user_ids, examples.targets, baseline.rank(examples, filter_seen))
+    return evaluator
+
+
+def rank_in_chunks(
+    examples: EvalExamples,
+    num_items: int,
+    filter_seen: bool,
+    scores: Callable[[slice], np.ndarray | torch.Tensor],
+) -> TargetRanks:
+    """Rank by full rows of scores, a few users at a time.
+
+    Args:
+        examples: E of them.
+        num_items: N.
+        filter_seen: take items of the history out of the candidates.
+        scores: gives the scores (C, N) of a slice of the examples.
+    """
+    size = max(1, SCORES_AT_A_TIME // num_items)
+    parts = []
+    for start in range(0, len(examples), size):
+        chunk = slice(start, min(start + size, len(examples)))
+        pairs = seen_pairs(examples, chunk) if filter_seen else None
+        parts.append(count_ranks(scores(chunk), examples.targets[chunk], pairs))
+    return TargetRanks(
+        *(
+            np.concatenate([getattr(part, name) for part in parts] or [np.empty(0, np.int64)])
+            for name in ("above", "tied", "num_candidates")
+        )
+    )
+
+
+def seen_pairs(examples: EvalExamples, chunk: slice) -> tuple[np.ndarray, np.ndarray]:
+    """(row within the chunk, item id) of every item in the histories of a slice of the examples."""
+    histories = examples.histories
+    offsets = histories.offsets[chunk.start : chunk.stop + 1]
+    rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return rows, histories.items[offsets[0] : offsets[-1]].astype(np.int64)

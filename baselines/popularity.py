@@ -1,0 +1,37 @@
+"""Popularity: everyone is offered the same items, those bought most often in training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from baselines import evaluate, rank_in_chunks
+from recformer.data.processed import EvalExamples, ProcessedFolder
+from recformer.metrics import TargetRanks
+
+
+class Popularity:
+    """Items in the order of their number of training interactions.
+
+    Attributes:
+        counts: int64 (N,) interactions of every item in `folder.train`.
+    """
+
+    def __init__(self, folder: ProcessedFolder) -> None:
+        self.folder = folder
+        self.counts = np.bincount(folder.train.items, minlength=folder.num_items)
+
+    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
+        """Place the target of every example; equal counts tie."""
+        counts = torch.from_numpy(self.counts)
+
+        def scores(chunk: slice) -> torch.Tensor:
+            return counts.expand(chunk.stop - chunk.start, -1)
+
+        return rank_in_chunks(examples, self.folder.num_items, filter_seen, scores)
+
+    def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
+        """Figures of a split; `options` as in `baselines.evaluate`."""
+        return evaluate(self, split, **options).compute()

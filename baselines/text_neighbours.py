@@ -1,0 +1,132 @@
+"""Text neighbours: items whose text is like that of the items a user had last. Nothing is trained.
+
+A user is the sum of the vectors of the history's items, the newest with weight 1 and each older one
+with `decay` times the weight of the next; all items are ranked by cosine similarity. The text of an
+item is its attributes' values, joined by spaces. Vectors are TF-IDF, or the mean-pooled output of a
+sentence encoder.
+
+Shapes: E evaluation examples, N items, V words, H hidden, B texts, L tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy import sparse  # type: ignore[import-untyped]
+from sklearn.feature_extraction.text import TfidfVectorizer
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+from baselines import evaluate, rank_in_chunks, seen_pairs
+from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
+from recformer.files import UserError
+from recformer.metrics import TargetRanks, rank_by_vectors
+
+MAX_TOKENS = 96  # of an item's text, for a sentence encoder
+BATCH_SIZE = 64
+
+
+class TextNeighbours:
+    """Nearest texts to the recency-weighted history.
+
+    Args:
+        folder: the data.
+        decay: weight of an item against the next newer one, from 0 (the last item alone) to 1.
+        text_encoder: folder or hub id of a sentence encoder; None for TF-IDF.
+
+    Attributes:
+        vectors: one row an item, of length 1, or 0 for an item without text; scipy sparse (N, V)
+            float64 for TF-IDF, float32 (N, H) for a sentence encoder.
+
+    Raises:
+        UserError: `decay` is out of range, or no item has any text.
+    """
+
+    def __init__(
+        self, folder: ProcessedFolder, decay: float = 0.6, text_encoder: str | None = None
+    ) -> None:
+        if not 0 <= decay <= 1:
+            raise UserError(f"decay is {decay}, expected a weight from 0 to 1")
+        self.folder = folder
+        self.decay = decay
+        texts = [" ".join(item.values()).strip() for item in folder.items]
+        if not any(texts):
+            raise UserError(f"no item of {folder.path} has any text, so none has neighbours")
+        self.vectors: Any = (
+            tfidf_vectors(texts) if text_encoder is None else encode_texts(texts, text_encoder)
+        )
+
+    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
+        """Place the target of every example; items of the same text tie."""
+        weights = history_weights(examples.histories, self.folder.num_items, self.decay)
+        users = weights @ self.vectors
+        if not sparse.issparse(self.vectors):
+            seen = seen_pairs(examples, slice(0, len(examples))) if filter_seen else None
+            return rank_by_vectors(
+                torch.from_numpy(users), torch.from_numpy(self.vectors), examples.targets, seen
+            )
+
+        # Dividing by the length of the user's vector would not change the order.
+        items = self.vectors.T.tocsr()
+
+        def scores(chunk: slice) -> np.ndarray:
+            return (users[chunk] @ items).toarray()
+
+        return rank_in_chunks(examples, self.folder.num_items, filter_seen, scores)
+
+    def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
+        """Figures of a split; `options` as in `baselines.evaluate`."""
+        return evaluate(self, split, **options).compute()
+
+
+def history_weights(histories: Sequences, num_items: int, decay: float) -> sparse.csr_array:
+    """Weights decay^age of the items of every history, sparse (E, N); the newest has age 0."""
+    ages = histories.offsets[1:][histories.rows] - 1 - np.arange(len(histories.items))
+    weights = decay ** ages.astype(np.float64)  # 0 ** 0 is 1
+    shape = (len(histories), num_items)
+    matrix = sparse.csr_array((weights, histories.items, histories.offsets), shape=shape)
+    matrix.sum_duplicates()  # an item bought twice
+    return matrix
+
+
+def tfidf_vectors(texts: list[str]) -> sparse.csr_matrix:
+    """TF-IDF of every text as scikit-learn computes it by default, rows of length 1, (N, V)."""
+    try:
+        return TfidfVectorizer().fit_transform(texts)
+    except ValueError as error:  # one-letter words and signs are no words to it
+        raise UserError(f"the items' texts hold no words to compare: {error}") from error
+
+
+@torch.no_grad()
+def encode_texts(texts: list[str], encoder: str | os.PathLike) -> np.ndarray:
+    """Mean over the tokens of a sentence encoder's last layer, of length 1; 0 for an empty text.
+
+    Args:
+        texts: N of them, cut to MAX_TOKENS tokens.
+        encoder: folder or hub id that transformers' AutoModel and AutoTokenizer read.
+
+    Returns:
+        float32 (N, H).
+    """
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(encoder).to(device, torch.float32).eval()
+    filled = sorted((row for row, text in enumerate(texts) if text), key=lambda r: len(texts[r]))
+    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    for start in tqdm(range(0, len(filled), BATCH_SIZE), desc="encoding texts", unit="batch"):
+        rows = filled[start : start + BATCH_SIZE]
+        batch = tokenizer(
+            [texts[row] for row in rows],
+            padding=True,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        ).to(device)
+        hidden = model(**batch).last_hidden_state  # (B, L, H)
+        mask = batch["attention_mask"][..., None].float()  # (B, L, 1)
+        pooled = (hidden * mask).sum(1) / mask.sum(1)  # (B, H)
+        vectors[rows] = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
+    return vectors
