@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recformer.config import RecformerConfig
-from recformer.models.dropout import dropout
+from recformer.models.dropout import drop, dropout, keep_scale
 from recformer.packing import PackedTokens
 
 # Fewer queries a block copy every key more often, more of them score more pairs outside the band;
@@ -49,7 +49,7 @@ class Band:
         block: Q, queries a block.
         half: tokens visible on either side.
         first: (N,) int64 the token that serves as the extra key of each block.
-        mask: (N, 1, Q, K) additive, 0 or -inf. Key 0 is the extra one, key 1 + j the token
+        mask: (N, Q, K) additive, 0 or -inf. Key 0 is the extra one, key 1 + j the token
             `block * n - half + j`.
     """
 
@@ -64,7 +64,7 @@ class Band:
 
     @property
     def num_keys(self) -> int:
-        return self.mask.shape[3]
+        return self.mask.shape[2]
 
     @property
     def padded_size(self) -> int:
@@ -110,8 +110,9 @@ class AttentionLayout:
     def mean_tokens(self, hidden: Tensor) -> Tensor:
         """Mean over the tokens of each sequence, `<s>` among them: (T, H) -> (B, H)."""
         weights = self.chunk_valid / self.lengths[self.chunk_sequence, None]  # (C, S)
-        chunks = self.gather_chunks(hidden)
-        return self.sum_chunks((chunks * weights[:, :, None]).sum(dim=1)).to(hidden.dtype)
+        chunks = self.gather_chunks(hidden)  # (C, S, H)
+        means = torch.matmul(weights.to(hidden.dtype)[:, None], chunks)[:, 0]  # (C, H)
+        return self.sum_chunks(means.float()).to(hidden.dtype)
 
 
 def build_layout(
@@ -185,7 +186,7 @@ def _build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.d
     # Rows beyond the last token are thrown away, but a row without any key would be NaN.
     sees_extra = sees_extra | ~real_query
 
-    visible = torch.cat([sees_extra[:, :, None], in_slice], dim=2)[:, None]  # (N, 1, Q, K)
+    visible = torch.cat([sees_extra[:, :, None], in_slice], dim=2)  # (N, Q, K)
     mask = torch.zeros(visible.shape, dtype=dtype, device=device)
     return Band(block, half, extra, mask.masked_fill_(~visible, float("-inf")))
 
@@ -205,40 +206,40 @@ class _GatherChunks(torch.autograd.Function):
 
 
 class _KeyBlocks(torch.autograd.Function):
-    """(T, H) -> (N, A, K, D): the extra key and the slice of keys of every block."""
+    """(T, G * D) -> (G, N, K, D): the extra key and the slice of keys of every block, G heads."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, band: Band, num_heads: int) -> Tensor:
         ctx.band = band
-        num_tokens, hidden = x.shape
-        dim = hidden // num_heads
-        padded = F.pad(x, (0, 0, band.half, band.padded_size - band.half - num_tokens))
+        ctx.num_tokens, width = x.shape
+        dim = width // num_heads
+        padded = F.pad(x, (0, 0, band.half, band.padded_size - band.half - ctx.num_tokens))
         slices = padded.as_strided(
-            (band.num_blocks, num_heads, band.num_keys - 1, dim),
-            (band.block * hidden, dim, hidden, 1),
+            (num_heads, band.num_blocks, band.num_keys - 1, dim),
+            (dim, band.block * width, width, 1),
         )
-        blocks = x.new_empty((band.num_blocks, num_heads, band.num_keys, dim))
+        blocks = x.new_empty((num_heads, band.num_blocks, band.num_keys, dim))
         blocks[:, :, 1:] = slices
-        blocks[:, :, 0] = x.index_select(0, band.first).view(-1, num_heads, dim)
-        ctx.num_tokens = num_tokens
+        blocks[:, :, 0] = x.index_select(0, band.first).view(-1, num_heads, dim).transpose(0, 1)
         return blocks
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         band: Band = ctx.band
-        num_blocks, num_heads, num_keys, dim = grad.shape
-        hidden = num_heads * dim
-        padded = grad.new_zeros((band.padded_size, hidden))
-        # Slices overlap, pieces of them as long as the distance between two blocks do not.
-        for begin in range(0, num_keys - 1, band.block):
-            size = min(band.block, num_keys - 1 - begin)
-            pieces = padded.as_strided(
-                (num_blocks, num_heads, size, dim),
-                (band.block * hidden, dim, hidden, 1),
-                begin * hidden,
-            )
-            pieces += grad[:, :, 1 + begin : 1 + begin + size]
-        padded.index_add_(0, band.first + band.half, grad[:, :, 0].reshape(num_blocks, hidden))
+        num_heads, num_blocks, num_keys, dim = grad.shape
+        width, size = num_heads * dim, num_keys - 1
+        grad = grad.permute(1, 2, 0, 3).reshape(num_blocks, num_keys, width)
+        # Slices overlap; pieces of them as long as the distance between two blocks do not.
+        padded = grad.new_empty(((num_blocks + -(-size // band.block) - 1) * band.block, width))
+        padded[num_blocks * band.block :] = 0
+        for begin in range(0, size, band.block):
+            piece = grad[:, 1 + begin : 1 + min(begin + band.block, size)]
+            target = padded[begin : begin + num_blocks * band.block].view(num_blocks, -1, width)
+            if begin:
+                target[:, : piece.shape[1]] += piece
+            else:
+                target.copy_(piece)
+        padded.index_add_(0, band.first + band.half, grad[:, 0])
         return padded[band.half : band.half + ctx.num_tokens], None, None
 
 
@@ -259,34 +260,35 @@ class _ZeroGradient(torch.autograd.Function):
         return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-def band_attention(
-    query: Tensor, key: Tensor, value: Tensor, band: Band, num_heads: int, dropout_p: float = 0.0
-) -> Tensor:
+def band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0.0) -> Tensor:
     """Softmax attention within the band and to `<s>`.
 
     Args:
-        query, key, value: (T, H).
+        qkv: (T, 3 * H) queries, keys and values side by side.
         dropout_p: probability that an attention weight is dropped.
 
     Returns:
         (T, H).
     """
-    num_tokens, hidden = query.shape
+    num_tokens, hidden = qkv.shape[0], qkv.shape[1] // 3
     dim = hidden // num_heads
+    query, key_value = qkv.split([hidden, 2 * hidden], dim=1)
     query = F.pad(query, (0, 0, 0, band.num_blocks * band.block - num_tokens))
-    query = query.view(band.num_blocks, band.block, num_heads, dim).transpose(1, 2)
-    keys = _KeyBlocks.apply(key, band, num_heads)
-    values = _KeyBlocks.apply(value, band, num_heads)
-    if query.device.type == "cpu" and torch.is_grad_enabled():
+    query = query.view(band.num_blocks, band.block, num_heads, dim).permute(2, 0, 1, 3)
+    keys, values = _KeyBlocks.apply(key_value, band, 2 * num_heads).chunk(2)  # (A, N, K, D)
+    if qkv.device.type == "cpu" and torch.is_grad_enabled():
         # On CPU the fused kernel knows no dropout and is slow backward in bfloat16.
         scores = torch.matmul(query * dim**-0.5, keys.transpose(2, 3)) + band.mask
-        weights = dropout(scores.softmax(dim=-1), dropout_p, training=True)
-        context = torch.matmul(weights, values)
+        weights = scores.softmax(dim=-1)
+        if dropout_p > 0:
+            context = torch.matmul(drop(weights, dropout_p), values) * keep_scale(dropout_p)
+        else:
+            context = torch.matmul(weights, values)
     else:
         context = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=band.mask, dropout_p=dropout_p
         )
-    return context.transpose(1, 2).reshape(-1, hidden)[:num_tokens]
+    return context.permute(1, 2, 0, 3).reshape(-1, hidden)[:num_tokens]
 
 
 class RecformerSelfAttention(nn.Module):
@@ -320,15 +322,15 @@ class RecformerSelfAttention(nn.Module):
         if first_only:
             idle = (self.query, self.key, self.value)
             return _ZeroGradient.apply(context, *(p for layer in idle for p in layer.parameters()))
-        local = band_attention(
-            self.query(hidden),
-            self.key(hidden),
-            self.value(hidden),
-            layout.bands[self.window],
-            self.num_heads,
-            self.dropout_p if self.training else 0.0,
+        local = (self.query, self.key, self.value)
+        qkv = F.linear(
+            hidden,
+            torch.cat([layer.weight for layer in local]),
+            torch.cat([layer.bias for layer in local]),
         )
-        return local.index_copy(0, layout.first, context.to(local.dtype))
+        dropout_p = self.dropout_p if self.training else 0.0
+        context_local = band_attention(qkv, layout.bands[self.window], self.num_heads, dropout_p)
+        return context_local.index_copy(0, layout.first, context.to(context_local.dtype))
 
     def _attend_from_first(self, hidden: Tensor, layout: AttentionLayout) -> Tensor:
         """What `<s>` of every sequence gathers from all its tokens: (T, H) -> (B, H)."""
@@ -341,23 +343,23 @@ class RecformerSelfAttention(nn.Module):
         query = query.transpose(0, 1).index_select(0, layout.chunk_sequence)  # (C, A, H)
 
         chunks = layout.gather_chunks(hidden)  # (C, S, H)
-        scores = torch.matmul(query, chunks.transpose(1, 2)).float()  # (C, A, S)
-        scores = scores.masked_fill(~layout.chunk_valid[:, None], float("-inf"))
+        scores = torch.matmul(chunks, query.transpose(1, 2)).float()  # (C, S, A)
+        scores = scores.masked_fill(~layout.chunk_valid[:, :, None], float("-inf"))
         with torch.no_grad():  # for the range of exp alone: the softmax does not depend on it
             top = scores.new_full((layout.batch_size, heads), float("-inf"))
             index = layout.chunk_sequence[:, None].expand(-1, heads)
-            top.scatter_reduce_(0, index, scores.amax(dim=2), "amax")
-            top = top.index_select(0, layout.chunk_sequence)[:, :, None]
+            top.scatter_reduce_(0, index, scores.amax(dim=1), "amax")
+            top = top.index_select(0, layout.chunk_sequence)[:, None]
         weights = (scores - top).exp()
-        total = layout.sum_chunks(weights.sum(dim=2)).index_select(0, layout.chunk_sequence)
-        weights = dropout(weights / total[:, :, None], self.dropout_p, self.training)  # (C, A, S)
+        total = layout.sum_chunks(weights.sum(dim=1)).index_select(0, layout.chunk_sequence)
+        weights = dropout(weights / total[:, None], self.dropout_p, self.training)  # (C, S, A)
 
-        summed = torch.matmul(weights.to(chunks.dtype), chunks).float()  # (C, A, H)
+        summed = torch.matmul(weights.to(chunks.dtype).transpose(1, 2), chunks).float()  # (C, A, H)
         summed = layout.sum_chunks(summed).to(hidden.dtype)  # (B, A, H)
         value_weight = self.value_global.weight.view(heads, dim, width)
         context = torch.matmul(summed.transpose(0, 1), value_weight.transpose(1, 2))  # (A, B, D)
         # The weights add up to 1 unless some were dropped.
-        mass = layout.sum_chunks(weights.sum(dim=2))  # (B, A)
+        mass = layout.sum_chunks(weights.sum(dim=1))  # (B, A)
         bias = self.value_global.bias.view(heads, dim) * mass[:, :, None].to(hidden.dtype)
         context = (context.transpose(0, 1) + bias).reshape(-1, width)
         return _ZeroGradient.apply(context, self.key_global.bias)

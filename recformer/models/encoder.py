@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from recformer.config import RecformerConfig
 from recformer.files import UserError
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention, build_layout
-from recformer.models.dropout import dropout
+from recformer.models.dropout import add_dropout, dropout
 from recformer.packing import PackedTokens
 
 # Buffers that released files carry and nobody needs.
@@ -91,8 +91,8 @@ class _ResidualOutput(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        hidden = dropout(self.dense(hidden), self.dropout_p, self.training)
-        return self.LayerNorm(hidden + residual)
+        hidden = self.dense(hidden)
+        return self.LayerNorm(add_dropout(residual, hidden, self.dropout_p, self.training))
 
 
 class RecformerAttention(nn.Module):
@@ -207,10 +207,10 @@ class RecformerModel(RecformerPreTrainedModel):
     def _encode(self, packed: PackedTokens, first_only: bool) -> tuple[Tensor, AttentionLayout]:
         self.embeddings.check(packed)
         hidden = self.embeddings(packed)
-        dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-        layout = build_layout(packed, self.encoder.windows, dtype)
+            # Else the residuals would stay in float32 on CPU, cast before and after every product.
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        layout = build_layout(packed, self.encoder.windows, hidden.dtype)
         return self.encoder(hidden, layout, first_only), layout
 
     def pack(
