@@ -132,8 +132,10 @@ def run_case(args: argparse.Namespace) -> None:
         return
     items = torch.from_file(args.table, shared=False, size=size, dtype=dtype).view(shape)
     targets = torch.randint(args.items, (args.users,), generator=generator)
-    # a user near its target, so that ranks are those of a model that has learned something
-    users = items[targets].float() + 4 * torch.randn(args.users, args.hidden, generator=generator)
+    # users lean towards their targets by 3.5 standard deviations of the cosines of chance, so that
+    # ranks spread over the first thousands, as those of a model that has learned something
+    noise = torch.randn(args.users, args.hidden, generator=generator)
+    users = items[targets].float() + args.hidden**0.5 / 3.5 * noise
     labels = targets[: args.batch_size]
 
     def ranks() -> dict[str, Any]:
