@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import data_preparation
 from recformer.data.amazon import (
     BadLines,
     check_raw_files,
@@ -54,7 +55,7 @@ def metadata(path: Path, *rows: Any, **options: Any) -> tuple[dict[str, dict[str
         "x<y and z>w",
         "a <b and c> d",
         "Size <M>",
-        "pen&notebook",
+        "pen&notebook; ink",
         "H&M; black",
         "Set {2 pieces}",
         "#8 Screw {zinc}",
@@ -78,11 +79,11 @@ def test_honest_text_comes_back_as_it_was(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
-        # entities, also escaped twice and three times, also without their semicolon
+        # entities, also escaped twice and three times
         ("Kid&#39;s Salt &amp; Pepper", "Kid's Salt & Pepper"),
         ("12&quot; x 7&#x22;", '12" x 7"'),
         ("a &amp;amp; b &amp;amp;quot;c&amp;amp;quot;", 'a & b "c"'),
-        ("Tom &amp Jerry&nbsp;2", "Tom & Jerry 2"),
+        ("Tom&nbsp;&AMP;&ensp;Jerry", "Tom & Jerry"),
         ("&copy; X&trade; &#128512;", "© X™ 😀"),
         ("3 &lt; 5 mm", "3 < 5 mm"),
         ("&unknown; thing", "&unknown; thing"),
@@ -238,6 +239,19 @@ def test_only_reviewed_products_with_a_title(tmp_path: Path) -> None:
     assert counts["rows_of_products_without_reviews"] == 1
     assert counts["products_without_title"] == 1
     assert counts["products_without_text"] == 1
+
+
+def test_repeated_and_unique_texts_come_out_alike(tmp_path: Path) -> None:
+    """Texts are remembered while they repeat; here titles are given up and brands are not."""
+    rows = [
+        {"asin": f"B{n}", "title": f"&quot;{n}&quot;", "brand": f" brand  {n % 7} "}
+        for n in range(12_000)
+    ]
+    products, counts = metadata(tmp_path, *rows)
+    assert counts["products"] == 12_000
+    for n in (0, 1, 4_999, 5_000, 5_001, 11_999):
+        assert products[f"B{n}"] == {"title": f'"{n}"', "brand": f"brand {n % 7}"}
+    assert products["B3"]["brand"] is products["B11994"]["brand"]  # one copy
 
 
 def test_ignored_fields_change_nothing(tmp_path: Path) -> None:
@@ -428,3 +442,16 @@ def test_interactions_of_known_products(tmp_path: Path) -> None:
     nothing, counts = read_interactions(path, set())
     assert len(nothing) == 0
     assert counts == {"reviews": 4, "reviews_of_unknown_products": 4}
+
+
+def test_the_benchmark_compares_equal_work(tmp_path: Path) -> None:
+    data_preparation.write_files(tmp_path, 60)
+    fat, lean = tmp_path / "meta_fat.json.gz", tmp_path / "meta_lean.json.gz"
+    expected = data_preparation.plain_metadata(lean)
+    assert len(expected) == 60
+    for run in (data_preparation.plain_metadata, data_preparation.our_metadata):
+        assert run(fat) == run(lean) == expected
+    reviews = tmp_path / "reviews.json.gz"
+    plain = data_preparation.plain_reviews(reviews)
+    assert len(plain) == 240
+    assert data_preparation.events_of(data_preparation.our_reviews(reviews)) == plain

@@ -36,7 +36,7 @@ DEFAULT_ATTRIBUTES = ("title", "brand", "category")
 _ISAL_ERROR: Any = igzip_lib.IsalError  # a class, which its stub declares as an instance
 _GZIP_ERRORS: tuple[type[Exception], ...] = (EOFError, BadGzipFile, zlib.error, _ISAL_ERROR)
 _LINES_A_PROGRESS_STEP = 256
-_SHARED_TEXTS = 1_000_000
+_FEW_TEXTS, _MANY_TEXTS = 5_000, 1_000_000
 
 _Key = Annotated[str, msgspec.Meta(min_length=1)]
 _Row = TypeVar("_Row", bound=msgspec.Struct)
@@ -191,42 +191,51 @@ def read_metadata(
     bad_lines = bad_lines or BadLines()
     products: dict[str, dict[str, str]] = {}
     left_out: dict[str, str] = {}
-    counts = Counter(rows=0, duplicate_rows=0, values_that_are_no_text=0, products_without_text=0)
-    # Brands and categories repeat: one copy of a text serves all. Bounded, as titles do not.
-    shared: dict[str, str] = {}
+    num_rows = num_duplicates = num_odd = num_without_reviews = 0
+    texts = [_Texts(clean) for _ in attributes]
+    # When cleaning, a line break keeps script in one part of a list from eating the next part.
+    border = "\n" if clean else " "
 
     for path in paths:
         for asin, *values in read_products(path, attributes, bad_lines):
-            counts["rows"] += 1
+            num_rows += 1
             if only is not None and asin not in only:
-                counts["rows_of_products_without_reviews"] += 1
+                num_without_reviews += 1
                 continue
             item = {}
             complete = True
-            for name, value in zip(attributes, values):
+            for name, value, text_of in zip(attributes, values, texts):
                 if value is None:
                     complete = complete and name != required
                     continue
                 try:
-                    text = _text(value, clean)
+                    text = text_of(_joined(value, border))
                 except OddValueError:
-                    counts["values_that_are_no_text"] += 1
+                    num_odd += 1
                     continue
-                if text is not None:
-                    if len(shared) < _SHARED_TEXTS:
-                        text = shared.setdefault(text, text)
+                if text or not clean:
                     item[name] = text
             if asin in products or asin in left_out:
-                counts["duplicate_rows"] += 1
+                num_duplicates += 1
             if item and complete:
                 products[asin] = item
-                left_out.pop(asin, None)
+                if left_out:
+                    left_out.pop(asin, None)
             elif asin not in products:
                 left_out[asin] = f"products_without_{required}" if item else "products_without_text"
 
-    counts["products"] = len(products)
-    counts.update(left_out.values())
-    return products, dict(counts)
+    counts = {
+        "rows": num_rows,
+        "duplicate_rows": num_duplicates,
+        "products": len(products),
+        "products_without_text": 0,
+        "values_that_are_no_text": num_odd,
+    }
+    if only is not None:
+        counts["rows_of_products_without_reviews"] = num_without_reviews
+    if required is not None:
+        counts[f"products_without_{required}"] = 0
+    return products, {**counts, **Counter(left_out.values())}
 
 
 def read_interactions(
@@ -273,11 +282,40 @@ def read_interactions(
     }
 
 
-def _text(value: Any, clean: bool) -> str | None:
-    if clean:
-        # One text, one cleaning; a line break keeps script in one part from eating the next.
-        return clean_text(value if type(value) is str else "\n".join(text_parts(value))) or None
-    return value if type(value) is str else " ".join(text_parts(value))
+class _Texts:
+    """Texts of one attribute, cleaned or not, remembered for as long as they repeat.
+
+    Brands and categories do: each is cleaned once and all products share the one copy. Titles do
+    not: once more than half of a few thousand are new, remembering them ends.
+    """
+
+    def __init__(self, clean: bool) -> None:
+        self._clean = clean
+        self._known: dict[str, str] = {}
+        self._num_asked = 0
+        self._remember = True
+
+    def __call__(self, raw: str) -> str:
+        self._num_asked += 1
+        if raw in self._known:
+            return self._known[raw]
+        text = clean_text(raw) if self._clean else raw
+        if self._remember:
+            self._known[raw] = text
+            if len(self._known) > min(max(_FEW_TEXTS, self._num_asked // 2), _MANY_TEXTS):
+                self._known, self._remember = {}, False
+        return text
+
+
+def _joined(value: Any, border: str) -> str:
+    if type(value) is str:
+        return value
+    if type(value) is list:
+        try:
+            return border.join(value)
+        except TypeError:
+            pass  # not all of it is text
+    return border.join(text_parts(value))
 
 
 def _lines(path: Path) -> Generator[bytes, None, None]:
