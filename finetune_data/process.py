@@ -23,8 +23,8 @@ def main() -> None:
         "--file_path",
         default=str(HERE / "Industrial_and_Scientific_5.json.gz"),
         metavar="FILE",
-        help="reviews, gzipped JSON lines (default: Industrial_and_Scientific_5.json.gz beside this "
-        "script)",
+        help="reviews, gzipped JSON lines (default: Industrial_and_Scientific_5.json.gz beside "
+        "this script)",
     )
     parser.add_argument(
         "--meta_file_path",
