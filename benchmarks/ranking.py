@@ -82,8 +82,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--items", type=int, default=20_000)
-    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--items", type=int, default=15_000)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--users", type=int, default=1024, help="users ranked in one call")
     parser.add_argument("--batch_size", type=int, default=16, help="users in the loss")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
