@@ -1,11 +1,45 @@
 #!/usr/bin/env bash
-# Two-stage finetuning and evaluation. Variables have defaults; further flags are passed on, e.g.
-#   bash finetune.sh --zero_shot
+# Two-stage finetuning and evaluation by full ranking. Variables have the published values as
+# defaults; further flags are passed on (`python -m recformer.finetune --help` lists them):
+#
+#   bash finetune.sh
 #   DATA_PATH=finetune_data/Arts PRETRAIN_CKPT=my_ckpt.bin bash finetune.sh --max_token_num 512
-# `python -m recformer.finetune --help` lists every flag.
+#   PRETRAIN_CKPT=sentence-transformers/all-MiniLM-L6-v2 bash finetune.sh --pooler_type avg
+#
+# With nothing set and no published files in their places it finetunes a small model on the bundled
+# sample instead. The same command again continues a run that was cut off.
 set -euo pipefail
-cd "$(dirname "$0")"
+START=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/environment.sh
 source scripts/environment.sh
+# shellcheck source=scripts/sample.sh
+source scripts/sample.sh
+use_environment
 
-DATA_PATH=${DATA_PATH:-finetune_data/Scientific}
-PRETRAIN_CKPT=${PRETRAIN_CKPT:-pretrain_ckpt/seqrec_pretrain_ckpt.bin}
+NUM_TRAIN_EPOCHS=${NUM_TRAIN_EPOCHS:-128}
+BATCH_SIZE=${BATCH_SIZE:-16}
+OUTPUT_DIR=${OUTPUT_DIR:-}
+
+if [ -z "${DATA_PATH:-}${PRETRAIN_CKPT:-}" ] && [ ! -e finetune_data/Scientific/train.json ] \
+    && [ ! -e pretrain_ckpt/seqrec_pretrain_ckpt.bin ]; then
+    echo "**** NO PUBLISHED FILES (finetune_data/Scientific, pretrain_ckpt/seqrec_pretrain_ckpt.bin):"
+    echo "**** finetuning a SMALL RANDOM MODEL on the bundled SAMPLE; set DATA_PATH and PRETRAIN_CKPT"
+    prepare_sample quickstart_run "${SEED:-0}"
+    cd "$START"
+    exec "$PYTHON" -m recformer.finetune --data_path "$RECFORMER_ROOT/$SAMPLE_DATA" \
+        --tokenizer_name "$RECFORMER_ROOT/$SAMPLE_TOKENIZER" "${SMALL_MODEL[@]}" \
+        --output_dir "${OUTPUT_DIR:-$RECFORMER_ROOT/quickstart_run/recformer}" \
+        --seed "${SEED:-0}" "$@"
+fi
+
+cd "$START"
+exec "$PYTHON" -m recformer.finetune \
+    --data_path "${DATA_PATH:-$RECFORMER_ROOT/finetune_data/Scientific}" \
+    --pretrain_ckpt "${PRETRAIN_CKPT:-$RECFORMER_ROOT/pretrain_ckpt/seqrec_pretrain_ckpt.bin}" \
+    --output_dir "${OUTPUT_DIR:-result}" \
+    --num_train_epochs "$NUM_TRAIN_EPOCHS" \
+    --batch_size "$BATCH_SIZE" \
+    --fp16 \
+    --finetune_negative_sample_size -1 \
+    "$@"

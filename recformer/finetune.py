@@ -24,7 +24,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import HfArgumentParser
 
-from recformer.checkpoint import from_backbone, load_checkpoint, read_state_dict
+from recformer.checkpoint import backbone_config, from_backbone, load_checkpoint, read_state_dict
 from recformer.config import PAPER, RecformerConfig
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
@@ -163,11 +163,6 @@ def _tokenizer_fields(tokenizer: RecformerTokenizer) -> dict[str, Any]:
     }
 
 
-def _is_recformer_folder(path: str) -> bool:
-    config = Path(path) / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == RecformerConfig.model_type
-
-
 def load_start_model(
     pretrain_ckpt: str | None,
     model_name_or_path: str,
@@ -201,11 +196,7 @@ def load_start_model(
         source = model_name_or_path
         state = read_state_dict(pretrain_ckpt)
         # published: configuration and tokenizer come from Longformer, whose weights are not needed.
-        config = RecformerConfig.from_pretrained(source)
-        for name, value in (
-            overrides if _is_recformer_folder(source) else PAPER | overrides
-        ).items():
-            setattr(config, name, value)
+        config = backbone_config(source, **overrides)
         for key, tensor in state.items():  # a table repeated for long inputs is longer
             if key.endswith("embeddings.position_embeddings.weight"):
                 config.max_position_embeddings = tensor.shape[0]

@@ -30,8 +30,7 @@ prepare_sample() { # directory, seed
             --seq_root "$root/raw" --categories $SAMPLE_PRETRAIN \
             --dev_category "$SAMPLE_DEV" --output_dir "$root/pretrain_data"
         # shellcheck disable=SC2086
-        "$PYTHON" pretrain_data/interaction_data_process.py --meta_root "$root/raw" \
-            --seq_root "$root/raw" --categories $SAMPLE_PRETRAIN \
+        "$PYTHON" pretrain_data/interaction_data_process.py --seq_root "$root/raw" --categories $SAMPLE_PRETRAIN \
             --dev_category "$SAMPLE_DEV" --output_dir "$root/pretrain_data"
     fi
     if [ ! -e "$SAMPLE_DATA/dataset.json" ]; then
@@ -45,3 +44,13 @@ prepare_sample() { # directory, seed
             "$SAMPLE_DATA/meta_data.json" --vocab_size 4096 --output_dir "$SAMPLE_TOKENIZER"
     fi
 }
+
+# A few hundred thousand parameters; words and order are learned within minutes on two cores.
+# shellcheck disable=SC2034  # read by the scripts that source this
+SMALL_MODEL=(
+    --from_scratch
+    --config_overrides "hidden_size=128,num_hidden_layers=2,num_attention_heads=4,intermediate_size=256,hidden_dropout_prob=0.1,attention_probs_dropout_prob=0.1"
+    --max_token_num 192 --pooler_type cls
+    --finetune_negative_sample_size -1 --num_train_epochs 20 --verbose 2
+    --batch_size 32 --gradient_accumulation_steps 1 --learning_rate 1e-3
+)

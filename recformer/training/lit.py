@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
+from recformer.files import sha256_of
 from recformer.metrics import Evaluator, TargetRanks
 
 
@@ -50,8 +51,8 @@ class LitWrapper(lightning.LightningModule):
         metric_ks: cut-offs of NDCG and Recall.
         ties: `expected`, `pessimistic` or `optimistic`.
         filter_seen: take items of the history out of the candidates (never the target).
-        seed: dropout is re-seeded from it at each epoch start, so that a resumed run goes on as the
-            uninterrupted one would have.
+        seed: dropout of each step depends on it, epoch, step and process alone, so that a resumed
+            run goes on as the uninterrupted one would have.
     """
 
     def __init__(
@@ -81,16 +82,32 @@ class LitWrapper(lightning.LightningModule):
         return cast(Recommender, self.model)
 
     def configure_optimizers(self) -> Any:
-        # The fused kernel needs every parameter on a device that has one; CPU and CUDA do.
         groups = parameter_groups(self.model, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+        # With float16 gradients are unscaled and clipped before the step; the fused kernel would
+        # unscale them itself, too late for that.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
         schedule = get_linear_schedule_with_warmup(
             optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.seed * 100_003 + self.current_epoch * 1_009 + self.global_rank)
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses every fused optimizer under mixed precision, bfloat16's as well, where
+        # there is nothing to unscale.
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        # Every step draws its own dropout, whatever else drew numbers before it: loaders do, and
+        # not at the same moments in a resumed run.
+        place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(int(sha256_of(*map(str, place))[:15], 16))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.recommender.training_loss(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +108,7 @@ def build_trainer(
     The samplers know about processes themselves, so that nobody is evaluated twice; one sanity
     check step is not run, because evaluation comes before training anyway.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # advertisements and the like
     several = not (devices == 1 or (isinstance(devices, list) and len(devices) == 1))
     return lightning.Trainer(
         default_root_dir=output_dir,
@@ -123,6 +125,7 @@ def build_trainer(
         logger=logger if logger is not None else False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        inference_mode=False,  # the item table made in an evaluation is trained against later
         enable_model_summary=False,
         log_every_n_steps=10,
     )

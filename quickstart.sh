@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# From nothing to a metrics table: an environment, a generated sample in the raw Amazon format,
+# processing, a small tokenizer, a small Recformer finetuned in two stages, and two simple lines to
+# beat. Downloads Python packages and nothing else. A second run reuses what is there.
+#
+#   bash quickstart.sh                              writes to quickstart_run/
+#   OUTPUT_DIR=elsewhere SEED=1 bash quickstart.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+# shellcheck source=scripts/sample.sh
+source scripts/sample.sh
+use_environment
+
+OUTPUT_DIR=${OUTPUT_DIR:-quickstart_run}
+SEED=${SEED:-0}
+prepare_sample "$OUTPUT_DIR" "$SEED"
+
+echo "== finetuning a small Recformer on $SAMPLE_TARGET, which it has never seen"
+"$PYTHON" -m recformer.finetune --data_path "$SAMPLE_DATA" --tokenizer_name "$SAMPLE_TOKENIZER" \
+    "${SMALL_MODEL[@]}" --output_dir "$OUTPUT_DIR/recformer" --seed "$SEED"
+
+echo "== the lines to beat: popularity and text neighbours (TF-IDF)"
+for line in popularity text_neighbours; do
+    "$PYTHON" -m baselines --model "$line" --data_path "$SAMPLE_DATA" \
+        --output_dir "$OUTPUT_DIR/$line" >/dev/null
+done
+
+echo "== test users of $SAMPLE_TARGET, every item ranked"
+"$PYTHON" scripts/quickstart_report.py --recformer "$OUTPUT_DIR/recformer" \
+    --lines "popularity=$OUTPUT_DIR/popularity" "TF-IDF neighbours=$OUTPUT_DIR/text_neighbours"
+echo "The best model is in $OUTPUT_DIR/recformer/best_model, its curves in $OUTPUT_DIR/recformer/curves.png."

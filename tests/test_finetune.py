@@ -1,0 +1,367 @@
+"""Finetuning end to end, small: what is written, resuming, processes, wrong input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recformer import RecformerForSeqRec, RecformerTokenizer
+from recformer import finetune as entry
+from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.files import UserError, read_json
+from recformer.finetune import FinetuneArguments, run
+from recformer.tokenization import train_tokenizer
+from recformer.training.item_encoder import encode_items, token_budget_batches
+from recformer.training.lit import LitWrapper, parameter_groups
+
+COLOURS = ("red", "green", "blue", "black")
+SMALL = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
+THINGS = ("tent", "lamp", "stove", "rope", "boots", "map")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Users who stay with a colour and go through the things in order."""
+    root = tmp_path_factory.mktemp("data")
+    items = [
+        {"title": f"{colour} {thing}", "brand": colour} for colour in COLOURS for thing in THINGS
+    ]
+    generator = np.random.default_rng(0)
+    sequences = []
+    for _ in range(40):
+        colour, start, length = (
+            generator.integers(4),
+            generator.integers(6),
+            generator.integers(4, 8),
+        )
+        sequences.append([int(colour * 6 + (start + i) % 6) for i in range(length)])
+    asins = [f"item{i}" for i in range(len(items))]
+    write_processed(
+        root / "folder",
+        train=Sequences.from_lists([s[:-2] for s in sequences]),
+        val=Sequences.from_lists([s[-2:-1] for s in sequences]),
+        test=Sequences.from_lists([s[-1:] for s in sequences]),
+        user_names=[f"u{i}" for i in range(len(sequences))],
+        asins=asins,
+        meta=dict(zip(asins, items, strict=True)),
+        dataset={},
+    )
+    texts = [value for item in items for value in item.values()]
+    train_tokenizer([*texts, "title", "brand"], 300, root / "tokenizer")
+    return root
+
+
+def arguments(data: Path, output_dir: Path, **settings) -> FinetuneArguments:
+    defaults = {
+        "data_path": str(data / "folder"),
+        "tokenizer_name": str(data / "tokenizer"),
+        "output_dir": str(output_dir),
+        "from_scratch": True,
+        "config_overrides": SMALL,
+        "max_token_num": 48,
+        "num_train_epochs": 3,
+        "verbose": 2,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "finetune_negative_sample_size": -1,
+        "metric_ks": [5, 10],
+        "device": [-1],
+    }
+    return FinetuneArguments(**defaults | settings)
+
+
+def figures(result: dict) -> dict:
+    """What must not depend on how often a run was cut off."""
+    rows = {
+        name: [{k: v for k, v in row.items() if k != "seconds"} for row in stage["rows"]]
+        for name, stage in result["stages"].items()
+    }
+    return {"evaluations": result["evaluations"], "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("finished")
+    return output, run(arguments(data, output))
+
+
+def test_a_run_writes_what_it_promises(data, finished):
+    output, result = finished
+    assert read_json(output / "metrics.json")["test"] == result["test"]
+    assert list(result["evaluations"]) == ["zero_shot", "stage1", "stage2"]
+    assert result["test"]["num_users"] == 40
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # Validation at epoch 2 (--verbose 2) and at the last epoch.
+    header, *rows = (output / "stage1" / "history.csv").read_text().splitlines()
+    assert "val/NDCG@10" in header
+    column = header.split(",").index("val/NDCG@10")
+    assert [bool(row.split(",")[column]) for row in rows] == [False, True, True]
+
+    import pyarrow.parquet as pq
+
+    ranks = pq.read_table(output / "ranks" / "stage1_test.parquet")
+    above, tied = ranks["above"].to_numpy(), ranks["tied"].to_numpy()
+    recall = np.mean([np.clip(5 - a, 0, t + 1) / (t + 1) for a, t in zip(above, tied, strict=True)])
+    assert result["evaluations"]["stage1"]["test"]["Recall@5"] == pytest.approx(recall)
+
+
+def test_the_best_model_is_a_folder_that_recommends(data, finished):
+    output, result = finished
+    model = RecformerForSeqRec.from_pretrained(output / "best_model").eval()
+    tokenizer = RecformerTokenizer.from_pretrained(output / "best_model")
+    folder = ProcessedFolder.load(data / "folder")
+    assert read_json(output / "best_model" / "smap.json")["item7"] == 7
+    assert model.item_embedding.weight.shape == (24, 16)
+    assert not model.item_embedding.weight.requires_grad
+
+    examples = folder.eval_examples("test")
+    hits = 0
+    for row in range(len(examples)):
+        history = [folder.items[item] for item in examples.histories[row]]
+        batch = tokenizer([history], pad_to_max=False, return_tensor=True)
+        with torch.no_grad():
+            scores = model(**batch)[0]
+        target = examples.targets[row]
+        hits += int((scores > scores[target]).sum() < 5)
+    assert hits / len(examples) == pytest.approx(result["test"]["Recall@5"], abs=1e-6)
+
+
+def test_the_same_command_again_trains_nothing(data, finished, monkeypatch):
+    output, result = finished
+
+    def refuse(*_):
+        raise AssertionError("a finished run trains")
+
+    monkeypatch.setattr(LitWrapper, "training_step", refuse)
+    assert figures(run(arguments(data, output))) == figures(result)
+
+
+# 18 batches of two stages of three epochs at 5 batches each: in the first epoch, after a
+# validation, in the second stage.
+@pytest.mark.parametrize("cuts", [(2,), (12, 3), (17, 1, 1)])
+def test_a_run_that_is_cut_off_ends_the_same(data, finished, tmp_path, monkeypatch, cuts):
+    step = LitWrapper.training_step
+    for cut in cuts:
+        left = [cut]
+
+        def failing(self, batch, batch_idx, left=left):
+            if not left[0]:
+                raise RuntimeError("cut off")
+            left[0] -= 1
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(LitWrapper, "training_step", failing)
+        with pytest.raises(RuntimeError, match="cut off"):
+            run(arguments(data, tmp_path))
+    monkeypatch.setattr(LitWrapper, "training_step", step)
+    assert figures(run(arguments(data, tmp_path))) == figures(finished[1])
+
+
+def test_an_early_stop_survives_a_cut(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, "PATIENCE", {"stage1": 1, "stage2": 1})
+    settings = {"verbose": 1, "num_train_epochs": 6, "learning_rate": 1e-9, "stages": "1"}
+    whole = run(arguments(data, tmp_path / "whole", **settings))
+    assert len(whole["stages"]["stage1"]["rows"]) == 2  # a first value, then one without gain
+
+    def cut_off(*_):
+        raise RuntimeError("cut off")
+
+    monkeypatch.setattr(entry.Run, "_load_best", cut_off)
+    with pytest.raises(RuntimeError):
+        run(arguments(data, tmp_path / "cut", **settings))
+    (tmp_path / "cut" / "stage1" / "done.json").unlink()  # killed between the two
+    monkeypatch.undo()
+    monkeypatch.setattr(entry, "PATIENCE", {"stage1": 1, "stage2": 1})
+    assert figures(run(arguments(data, tmp_path / "cut", **settings))) == figures(whole)
+
+
+def test_stages_train_apart(data, finished, tmp_path):
+    only_first = run(arguments(data, tmp_path / "first", stages="1"))
+    assert only_first["evaluations"]["stage1"] == finished[1]["evaluations"]["stage1"]
+    # Stage 2 alone keeps the table of the start weights.
+    seen = []
+    table = entry.ItemTable._refresh
+
+    class Counting(entry.ItemTable):
+        def _refresh(self, trainer, module):
+            seen.append(trainer.current_epoch)
+            table(self, trainer, module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry, "ItemTable", Counting)
+        run(arguments(data, tmp_path / "second", stages="2"))
+        assert len(seen) == 1
+        run(arguments(data, tmp_path / "both"))
+        assert len(seen) == 2 + 3  # once before training, then at the start of 3 epochs
+
+
+def test_zero_shot_only_evaluates(data, finished, tmp_path):
+    result = run(arguments(data, tmp_path, zero_shot=True))
+    assert result["evaluations"] == {"zero_shot": finished[1]["evaluations"]["zero_shot"]}
+    assert not (tmp_path / "best_model").exists()
+
+
+def test_training_learns_the_order_of_things(data, tmp_path):
+    settings = {"num_train_epochs": 25, "verbose": 5, "stages": "1", "batch_size": 8}
+    settings |= {"gradient_accumulation_steps": 1, "learning_rate": 1e-2}
+    result = run(arguments(data, tmp_path, **settings))
+    before, after = (result["evaluations"][name]["test"] for name in ("zero_shot", "stage1"))
+    assert after["Recall@5"] > 0.8 > 0.5 > before["Recall@5"]
+
+
+def test_two_processes_equal_one(data, tmp_path):
+    dropout = "hidden_dropout_prob=0,attention_probs_dropout_prob=0"
+    quiet = {"config_overrides": f"{SMALL},{dropout}", "num_train_epochs": 2, "stages": "1"}
+    quiet |= {"verbose": 1}
+    one = run(arguments(data, tmp_path / "one", batch_size=10, **quiet))
+    args = arguments(data, tmp_path / "two", batch_size=5, num_processes=2, **quiet)
+    argv = []
+    for name, value in vars(args).items():
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is True:
+            argv.append(f"--{name}")
+        elif value not in (None, False):
+            argv += [f"--{name}", str(value)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "recformer.finetune", *argv],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = read_json(tmp_path / "two" / "metrics.json")
+    for name, row in one["evaluations"].items():
+        for metric, value in row["test"].items():
+            assert two["evaluations"][name]["test"][metric] == pytest.approx(value, abs=1e-6)
+    for mine, theirs in zip(
+        one["stages"]["stage1"]["rows"], two["stages"]["stage1"]["rows"], strict=True
+    ):
+        assert theirs["train/loss"] == pytest.approx(mine["train/loss"], rel=1e-4)
+
+
+def test_another_run_in_the_folder_is_refused(data, finished, tmp_path):
+    output, _ = finished
+    with pytest.raises(
+        UserError, match=r"holds another run \(different: learning_rate, seed, weights\)"
+    ):
+        run(arguments(data, output, seed=7, learning_rate=1e-3))
+    run(arguments(data, tmp_path, zero_shot=True))
+    result = run(arguments(data, tmp_path, zero_shot=True, seed=7, overwrite_output_dir=True))
+    assert result["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_train_epochs": 0}, "--num_train_epochs 0"),
+        ({"metric_ks": []}, "--metric_ks"),
+        ({"ckpt": "../elsewhere"}, "--ckpt"),
+        ({"pretrain_ckpt": "x"}, "exclude each other"),
+        ({"max_token_num": 1}, "--max_token_num 1"),
+        ({"config_overrides": "no_such_field=1"}, "no_such_field"),
+        ({"config_overrides": "hidden_size=large"}, "hidden_size=large"),
+        ({"device": [99]}, "--device 99"),
+        ({"eval_users": 0}, "--eval_users 0"),
+    ],
+)
+def test_wrong_flags_are_refused_before_work(data, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        run(arguments(data, tmp_path / "out", **settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "recformer.finetune", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--data_path", str(tmp_path / "nowhere")], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_published_state_dict_continues(data, finished, tmp_path):
+    """--pretrain_ckpt FILE with configuration and tokenizer from a folder; --ckpt NAME.bin."""
+    output, result = finished
+    folder = output / "best_model"
+    settings = {"from_scratch": False, "tokenizer_name": None, "config_overrides": None}
+    settings |= {"zero_shot": True, "model_name_or_path": str(folder)}
+    state = RecformerForSeqRec.from_pretrained(folder).state_dict()
+    torch.save(state, tmp_path / "model.bin")
+    for source in (tmp_path / "model.bin", folder):
+        args = arguments(data, tmp_path / source.stem, pretrain_ckpt=str(source), **settings)
+        figures = run(args)["test"]
+        assert 0 < figures["NDCG@10"] <= 1
+        assert figures["num_users"] == result["test"]["num_users"]
+    one, two = (read_json(tmp_path / name / "metrics.json") for name in ("model", "best_model"))
+    assert one["test"] == two["test"]
+
+    trained = run(arguments(data, tmp_path / "bin", ckpt="best.bin", stages="1"))
+    state = torch.load(tmp_path / "bin" / "best.bin", weights_only=True)
+    assert state["item_embedding.weight"].shape == (24, 16)
+    assert trained["test"]["num_users"] == 40
+
+
+def test_a_tokenizer_of_another_model_is_refused(data, finished, tmp_path):
+    words = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}x{i}" for i in range(200)]
+    train_tokenizer(words * 5, 400, tmp_path / "big")
+    settings = {"from_scratch": False, "config_overrides": None, "zero_shot": True}
+    settings |= {"pretrain_ckpt": str(finished[0] / "best_model")}
+    settings |= {"tokenizer_name": str(tmp_path / "big")}
+    with pytest.raises(UserError, match="do not belong together"):
+        run(arguments(data, tmp_path / "out", **settings))
+
+
+def test_frozen_word_embeddings_do_not_move(data, finished, tmp_path):
+    settings = {"from_scratch": False, "config_overrides": None, "stages": "1"}
+    settings |= {"pretrain_ckpt": str(finished[0] / "best_model"), "num_train_epochs": 1}
+    before = RecformerForSeqRec.from_pretrained(finished[0] / "best_model").state_dict()
+    name = "longformer.embeddings.word_embeddings.weight"
+    other = "longformer.encoder.layer.0.output.dense.weight"
+    for frozen in (True, False):
+        run(arguments(data, tmp_path / str(frozen), fix_word_embedding=frozen, **settings))
+        after = RecformerForSeqRec.from_pretrained(
+            tmp_path / str(frozen) / "best_model"
+        ).state_dict()
+        assert torch.equal(before[name], after[name]) == frozen
+        assert not torch.equal(before[other], after[other])
+
+
+def test_item_vectors_do_not_depend_on_the_batch(data, finished, monkeypatch):
+    from recformer.data.items import TokenizedItems
+    from recformer.training import item_encoder
+
+    folder = ProcessedFolder.load(data / "folder")
+    model = RecformerForSeqRec.from_pretrained(finished[0] / "best_model")
+    tokenizer = RecformerTokenizer.from_pretrained(finished[0] / "best_model")
+    store = TokenizedItems.open_or_build(folder.items, tokenizer, data / "cache")
+    model.train()
+    whole = encode_items(model, store, progress=False)
+    assert model.training
+    monkeypatch.setattr(item_encoder, "TOKENS_PER_BATCH", 20)
+    torch.testing.assert_close(encode_items(model, store, progress=False), whole)
+
+
+def test_token_budget():
+    lengths = np.array([5, 1, 9, 3, 30])
+    batches = [batch.tolist() for batch in token_budget_batches(lengths, 9)]
+    assert batches == [[1, 3, 0], [2], [4]]
+
+
+def test_no_weight_decay_on_biases_and_norms():
+    model = torch.nn.ModuleDict(
+        {"LayerNorm": torch.nn.LayerNorm(2), "dense": torch.nn.Linear(2, 3)}
+    )
+    decay, plain = parameter_groups(model, 0.1)
+    assert [tuple(p.shape) for p in decay["params"]] == [(3, 2)]
+    assert decay["weight_decay"] == 0.1
+    assert sorted(tuple(p.shape) for p in plain["params"]) == [(2,), (2,), (3,)]
+    assert plain["weight_decay"] == 0
