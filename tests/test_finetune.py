@@ -350,6 +350,24 @@ def test_item_vectors_do_not_depend_on_the_batch(data, finished, monkeypatch):
     torch.testing.assert_close(encode_items(model, store, progress=False), whole)
 
 
+def test_items_that_read_the_same_are_encoded_once(tmp_path, data):
+    from recformer.config import RecformerConfig
+    from recformer.data.items import TokenizedItems
+    from recformer.training.item_encoder import distinct_items
+
+    config = RecformerConfig(max_attr_num=3, max_attr_length=32)
+    tokenizer = RecformerTokenizer.from_pretrained(data / "tokenizer", config)
+    items = [{"title": "red tent"}, {}, {"title": "tent red"}, {"title": "red tent"}, {}]
+    items += [{"brand": "red tent"}, {"title": "red", "brand": "tent"}]
+    store = TokenizedItems.open_or_build(items, tokenizer, tmp_path)
+    first, inverse = distinct_items(store)
+    groups = {}
+    for item, group in enumerate(inverse):
+        groups.setdefault(int(group), []).append(item)
+    assert sorted(groups.values()) == [[0, 3], [1, 4], [2], [5], [6]]
+    assert [groups[group][0] for group in range(5)] == first.tolist()
+
+
 def test_token_budget():
     lengths = np.array([5, 1, 9, 3, 30])
     batches = [batch.tolist() for batch in token_budget_batches(lengths, 9)]
