@@ -1,23 +1,16 @@
-"""Banded attention with a global `<s>`, over packed tokens (paper section 2.2.2; Longformer).
+"""Attention of Recformer over packed tokens (paper section 2.2.2; Longformer).
 
 A token attends to the `window / 2` tokens before and after it in its own sequence and to `<s>`,
-which it sees once, through the ordinary key and value. `<s>` attends to every token of its sequence
-through projections of its own.
+which it sees once, through the ordinary key and value (`band.py`). `<s>` attends to every token of
+its sequence through projections of its own.
 
-How it is computed:
-
-- The run of packed tokens is cut into blocks of queries, whatever sequences they belong to. The
-  keys of a block are the slice of the run around it, plus one more: the `<s>` of the sequence that
-  reaches into the slice from the left. Any other sequence with a query in the block has its `<s>`
-  within the slice, being its first token. A mask, built once a batch and shared by the layers, does
-  the rest.
-- The score of `<s>` against a token x is q . (W x + b). W is multiplied into q instead of x, b is
-  the same for all tokens and drops out of the softmax, and the value projection is applied after
-  the weighted sum, so that no token but `<s>` pays for the global projections. Sums over a sequence
-  go over chunks of tokens that do not cross sequences.
+The score of `<s>` against a token x is q . (W x + b). W is multiplied into q instead of x, b is the
+same for all tokens and drops out of the softmax, and the value projection is applied after the
+weighted sum, so that no token but `<s>` pays for the global projections. Sums over a sequence go
+over chunks of tokens that do not cross sequences.
 
 Shapes: B sequences, T packed tokens, H hidden, A heads, D = H / A, W window;
-N query blocks of Q queries and K keys; C chunks of S tokens.
+C chunks of S tokens.
 """
 
 from __future__ import annotations
@@ -31,45 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recformer.config import RecformerConfig
-from recformer.models.dropout import drop, dropout, keep_scale
+from recformer.models.band import Band, band_attention, build_band
+from recformer.models.dropout import dropout
 from recformer.packing import PackedTokens
 
-# Fewer queries a block copy every key more often, more of them score more pairs outside the band;
-# 64 was the quickest on CPU for the published window of 64.
-QUERY_BLOCK = 64
 # Tokens a chunk of the sums over whole sequences. Every sequence ends with a chunk partly filled.
 CHUNK = 32
-
-
-@dataclass(frozen=True)
-class Band:
-    """Which keys each block of queries sees, for one window size.
-
-    Attributes:
-        block: Q, queries a block.
-        half: tokens visible on either side.
-        first: (N,) int64 the token that serves as the extra key of each block.
-        mask: (N, Q, K) additive, 0 or -inf. Key 0 is the extra one, key 1 + j the token
-            `block * n - half + j`.
-    """
-
-    block: int
-    half: int
-    first: Tensor
-    mask: Tensor
-
-    @property
-    def num_blocks(self) -> int:
-        return self.mask.shape[0]
-
-    @property
-    def num_keys(self) -> int:
-        return self.mask.shape[2]
-
-    @property
-    def padded_size(self) -> int:
-        """Tokens that the key slices of all blocks span, tokens outside the run included."""
-        return (self.num_blocks - 1) * self.block + self.num_keys - 1
 
 
 @dataclass(frozen=True)
@@ -149,46 +109,10 @@ def build_layout(
         token_places=places,
         lengths=lengths,
         bands={
-            window: _build_band(sequence_ids, first, window, dtype)
+            window: build_band(sequence_ids, first, window, dtype)
             for window in sorted(set(windows))
         },
     )
-
-
-def _build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.dtype) -> Band:
-    device = sequence_ids.device
-    half = window // 2
-    num_tokens = sequence_ids.numel()
-    block = max(QUERY_BLOCK, half)
-    num_blocks = -(-num_tokens // block)
-    # The slice reaches a little further right than it must: kernels like a multiple of 8.
-    num_keys = -(-(1 + block + window) // 8) * 8
-
-    start = torch.arange(num_blocks, device=device)[:, None] * block  # (N, 1)
-    query = start + torch.arange(block, device=device)  # (N, Q)
-    key = start - half + torch.arange(num_keys - 1, device=device)  # (N, K - 1)
-    last = num_tokens - 1
-    real_query = query <= last
-    query_sequence = torch.where(real_query, sequence_ids[query.clamp(max=last)], -1)
-    real_key = (key >= 0) & (key <= last)
-    key_sequence = torch.where(real_key, sequence_ids[key.clamp(0, last)], -2)
-    is_first = real_key & (key == first[key_sequence.clamp(min=0)])
-
-    near = (query[:, :, None] - key[:, None, :]).abs() <= half  # (N, Q, K - 1)
-    same = query_sequence[:, :, None] == key_sequence[:, None, :]
-    in_slice = same & (near | is_first[:, None, :])
-
-    slice_start = key[:, 0]
-    extra_sequence = sequence_ids[slice_start.clamp(min=0)]  # (N,)
-    extra = first[extra_sequence]
-    unseen = extra < slice_start  # else it stands in the slice already
-    sees_extra = (query_sequence == extra_sequence[:, None]) & unseen[:, None]
-    # Rows beyond the last token are thrown away, but a row without any key would be NaN.
-    sees_extra = sees_extra | ~real_query
-
-    visible = torch.cat([sees_extra[:, :, None], in_slice], dim=2)  # (N, Q, K)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-    return Band(block, half, extra, mask.masked_fill_(~visible, float("-inf")))
 
 
 class _GatherChunks(torch.autograd.Function):
@@ -203,44 +127,6 @@ class _GatherChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (token_places,) = ctx.saved_tensors
         return grad.reshape(-1, grad.shape[-1]).index_select(0, token_places), None, None
-
-
-class _KeyBlocks(torch.autograd.Function):
-    """(T, G * D) -> (G, N, K, D): the extra key and the slice of keys of every block, G heads."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, band: Band, num_heads: int) -> Tensor:
-        ctx.band = band
-        ctx.num_tokens, width = x.shape
-        dim = width // num_heads
-        padded = F.pad(x, (0, 0, band.half, band.padded_size - band.half - ctx.num_tokens))
-        slices = padded.as_strided(
-            (num_heads, band.num_blocks, band.num_keys - 1, dim),
-            (dim, band.block * width, width, 1),
-        )
-        blocks = x.new_empty((num_heads, band.num_blocks, band.num_keys, dim))
-        blocks[:, :, 1:] = slices
-        blocks[:, :, 0] = x.index_select(0, band.first).view(-1, num_heads, dim).transpose(0, 1)
-        return blocks
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        band: Band = ctx.band
-        num_heads, num_blocks, num_keys, dim = grad.shape
-        width, size = num_heads * dim, num_keys - 1
-        grad = grad.permute(1, 2, 0, 3).reshape(num_blocks, num_keys, width)
-        # Slices overlap; pieces of them as long as the distance between two blocks do not.
-        padded = grad.new_empty(((num_blocks + -(-size // band.block) - 1) * band.block, width))
-        padded[num_blocks * band.block :] = 0
-        for begin in range(0, size, band.block):
-            piece = grad[:, 1 + begin : 1 + min(begin + band.block, size)]
-            target = padded[begin : begin + num_blocks * band.block].view(num_blocks, -1, width)
-            if begin:
-                target[:, : piece.shape[1]] += piece
-            else:
-                target.copy_(piece)
-        padded.index_add_(0, band.first + band.half, grad[:, 0])
-        return padded[band.half : band.half + ctx.num_tokens], None, None
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -258,37 +144,6 @@ class _ZeroGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
-
-
-def band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0.0) -> Tensor:
-    """Softmax attention within the band and to `<s>`.
-
-    Args:
-        qkv: (T, 3 * H) queries, keys and values side by side.
-        dropout_p: probability that an attention weight is dropped.
-
-    Returns:
-        (T, H).
-    """
-    num_tokens, hidden = qkv.shape[0], qkv.shape[1] // 3
-    dim = hidden // num_heads
-    query, key_value = qkv.split([hidden, 2 * hidden], dim=1)
-    query = F.pad(query, (0, 0, 0, band.num_blocks * band.block - num_tokens))
-    query = query.view(band.num_blocks, band.block, num_heads, dim).permute(2, 0, 1, 3)
-    keys, values = _KeyBlocks.apply(key_value, band, 2 * num_heads).chunk(2)  # (A, N, K, D)
-    if qkv.device.type == "cpu" and torch.is_grad_enabled():
-        # On CPU the fused kernel knows no dropout and is slow backward in bfloat16.
-        scores = torch.matmul(query * dim**-0.5, keys.transpose(2, 3)) + band.mask
-        weights = scores.softmax(dim=-1)
-        if dropout_p > 0:
-            context = torch.matmul(drop(weights, dropout_p), values) * keep_scale(dropout_p)
-        else:
-            context = torch.matmul(weights, values)
-    else:
-        context = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=band.mask, dropout_p=dropout_p
-        )
-    return context.permute(1, 2, 0, 3).reshape(-1, hidden)[:num_tokens]
 
 
 class RecformerSelfAttention(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 _LEVELS = 1 << 16
 # Integers as wide as the floating type.
-_BITS = {
+BITS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
     torch.float32: torch.int32,
@@ -35,8 +35,8 @@ def keep_scale(p: float) -> float:
     return _LEVELS / (_LEVELS - _num_dropped(p))
 
 
-def _draw(shape: torch.Size, p: float) -> Tensor:
-    """(CPU) int16 of `shape`: all bits set where an element survives, none where it is dropped.
+def draw_keep(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+    """(CPU) integers as wide as `dtype`: all bits set where an element survives, else none.
 
     Seeded from torch's generator, so that `torch.manual_seed` and saved generator states reproduce
     it.
@@ -46,30 +46,32 @@ def _draw(shape: torch.Size, p: float) -> Tensor:
     draws = np.random.Generator(np.random.SFC64(seed)).integers(
         0, 1 << 64, size=-(-size // 4), dtype=np.uint64
     )
-    bits = torch.from_numpy(draws.view(np.int16))[:size].view(shape)
-    kept_from = _num_dropped(p) - _LEVELS // 2  # of -2**15 .. 2**15 - 1
-    if kept_from == -_LEVELS // 2:
-        return bits.fill_(-1)
-    # kept_from - 1 where dropped and kept_from where kept, then 0 and -1
-    return bits.clamp_(kept_from - 1, kept_from).neg_().add_(kept_from - 1)
+    keep = torch.from_numpy(draws.view(np.int16))[:size].view(shape)
+    if _num_dropped(p) == 0:
+        keep.fill_(-1)
+    else:
+        kept_from = _num_dropped(p) - _LEVELS // 2  # of -2**15 .. 2**15 - 1
+        # kept_from - 1 where dropped and kept_from where kept, then 0 and -1
+        keep.clamp_(kept_from - 1, kept_from).neg_().add_(kept_from - 1)
+    return keep.to(BITS[dtype])
 
 
-def _clear(x: Tensor, keep: Tensor) -> Tensor:
-    bits = _BITS[x.dtype]
-    return torch.bitwise_and(x.view(bits), keep.to(bits)).view(x.dtype)
+def clear(x: Tensor, keep: Tensor) -> Tensor:
+    """`x` with zeros where `keep` has no bits; `keep` as `draw_keep` makes it."""
+    return torch.bitwise_and(x.view(keep.dtype), keep).view(x.dtype)
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        keep = _draw(x.shape, p)
+        keep = draw_keep(x.shape, p, x.dtype)
         ctx.save_for_backward(keep)
-        return _clear(x, keep)
+        return clear(x, keep)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
-        return _clear(grad, keep), None
+        return clear(grad, keep), None
 
 
 def drop(x: Tensor, p: float) -> Tensor:

@@ -1,0 +1,301 @@
+"""Softmax attention of packed tokens within a band, and to the `<s>` of their sequence.
+
+The run of packed tokens is cut into blocks of queries, whatever sequences they belong to. The keys
+of a block are the slice of the run around it, plus one more: the `<s>` of the sequence that reaches
+into the slice from the left. Any other sequence with a query in the block has its `<s>` within the
+slice, being its first token. A mask, built once a batch and shared by the layers, does the rest.
+
+Shapes: B sequences, T packed tokens, H hidden, A heads, D = H / A, W window;
+N blocks (n of them at once) of Q queries and K keys; P tokens that the blocks span.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recformer.models.dropout import BITS, clear, draw_keep, keep_scale
+
+# Fewer queries a block copy every key more often, more of them score more pairs outside the band;
+# 64 was the quickest on CPU for the published window of 64.
+QUERY_BLOCK = 64
+# Scores that a training step on CPU holds at once: few enough to stay in the cache.
+SCORES_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which keys each block of queries sees, for one window size.
+
+    Attributes:
+        block: Q, queries a block.
+        half: tokens visible on either side.
+        first: (N,) int64 the token that serves as the extra key of each block.
+        mask: (N, Q, K) additive, 0 or -inf. Key 0 is the extra one, key 1 + j the token
+            `block * n - half + j`.
+    """
+
+    block: int
+    half: int
+    first: Tensor
+    mask: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def num_keys(self) -> int:
+        return self.mask.shape[2]
+
+    @property
+    def padded_size(self) -> int:
+        """P, the tokens that all blocks span, those outside the run included."""
+        return (self.num_blocks - 1) * self.block + self.num_keys - 1
+
+
+def build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.dtype) -> Band:
+    """The band of a batch for one window size, without waiting for the device.
+
+    Args:
+        sequence_ids: (T,) int64 sequence of each token.
+        first: (B,) int64 the token that is `<s>` of each sequence.
+        window: positive and even.
+        dtype: floating type that scores are computed in.
+    """
+    device = sequence_ids.device
+    half = window // 2
+    num_tokens = sequence_ids.numel()
+    block = max(QUERY_BLOCK, half)
+    num_blocks = -(-num_tokens // block)
+    # The slice reaches a little further right than it must: kernels like a multiple of 8.
+    num_keys = -(-(1 + block + window) // 8) * 8
+
+    start = torch.arange(num_blocks, device=device)[:, None] * block  # (N, 1)
+    query = start + torch.arange(block, device=device)  # (N, Q)
+    key = start - half + torch.arange(num_keys - 1, device=device)  # (N, K - 1)
+    last = num_tokens - 1
+    real_query = query <= last
+    query_sequence = torch.where(real_query, sequence_ids[query.clamp(max=last)], -1)
+    real_key = (key >= 0) & (key <= last)
+    key_sequence = torch.where(real_key, sequence_ids[key.clamp(0, last)], -2)
+    is_first = real_key & (key == first[key_sequence.clamp(min=0)])
+
+    near = (query[:, :, None] - key[:, None, :]).abs() <= half  # (N, Q, K - 1)
+    same = query_sequence[:, :, None] == key_sequence[:, None, :]
+    in_slice = same & (near | is_first[:, None, :])
+
+    slice_start = key[:, 0]
+    extra_sequence = sequence_ids[slice_start.clamp(min=0)]  # (N,)
+    extra = first[extra_sequence]
+    unseen = extra < slice_start  # else it stands in the slice already
+    sees_extra = (query_sequence == extra_sequence[:, None]) & unseen[:, None]
+    # Rows beyond the last token are thrown away, but a row without any key would be NaN.
+    sees_extra = sees_extra | ~real_query
+
+    visible = torch.cat([sees_extra[:, :, None], in_slice], dim=2)  # (N, Q, K)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return Band(block, half, extra, mask.masked_fill_(~visible, float("-inf")))
+
+
+def band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0.0) -> Tensor:
+    """Softmax attention within the band and to `<s>`.
+
+    Args:
+        qkv: (T, 3 * H) queries, keys and values side by side, of the mask's dtype.
+        dropout_p: probability that an attention weight is dropped.
+
+    Returns:
+        (T, H).
+    """
+    if qkv.device.type == "cpu" and torch.is_grad_enabled():
+        # The fused kernel knows no dropout on CPU, and is slow backward.
+        return _BandAttention.apply(qkv, band, num_heads, dropout_p)
+    return fused_band_attention(qkv, band, num_heads, dropout_p)
+
+
+def fused_band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0.0) -> Tensor:
+    """`band_attention` by torch's scaled-dot-product kernels."""
+    query, key, value = _Blocks.apply(qkv, band, num_heads)
+    context = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=band.mask[:, None], dropout_p=dropout_p
+    )
+    return context.transpose(1, 2).reshape(-1, qkv.shape[1] // 3)[: qkv.shape[0]]
+
+
+def _pad(x: Tensor, band: Band) -> Tensor:
+    """(T, R) -> (P, R), zeros at tokens outside the run."""
+    return F.pad(x, (0, 0, band.half, band.padded_size - band.half - x.shape[0]))
+
+
+def _query_view(padded: Tensor, band: Band, start: int, end: int, shape: tuple[int, int]) -> Tensor:
+    """Blocks `start:end` of the queries in the first H columns of (P, R), a view (n, A, Q, D)."""
+    num_heads, dim = shape
+    row = padded.shape[1]
+    return padded.as_strided(
+        (end - start, num_heads, band.block, dim),
+        (band.block * row, dim, row, 1),
+        (band.half + start * band.block) * row,
+    )
+
+
+def _key_blocks(
+    padded: Tensor, band: Band, start: int, end: int, shape: tuple[int, int], column: int
+) -> Tensor:
+    """Blocks `start:end` of the keys, or values, from `column` on of (P, R): (n, A, K, D)."""
+    num_heads, dim = shape
+    row = padded.shape[1]
+    slices = padded.as_strided(
+        (end - start, num_heads, band.num_keys - 1, dim),
+        (band.block * row, dim, row, 1),
+        start * band.block * row + column,
+    )
+    extra = padded[:, column : column + num_heads * dim].index_select(
+        0, band.first[start:end] + band.half
+    )
+    return torch.cat([extra.view(-1, num_heads, 1, dim), slices], dim=2)
+
+
+def _add_key_blocks(total: Tensor, band: Band, start: int, blocks: Tensor, column: int) -> Tensor:
+    """The reverse of `_key_blocks`: add (n, A, K, D) to the places in (P, R) it was taken from.
+
+    Returns:
+        (n, H) of the extra keys, not yet added.
+    """
+    num_blocks, num_heads, num_keys, dim = blocks.shape
+    row, width = total.shape[1], num_heads * dim
+    blocks = blocks.transpose(1, 2).reshape(num_blocks, num_keys, width)
+    # Slices overlap; pieces of them no longer than the distance between two blocks do not.
+    for begin in range(1, num_keys, band.block):
+        piece = blocks[:, begin : begin + band.block]
+        target = total.as_strided(
+            piece.shape,
+            (band.block * row, row, 1),
+            (start * band.block + begin - 1) * row + column,
+        )
+        target += piece
+    return blocks[:, 0]
+
+
+def _scaled(blocks: Tensor, factor: float) -> Tensor:
+    """A view (n, A, Q, D) times `factor`, laid out as (n * A, Q, D)."""
+    return torch.mul(blocks, factor, out=blocks.new_empty(blocks.shape)).flatten(0, 1)
+
+
+class _Blocks(torch.autograd.Function):
+    """(T, 3 * H) -> queries (N, A, Q, D), keys and values (N, A, K, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, band: Band, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = qkv.shape[1] // 3
+        shape = (num_heads, hidden // num_heads)
+        ctx.band, ctx.num_tokens = band, qkv.shape[0]
+        padded = _pad(qkv, band)
+        query = _query_view(padded, band, 0, band.num_blocks, shape)
+        key = _key_blocks(padded, band, 0, band.num_blocks, shape, hidden)
+        value = _key_blocks(padded, band, 0, band.num_blocks, shape, 2 * hidden)
+        return query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
+        band: Band = ctx.band
+        _, num_heads, _, dim = query.shape
+        hidden = num_heads * dim
+        total = query.new_zeros((band.padded_size, 3 * hidden))
+        _query_view(total, band, 0, band.num_blocks, (num_heads, dim)).copy_(query)
+        extra = query.new_zeros((band.num_blocks, 3 * hidden))
+        extra[:, hidden : 2 * hidden] = _add_key_blocks(total, band, 0, key, hidden)
+        extra[:, 2 * hidden :] = _add_key_blocks(total, band, 0, value, 2 * hidden)
+        total.index_add_(0, band.first + band.half, extra)
+        return total[band.half : band.half + ctx.num_tokens], None, None
+
+
+class _BandAttention(torch.autograd.Function):
+    """`band_attention` for training on CPU: a few blocks at a time, out of the cache.
+
+    Kept for the way back are the weights before dropout, with a minus sign where they were dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, band: Band, num_heads: int, dropout_p: float) -> Tensor:
+        num_tokens, hidden = qkv.shape[0], qkv.shape[1] // 3
+        num_blocks, block, num_keys = band.mask.shape
+        shape = (num_heads, hidden // num_heads)
+        sign = torch.iinfo(BITS[qkv.dtype]).min
+        padded = _pad(qkv, band)
+        signed_weights = qkv.new_empty((num_blocks, num_heads, block, num_keys))
+        context = qkv.new_empty((num_blocks, block, *shape))
+        for start, end in _pieces(signed_weights):
+            query = _scaled(_query_view(padded, band, start, end, shape), shape[1] ** -0.5)
+            key = _key_blocks(padded, band, start, end, shape, hidden).flatten(0, 1)
+            scores = torch.bmm(query, key.transpose(1, 2))
+            scores.view(-1, num_heads, block, num_keys).add_(band.mask[start:end, None])
+            weights = signed_weights[start:end].flatten(0, 1)
+            torch.softmax(scores, dim=-1, out=weights)
+            if dropout_p > 0:
+                keep = draw_keep(weights.shape, dropout_p, weights.dtype)
+                kept = clear(weights, keep)
+                weights.view(keep.dtype).bitwise_or_(keep.bitwise_not_().bitwise_and_(sign))
+                weights = kept
+            value = _key_blocks(padded, band, start, end, shape, 2 * hidden).flatten(0, 1)
+            piece = torch.bmm(weights, value).view(-1, num_heads, block, shape[1])
+            torch.mul(piece.transpose(1, 2), keep_scale(dropout_p), out=context[start:end])
+        result = context.view(-1, hidden)[:num_tokens]
+        ctx.save_for_backward(padded, signed_weights, result)
+        ctx.band, ctx.num_heads, ctx.dropout_p = band, num_heads, dropout_p
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        padded, signed_weights, context = ctx.saved_tensors
+        band: Band = ctx.band
+        num_heads, hidden = ctx.num_heads, context.shape[1]
+        shape = (num_heads, hidden // num_heads)
+        scale = shape[1] ** -0.5
+        padded_grad = _pad(grad, band)
+        # The softmax takes away the mean of the gradient under the weights, which is this:
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        mean = (grad.to(exact) * context).view(-1, *shape).sum(dim=2).to(grad.dtype)
+        mean = F.pad(mean, (0, 0, 0, band.num_blocks * band.block - grad.shape[0]))
+        mean = mean.view(band.num_blocks, band.block, num_heads).transpose(1, 2)  # (N, A, Q)
+        total = torch.zeros_like(padded)
+        extra = padded.new_zeros((band.num_blocks, 3 * hidden))
+
+        def as_blocks(left: Tensor, right: Tensor) -> Tensor:
+            return torch.bmm(left, right).unflatten(0, (-1, num_heads))
+
+        for start, end in _pieces(signed_weights):
+            query = _scaled(_query_view(padded, band, start, end, shape), scale)
+            key = _key_blocks(padded, band, start, end, shape, hidden).flatten(0, 1)
+            value = _key_blocks(padded, band, start, end, shape, 2 * hidden).flatten(0, 1)
+            out = _query_view(padded_grad, band, start, end, shape)
+            out = _scaled(out, keep_scale(ctx.dropout_p))
+            weights = kept = signed_weights[start:end].flatten(0, 1)
+            if ctx.dropout_p > 0:
+                weights, kept = weights.abs(), weights.relu()
+            extra[start:end, 2 * hidden :] = _add_key_blocks(
+                total, band, start, as_blocks(kept.transpose(1, 2), out), 2 * hidden
+            )
+            scores = torch.bmm(out, value.transpose(1, 2)).mul_(kept)
+            scores.addcmul_(weights, mean[start:end].reshape(-1, band.block, 1), value=-1)
+            extra[start:end, hidden : 2 * hidden] = _add_key_blocks(
+                total, band, start, as_blocks(scores.transpose(1, 2), query), hidden
+            )
+            torch.mul(
+                as_blocks(scores, key), scale, out=_query_view(total, band, start, end, shape)
+            )
+        total.index_add_(0, band.first + band.half, extra)
+        return total[band.half : band.half + grad.shape[0]], None, None, None
+
+
+def _pieces(weights: Tensor) -> list[tuple[int, int]]:
+    """Cut the N blocks of (N, A, Q, K) into runs of at most `SCORES_AT_ONCE` scores."""
+    num_blocks = weights.shape[0]
+    step = max(1, SCORES_AT_ONCE // weights[0].numel())
+    return [(start, min(start + step, num_blocks)) for start in range(0, num_blocks, step)]
