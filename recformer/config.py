@@ -129,5 +129,8 @@ class RecformerConfig(LongformerConfig):
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
         if not self.temp > 0:
             raise UserError(f"temp must be above 0, got {self.temp}")

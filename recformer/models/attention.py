@@ -72,7 +72,7 @@ class AttentionLayout:
         weights = self.chunk_valid / self.lengths[self.chunk_sequence, None]  # (C, S)
         chunks = self.gather_chunks(hidden)  # (C, S, H)
         means = torch.matmul(weights.to(hidden.dtype)[:, None], chunks)[:, 0]  # (C, H)
-        return self.sum_chunks(means.float()).to(hidden.dtype)
+        return self.sum_chunks(_exact(means)).to(hidden.dtype)
 
 
 def build_layout(
@@ -113,6 +113,11 @@ def build_layout(
             for window in sorted(set(windows))
         },
     )
+
+
+def _exact(x: Tensor) -> Tensor:
+    """`x` in float32 at least: what is added up over a whole sequence."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _GatherChunks(torch.autograd.Function):
@@ -185,7 +190,7 @@ class RecformerSelfAttention(nn.Module):
         )
         dropout_p = self.dropout_p if self.training else 0.0
         context_local = band_attention(qkv, layout.bands[self.window], self.num_heads, dropout_p)
-        return context_local.index_copy(0, layout.first, context.to(context_local.dtype))
+        return context_local.index_copy(0, layout.first, context)
 
     def _attend_from_first(self, hidden: Tensor, layout: AttentionLayout) -> Tensor:
         """What `<s>` of every sequence gathers from all its tokens: (T, H) -> (B, H)."""
@@ -198,7 +203,7 @@ class RecformerSelfAttention(nn.Module):
         query = query.transpose(0, 1).index_select(0, layout.chunk_sequence)  # (C, A, H)
 
         chunks = layout.gather_chunks(hidden)  # (C, S, H)
-        scores = torch.matmul(chunks, query.transpose(1, 2)).float()  # (C, S, A)
+        scores = _exact(torch.matmul(chunks, query.transpose(1, 2)))  # (C, S, A)
         scores = scores.masked_fill(~layout.chunk_valid[:, :, None], float("-inf"))
         with torch.no_grad():  # for the range of exp alone: the softmax does not depend on it
             top = scores.new_full((layout.batch_size, heads), float("-inf"))
@@ -209,12 +214,12 @@ class RecformerSelfAttention(nn.Module):
         total = layout.sum_chunks(weights.sum(dim=1)).index_select(0, layout.chunk_sequence)
         weights = dropout(weights / total[:, None], self.dropout_p, self.training)  # (C, S, A)
 
-        summed = torch.matmul(weights.to(chunks.dtype).transpose(1, 2), chunks).float()  # (C, A, H)
+        summed = _exact(torch.matmul(weights.to(chunks.dtype).transpose(1, 2), chunks))  # (C, A, H)
         summed = layout.sum_chunks(summed).to(hidden.dtype)  # (B, A, H)
         value_weight = self.value_global.weight.view(heads, dim, width)
         context = torch.matmul(summed.transpose(0, 1), value_weight.transpose(1, 2))  # (A, B, D)
         # The weights add up to 1 unless some were dropped.
         mass = layout.sum_chunks(weights.sum(dim=1))  # (B, A)
-        bias = self.value_global.bias.view(heads, dim) * mass[:, :, None].to(hidden.dtype)
-        context = (context.transpose(0, 1) + bias).reshape(-1, width)
+        bias = self.value_global.bias.view(heads, dim) * mass[:, :, None]
+        context = (context.transpose(0, 1) + bias).reshape(-1, width).to(hidden.dtype)
         return _ZeroGradient.apply(context, self.key_global.bias)
