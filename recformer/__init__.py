@@ -7,14 +7,18 @@ Folders written by `save_pretrained` also load through transformers' `AutoConfig
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel
 
 from recformer.config import PAPER, RecformerConfig
 from recformer.models import RecformerForPretraining, RecformerForSeqRec, RecformerModel
 from recformer.packing import PackedTokens
-from recformer.tokenization import RecformerTokenizer
+
+if TYPE_CHECKING:
+    from recformer.tokenization import RecformerTokenizer
+    from recformer.training.lit import LitWrapper
 
 __all__ = [
     "PAPER",
@@ -31,10 +35,15 @@ AutoConfig.register(RecformerConfig.model_type, RecformerConfig, exist_ok=True)
 AutoModel.register(RecformerConfig, RecformerModel, exist_ok=True)
 
 
-def __getattr__(name: str) -> Any:
-    # The one class that needs Lightning, which `import recformer` must not.
-    if name == "LitWrapper":
-        from recformer.training.lit import LitWrapper
+# Loaded when asked for: what needs Lightning, which `import recformer` must not, and a module that
+# is also a command, which Python would warn about.
+_LAZY = {
+    "LitWrapper": "recformer.training.lit",
+    "RecformerTokenizer": "recformer.tokenization",
+}
 
-        return LitWrapper
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -383,3 +383,18 @@ def test_no_weight_decay_on_biases_and_norms():
     assert decay["weight_decay"] == 0.1
     assert sorted(tuple(p.shape) for p in plain["params"]) == [(2,), (2,), (3,)]
     assert plain["weight_decay"] == 0
+
+
+def test_the_shell_script_passes_flags_on(data, finished, tmp_path, repository):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    environment |= {"DATA_PATH": str(data / "folder"), "OUTPUT_DIR": "out", "BATCH_SIZE": "4"}
+    environment |= {"PRETRAIN_CKPT": str(finished[0] / "best_model")}
+    done = subprocess.run(
+        ["bash", str(repository / "finetune.sh"), "--zero_shot", "--device", "-1", "--seed", "5"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_json(tmp_path / "out" / "metrics.json")["seed"] == 5
+    settings = read_json(tmp_path / "out" / "run.json")
+    assert (settings["batch_size"], settings["num_train_epochs"]) == (4, 128)
+    assert settings["finetune_negative_sample_size"] == -1

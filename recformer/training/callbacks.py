@@ -67,6 +67,12 @@ class EarlyStop(EarlyStopping):
             trainer.should_stop = True
 
 
+def print_line(trainer: Trainer, line: str) -> None:
+    """Print without tearing the progress bar."""
+    bar = trainer.progress_bar_callback
+    print(line, flush=True) if bar is None else bar.print(line)
+
+
 class History(Callback):
     """One row an epoch: loss and validation metrics; printed, kept in `history.csv`, drawn.
 
@@ -114,7 +120,7 @@ class History(Callback):
             line = f"{self.stage} epoch {row['epoch']}: loss {row['train/loss']:.4f}"
             if validated:
                 line += f", validation {self.metric} {row['val/' + self.metric]:.4f}"
-            print(f"{line}, {row['seconds']:.0f} s", flush=True)
+            print_line(trainer, f"{line}, {row['seconds']:.0f} s")
 
 
 def draw_history(
@@ -159,9 +165,3 @@ def draw_history(
     with atomic_write(path, "wb") as handle:
         figure.savefig(handle, format="png", dpi=120)
     pyplot.close(figure)
-
-
-def best_epoch(rows: list[dict[str, Any]], metric: str) -> int | None:
-    """Epoch (1-based) of the best validation in `rows`, None where none was validated."""
-    scored = [row for row in rows if f"val/{metric}" in row]
-    return max(scored, key=lambda row: row[f"val/{metric}"])["epoch"] if scored else None
