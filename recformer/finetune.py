@@ -13,6 +13,7 @@ The same command again continues a run that was cut off, and prints the results 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -220,6 +221,12 @@ def load_start_model(
     return model, tokenizer, report
 
 
+def say(text: object) -> None:
+    """Print on the first process."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(text, flush=True)
+
+
 class Run:
     """One finetuning run: everything that its steps share, and its folder."""
 
@@ -243,12 +250,12 @@ class Run:
             item2id_file=args.item2id_file,
             meta_file=args.meta_file,
         )
-        print(
+        say(
             f"{args.data_path}: {self.folder.num_users:,} users, {self.folder.num_items:,} items, "
             f"split {self.folder.split_hash[:12]}"
         )
         if self.folder.num_without_metadata:
-            print(f"{self.folder.num_without_metadata:,} items have no metadata: empty sentences")
+            say(f"{self.folder.num_without_metadata:,} items have no metadata: empty sentences")
         seed_everything(args.seed, verbose=False)
         self.model, self.tokenizer = self._load_model()
         self.store = TokenizedItems.open_or_build(
@@ -279,7 +286,7 @@ class Run:
             args.from_scratch,
             overrides,
         )
-        print(report)
+        say(report)
         if args.fix_word_embedding:
             model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
         return model, tokenizer
@@ -305,10 +312,9 @@ class Run:
                     "choose another --output_dir, or give --overwrite_output_dir"
                 )
             if different:
-                for old in self.output_dir.glob("**/done.json"):
-                    old.unlink()
-                for old in self.output_dir.glob("**/last.ckpt"):
-                    old.unlink()
+                for name in ("evaluation", "ranks", *PATIENCE):
+                    shutil.rmtree(self.output_dir / name, ignore_errors=True)
+                (self.output_dir / "metrics.json").unlink(missing_ok=True)
         write_json(path, settings, indent=1)
 
     def _module(self) -> LitWrapper:
@@ -399,7 +405,7 @@ class Run:
             started = time.monotonic()
             resume = str(last) if last.exists() else None
             if resume:
-                print(f"{stage}: continuing from {last}", flush=True)
+                say(f"{stage}: continuing from {last}")
             trainer.fit(self._module(), datamodule=self.data, ckpt_path=resume)
             if trainer.interrupted:
                 raise KeyboardInterrupt
@@ -477,7 +483,7 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
                 evaluations[stage] = this.evaluate(stage)
             else:
                 evaluations[stage] = evaluations["stage1"]
-                print(f"{stage} did not improve on {args.metric} {best:.4f}: stage 1's model stays")
+                say(f"{stage} did not improve on {args.metric} {best:.4f}: stage 1's model stays")
     final = list(evaluations)[-1]
     result: dict[str, Any] = {
         "test": evaluations[final]["test"],
@@ -487,6 +493,7 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
         "ties": args.ties,
         "filter_seen": args.filter_seen,
         "split_hash": this.folder.split_hash,
+        "eval_users": args.eval_users,
         "seed": args.seed,
         "precision": this.precision,
         "seconds": round(time.monotonic() - started, 1),

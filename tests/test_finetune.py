@@ -253,9 +253,11 @@ def test_another_run_in_the_folder_is_refused(data, finished, tmp_path):
         UserError, match=r"holds another run \(different: learning_rate, seed, weights\)"
     ):
         run(arguments(data, output, seed=7, learning_rate=1e-3))
-    run(arguments(data, tmp_path, zero_shot=True))
-    result = run(arguments(data, tmp_path, zero_shot=True, seed=7, overwrite_output_dir=True))
-    assert result["seed"] == 7
+    run(arguments(data, tmp_path / "out", zero_shot=True))
+    again = {"zero_shot": True, "seed": 7}
+    result = run(arguments(data, tmp_path / "out", overwrite_output_dir=True, **again))
+    fresh = run(arguments(data, tmp_path / "fresh", **again))
+    assert result["evaluations"] == fresh["evaluations"]
 
 
 @pytest.mark.parametrize(
