@@ -41,12 +41,12 @@ class BaselineArguments:
     filter_seen: bool = flag(False, "take items of the history out of the candidates")
     decay: float | None = flag(
         None,
-        "text_neighbours: weight of an item against the next newer one, 0 for the last item alone "
-        "(default: 0.6)",
+        "text_neighbours: weight of an item against the next newer one, 0 for the last item alone; "
+        "unset: 0.6",
     )
     text_encoder: str | None = flag(
         None,
-        "text_neighbours: folder or hub id of a sentence encoder, mean-pooled (default: TF-IDF)",
+        "text_neighbours: folder or hub id of a sentence encoder, mean-pooled; unset: TF-IDF",
     )
 
 
@@ -93,7 +93,9 @@ def run(args: BaselineArguments) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(BaselineArguments, description=__doc__)
+    parser = HfArgumentParser(
+        BaselineArguments, prog="python -m baselines", description=BaselineArguments.__doc__
+    )
     (args,) = parser.parse_args_into_dataclasses(argv)
     run(args)
 

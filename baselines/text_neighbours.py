@@ -87,8 +87,9 @@ def history_weights(histories: Sequences, num_items: int, decay: float) -> spars
     ages = histories.offsets[1:][histories.rows] - 1 - np.arange(len(histories.items))
     weights = decay ** ages.astype(np.float64)  # 0 ** 0 is 1
     shape = (len(histories), num_items)
-    matrix = sparse.csr_array((weights, histories.items, histories.offsets), shape=shape)
-    matrix.sum_duplicates()  # an item bought twice
+    # A copy: adding up what was bought twice works in place, and the histories are not ours.
+    matrix = sparse.csr_array((weights, histories.items, histories.offsets), shape, copy=True)
+    matrix.sum_duplicates()
     return matrix
 
 
@@ -110,10 +111,17 @@ def encode_texts(texts: list[str], encoder: str | os.PathLike) -> np.ndarray:
 
     Returns:
         float32 (N, H).
+
+    Raises:
+        UserError: no encoder can be read from there.
     """
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = AutoModel.from_pretrained(encoder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{encoder} gives no text encoder with its tokenizer: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(encoder).to(device, torch.float32).eval()
+    model = model.to(device, torch.float32).eval()
     filled = sorted((row for row, text in enumerate(texts) if text), key=lambda r: len(texts[r]))
     vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
     for start in tqdm(range(0, len(filled), BATCH_SIZE), desc="encoding texts", unit="batch"):

@@ -113,8 +113,9 @@ def band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0
     Returns:
         (T, H).
     """
-    if qkv.device.type == "cpu" and torch.is_grad_enabled():
-        # The fused kernel knows no dropout on CPU, and is slow backward.
+    if qkv.device.type == "cpu" and (torch.is_grad_enabled() or dropout_p > 0):
+        # The fused kernel knows no dropout on CPU, and is slow backward. With dropout the same code
+        # must run whether gradients are on or off: checkpointing repeats a forward pass with them.
         return _BandAttention.apply(qkv, band, num_heads, dropout_p)
     return fused_band_attention(qkv, band, num_heads, dropout_p)
 

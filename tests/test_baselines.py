@@ -1,0 +1,301 @@
+"""Popularity and text neighbours against ranks by hand, and their command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+import baselines
+from baselines import evaluate, text_neighbours
+from baselines.__main__ import main
+from baselines.popularity import Popularity
+from baselines.text_neighbours import TextNeighbours, encode_texts
+from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.files import UserError, read_json
+from recformer.metrics import TargetRanks
+
+
+def write_folder(
+    path: Path, texts: list[str | None], train: list, val: list, test: list
+) -> ProcessedFolder:
+    """A processed folder whose items have `texts` as their titles."""
+    asins = [f"A{item}" for item in range(len(texts))]
+    write_processed(
+        path,
+        train=Sequences.from_lists(train),
+        val=Sequences.from_lists(val),
+        test=Sequences.from_lists(test),
+        user_names=[f"U{user}" for user in range(len(train))],
+        asins=asins,
+        meta={asin: {"title": t} for asin, t in zip(asins, texts, strict=True) if t is not None},
+        dataset={},
+    )
+    return ProcessedFolder.load(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ProcessedFolder:
+    # Each word is one direction: TF-IDF vectors of one word are equal or orthogonal.
+    texts = ["alpha", "beta", "alpha", "beta", "gamma", None]
+    train = [[0, 1], [0, 2], [4, 0, 0, 0]]
+    return write_folder(tmp_path / "folder", texts, train, [[4], [3], [1]], [[2], [1], [5]])
+
+
+def counts(ranks: TargetRanks) -> tuple[list[int], list[int], list[int]]:
+    return ranks.above.tolist(), ranks.tied.tolist(), ranks.num_candidates.tolist()
+
+
+def test_popularity_by_hand(folder: ProcessedFolder) -> None:
+    popularity = Popularity(folder)
+    assert popularity.counts.tolist() == [5, 1, 1, 0, 1, 0]
+    ranks = popularity.rank(folder.eval_examples("test"))
+    # Targets 2, 1 and 5: below item 0 and among 1, 2, 4; the same; below these four and beside 3.
+    assert counts(ranks) == ([1, 1, 4], [2, 2, 1], [6, 6, 6])
+    figures = popularity.evaluate("test", metric_ks=(2, 5))
+    assert figures["Recall@2"] == pytest.approx((1 / 3 + 1 / 3 + 0) / 3)
+    assert figures["Recall@5"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert figures["MRR"] == pytest.approx(
+        (2 * (1 / 2 + 1 / 3 + 1 / 4) / 3 + (1 / 5 + 1 / 6) / 2) / 3
+    )
+    assert figures["NDCG@2"] == pytest.approx(2 * (1 / np.log2(3)) / 3 / 3)
+    assert figures["tie_rate"] == 1
+    assert figures["num_users"] == 3
+
+
+def test_popularity_without_seen_items(folder: ProcessedFolder) -> None:
+    ranks = Popularity(folder).rank(folder.eval_examples("test"), filter_seen=True)
+    # Histories {0, 1, 4}, {0, 2, 3} and {4, 0, 1} leave {2, 3, 5}, {1, 4, 5} and {2, 3, 5}.
+    assert counts(ranks) == ([0, 0, 1], [0, 1, 1], [3, 3, 3])
+
+
+def test_popularity_counts_training_alone(folder: ProcessedFolder) -> None:
+    ranks = Popularity(folder).rank(folder.eval_examples("val"))
+    # Targets 4, 3 and 1; that 3 and 4 are validation items does not count.
+    assert counts(ranks) == ([1, 4, 1], [2, 1, 2], [6, 6, 6])
+
+
+def test_neighbours_by_hand(folder: ProcessedFolder) -> None:
+    ranks = TextNeighbours(folder, decay=0.6).rank(folder.eval_examples("test"))
+    # Histories [0, 1, 4]: alpha .36, beta .6, gamma 1; [0, 2, 3]: alpha .96, beta 1;
+    # [4, 0, 0, 0, 1]: alpha 1.176, beta 1, gamma .1296. Item 5 has no text: 0.
+    assert counts(ranks) == ([3, 0, 5], [1, 1, 0], [6, 6, 6])
+
+
+def test_weights_of_repeated_items_add_up(folder: ProcessedFolder) -> None:
+    examples = folder.eval_examples("test")
+    neighbours = TextNeighbours(folder, decay=0.6)
+    weights = text_neighbours.history_weights(examples.histories, 6, 0.6).toarray()
+    expected = [
+        [0.36, 0.6, 0, 0, 1, 0],
+        [0.36, 0, 0.6, 1, 0, 0],
+        [0.6 + 0.36 + 0.216, 1, 0, 0, 0.1296, 0],
+    ]
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    assert neighbours.decay == 0.6
+
+
+def test_decay_zero_is_the_last_item_and_one_the_whole_history(folder: ProcessedFolder) -> None:
+    examples = folder.eval_examples("test")
+    last = TextNeighbours(folder, decay=0).rank(examples)
+    # gamma; beta; beta: everything else has nothing in common with them and ties.
+    assert counts(last) == ([1, 0, 2], [4, 1, 3], [6, 6, 6])
+    alike = TextNeighbours(folder, decay=1).rank(examples)
+    # alpha beta gamma 1; alpha 2, beta 1; alpha 3, beta and gamma 1, no text 0.
+    assert counts(alike) == ([0, 2, 5], [4, 1, 0], [6, 6, 6])
+
+
+@pytest.mark.parametrize("filter_seen", [False, True])
+def test_chunks_change_nothing(
+    folder: ProcessedFolder, monkeypatch: pytest.MonkeyPatch, filter_seen: bool
+) -> None:
+    examples = folder.eval_examples("test")
+    models = [Popularity(folder), TextNeighbours(folder)]
+    whole = [counts(model.rank(examples, filter_seen)) for model in models]
+    for size in (1, 12):
+        monkeypatch.setattr(baselines, "SCORES_AT_A_TIME", size)
+        assert [counts(model.rank(examples, filter_seen)) for model in models] == whole
+
+
+def test_neighbours_without_seen_items(folder: ProcessedFolder) -> None:
+    ranks = TextNeighbours(folder).rank(folder.eval_examples("test"), filter_seen=True)
+    # {2, 3, 5}: beta above alpha; {1, 4, 5}: beta first; {2, 3, 5}: no text last.
+    assert counts(ranks) == ([1, 0, 2], [0, 0, 0], [3, 3, 3])
+
+
+def test_values_of_all_attributes_are_the_text(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, ["one", "two"], [[0]], [[1]], [[1]])
+    folder.items[0]["brand"] = "two"
+    neighbours = TextNeighbours(folder)
+    # "one two" and "two": idf(one) = ln(3/2) + 1, idf(two) = 1.
+    idf = np.log(3 / 2) + 1
+    expected = 1 / np.sqrt(1 + idf**2)
+    assert (neighbours.vectors[[0]] @ neighbours.vectors[[1]].T).toarray()[0, 0] == pytest.approx(
+        expected
+    )
+
+
+def test_options_that_make_no_sense(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, ["one", None], [[0]], [[1]], [[1]])
+    with pytest.raises(UserError, match="decay is 1.5"):
+        TextNeighbours(folder, decay=1.5)
+    with pytest.raises(ValueError, match="'train'"):
+        Popularity(folder).evaluate("train")  # type: ignore[arg-type]
+    folder.items[0]["title"] = " "
+    with pytest.raises(UserError, match="no item of .* has any text"):
+        TextNeighbours(folder)
+    folder.items[0]["title"] = "& -"
+    with pytest.raises(UserError, match="no words"):
+        TextNeighbours(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of four hidden units a head, as a folder."""
+    path = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "alpha", "beta", "gamma"]
+    (path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab_file=str(path / "vocab.txt"))
+    if len(tokenizer) != len(words):  # transformers 5 reads a vocabulary by another name
+        tokenizer = BertTokenizerFast(vocab={word: token for token, word in enumerate(words)})
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+    )
+    BertModel(config).save_pretrained(path)
+    return path
+
+
+def test_encoded_texts_are_means_over_tokens(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["alpha beta gamma", "", "beta", "alpha " * 200]
+    monkeypatch.setattr(text_neighbours, "BATCH_SIZE", 2)  # "beta" is padded, the last is alone
+    vectors = encode_texts(texts, encoder)
+    model = BertModel.from_pretrained(encoder).eval()
+    ids = [[2, 5, 6, 7, 3], None, [2, 6, 3], [2] + 94 * [5] + [3]]
+    for vector, tokens in zip(vectors, ids, strict=True):
+        expected = np.zeros(8)
+        if tokens is not None:
+            with torch.no_grad():
+                hidden = model(torch.tensor([tokens])).last_hidden_state[0]
+            expected = hidden.mean(0).numpy()
+            expected /= np.linalg.norm(expected)
+        np.testing.assert_allclose(vector, expected, atol=1e-6)
+
+
+def test_neighbours_by_a_text_encoder(folder: ProcessedFolder, encoder: Path) -> None:
+    neighbours = TextNeighbours(folder, decay=0, text_encoder=str(encoder))
+    examples = folder.eval_examples("test")
+    a, b, _, _, g, none = neighbours.vectors.astype(float)
+    assert np.linalg.norm(none) == 0
+    ranks = neighbours.rank(examples)
+    # The last items are gamma, beta and beta; texts of one word have the same vector.
+    assert ranks.above.tolist() == [1 + 2 * int(b @ g > a @ g) + int(a @ g < 0), 0, (
+        2 + 2 * int(a @ b > 0) + int(g @ b > 0)
+    )]  # fmt: skip
+    assert ranks.tied.tolist() == [1, 1, 0]
+    seen = neighbours.rank(examples, filter_seen=True)
+    assert seen.num_candidates.tolist() == [3, 3, 3]
+    assert seen.above[1] == 0
+    assert seen.tied[1] == 0
+
+
+def test_a_missing_encoder_is_a_clear_error(folder: ProcessedFolder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gives no text encoder"):
+        TextNeighbours(folder, text_encoder=str(tmp_path / "nothing"))
+
+
+def test_the_command_writes_figures_and_ranks(
+    folder: ProcessedFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "output"
+    main(
+        [
+            *("--model", "text_neighbours", "--data_path", str(folder.path), "--decay", "0"),
+            *("--output_dir", str(output), "--metric_ks", "1", "3", "--ties", "pessimistic"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "text_neighbours: test, 3 users, 6 items" in printed
+    result = read_json(output / "metrics.json")
+    figures = TextNeighbours(folder, decay=0).evaluate("test", metric_ks=(1, 3), ties="pessimistic")
+    assert result["test"] == figures
+    assert figures["MRR"] == pytest.approx((1 / 6 + 1 / 2 + 1 / 6) / 3)  # by hand, above
+    assert {k: result[k] for k in ("model", "decay", "ties", "filter_seen", "split_hash")} == {
+        "model": "text_neighbours",
+        "decay": 0,
+        "ties": "pessimistic",
+        "filter_seen": False,
+        "split_hash": folder.split_hash,
+    }
+    ranks = pq.read_table(output / "ranks_test.parquet").to_pydict()
+    assert ranks["user_id"] == [0, 1, 2]
+    assert ranks["target"] == [2, 1, 5]
+    assert ranks["above"] == [1, 0, 2]
+    assert ranks["tied"] == [4, 1, 3]
+    assert ranks["num_candidates"] == [6, 6, 6]
+
+
+def test_the_command_on_validation_users(folder: ProcessedFolder, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    main(
+        [
+            *("--data_path", str(folder.path), "--split", "val", "--filter_seen"),
+            *("--model", "popularity", "--output_dir", str(output)),
+        ]
+    )
+    result = read_json(output / "metrics.json")
+    assert result["validation"] == evaluate(Popularity(folder), "val", filter_seen=True).compute()
+    assert result["filter_seen"] is True
+    assert (output / "ranks_val.parquet").exists()
+    assert "test" not in result
+
+
+def test_a_flag_of_another_model_is_refused(folder: ProcessedFolder) -> None:
+    with pytest.raises(UserError, match="--decay is no flag of --model popularity"):
+        main(["--model", "popularity", "--data_path", str(folder.path), "--decay", "0.5"])
+
+
+def test_errors_of_the_command(tmp_path: Path, repository: Path) -> None:
+    command = [sys.executable, "-m", "baselines", "--data_path", str(tmp_path / "nothing")]
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert str(tmp_path / "nothing") in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.real_data
+def test_lines_on_scientific(real_data: Path, tmp_path: Path) -> None:
+    """Measured with the published processing of the 8,442-user version."""
+    from recformer.data.prepare import prepare_finetuning
+
+    raw = real_data / "scientific"
+    prepare_finetuning(
+        raw / "Industrial_and_Scientific_5.json.gz",
+        raw / "meta_Industrial_and_Scientific.json.gz",
+        tmp_path,
+    )
+    folder = ProcessedFolder.load(tmp_path)
+    popularity = Popularity(folder).evaluate()
+    assert popularity["num_users"] == 8442
+    assert popularity["NDCG@10"] == pytest.approx(0.0171, abs=1e-4)
+    neighbours = TextNeighbours(folder).evaluate()
+    assert neighbours["NDCG@10"] == pytest.approx(0.0541, abs=1e-3)
+    assert neighbours["Recall@10"] == pytest.approx(0.1118, abs=2e-3)
