@@ -96,7 +96,7 @@ class FinetuneArguments(ModelArguments):
         1000, "uniform negatives an example; 0 or less: softmax over all items"
     )
     fix_word_embedding: bool = flag(False, "do not train the word embeddings")
-    metric_ks: list[int] = flag([10, 50], "cut-offs of NDCG and Recall")  # noqa: RUF009
+    metric_ks: list[int] = flag([10, 50], "cut-offs of NDCG and Recall")
     ties: str = flag(
         "expected",
         "rank of a target that ties with other items",
@@ -105,7 +105,7 @@ class FinetuneArguments(ModelArguments):
     filter_seen: bool = flag(False, "take items of the history out of the candidates")
     eval_users: int | None = flag(None, "validate on a seeded sample of so many users")
     verbose: int = flag(3, "epochs between validations; the last epoch is always validated")
-    device: list[int] | None = flag(  # noqa: RUF009
+    device: list[int] | None = flag(
         None, "GPU indices, -1 for the CPU; unset: the first GPU if there is one", nargs="+"
     )
     num_processes: int = flag(1, "processes on the CPU (gloo); GPUs are named by --device")
