@@ -52,6 +52,6 @@ SMALL_MODEL=(
     --from_scratch
     --config_overrides "hidden_size=64,num_hidden_layers=2,num_attention_heads=2,intermediate_size=256,initializer_range=0.05"
     --pooler_type avg --max_token_num 192
-    --finetune_negative_sample_size -1 --num_train_epochs 30 --verbose 3
+    --finetune_negative_sample_size -1 --num_train_epochs 24 --verbose 4
     --batch_size 32 --gradient_accumulation_steps 1 --learning_rate 2e-3
 )

@@ -348,6 +348,12 @@ def test_item_vectors_do_not_depend_on_the_batch(data, finished, monkeypatch):
     model.train()
     whole = encode_items(model, store, progress=False)
     assert model.training
+    for item in range(len(folder.items)):  # row = item id
+        alone = tokenizer([[folder.items[item]]], return_tensor=True)
+        with torch.no_grad():
+            vector = model.eval().longformer(**alone).pooler_output[0]
+        torch.testing.assert_close(whole[item], vector, rtol=1e-4, atol=1e-5)
+    model.train()
     monkeypatch.setattr(item_encoder, "TOKENS_PER_BATCH", 20)
     torch.testing.assert_close(encode_items(model, store, progress=False), whole)
 

@@ -109,4 +109,4 @@ def encode_items(
     model.train(training)
     if not torch.isfinite(table).all():
         raise ValueError("the model gives item vectors that are not finite; are its weights sound?")
-    return table if len(first) == len(store) else table[torch.from_numpy(inverse).to(device)]
+    return table[torch.from_numpy(inverse).to(device)]  # from the order of the keys to that of ids
