@@ -10,9 +10,10 @@ Shapes: B sequences, L padded length, T packed tokens (sum of the lengths), H hi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -104,6 +105,13 @@ class PackedTokens:
             torch.cat(ends),
         )
 
+    def with_filler(self, multiple: int) -> PackedTokens:
+        """One more sequence at the end, of 1 to `multiple` tokens, making T a multiple of it."""
+        size = multiple - self.num_tokens % multiple
+        ends = F.pad(self.cu_seqlens, (0, 1), value=self.num_tokens + size)
+        filled = self._map(lambda tensor: F.pad(tensor, (0, size)))
+        return replace(filled, cu_seqlens=ends)
+
     @staticmethod
     def from_padded(
         input_ids: Tensor,
@@ -126,7 +134,7 @@ class PackedTokens:
             raise ValueError("attention_mask has a sequence without a single token")
         if (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError("attention_mask must be right-padded: ones first, then zeros")
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
         return PackedTokens(
             input_ids[mask],
             token_type_ids[mask],

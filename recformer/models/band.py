@@ -25,7 +25,7 @@ from recformer.models.dropout import BITS, clear, draw_keep, keep_scale
 # 64 was the quickest on CPU for the published window of 64.
 QUERY_BLOCK = 64
 # Scores that a training step on CPU holds at once: few enough to stay in the cache.
-SCORES_AT_ONCE = 1 << 20
+SCORES_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)

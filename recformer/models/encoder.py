@@ -20,6 +20,9 @@ from recformer.models.attention import AttentionLayout, RecformerSelfAttention, 
 from recformer.models.dropout import add_dropout, dropout
 from recformer.packing import PackedTokens
 
+# oneDNN, which multiplies 16-bit matrices on CPU, prepares for every new number of rows, which takes
+# longer than the product itself, and keeps what it prepared.
+CPU_TOKEN_MULTIPLE = 256
 # Buffers that released files carry and nobody needs.
 STALE_BUFFERS = ("position_ids",)
 
@@ -187,7 +190,7 @@ class RecformerModel(RecformerPreTrainedModel):
             UserError: a sequence that is empty or longer than the model has positions for.
         """
         if self.config.pooler_type == "cls":
-            return self._encode(packed, first_only=True)[0]
+            return self._encode(packed, first_only=True)[0][: packed.batch_size]
         return self.encode_tokens(packed)[1]
 
     def encode_tokens(self, packed: PackedTokens) -> tuple[Tensor, Tensor]:
@@ -201,15 +204,23 @@ class RecformerModel(RecformerPreTrainedModel):
         """
         hidden, layout = self._encode(packed, first_only=False)
         if self.config.pooler_type == "cls":
-            return hidden, hidden.index_select(0, layout.first)
-        return hidden, layout.mean_tokens(hidden)
+            pooled = hidden.index_select(0, layout.first)
+        else:
+            pooled = layout.mean_tokens(hidden)
+        return hidden[: packed.num_tokens], pooled[: packed.batch_size]
 
     def _encode(self, packed: PackedTokens, first_only: bool) -> tuple[Tensor, AttentionLayout]:
+        """Hidden states, of the tokens or of each `<s>`, that may go on with a filler sequence's."""
         self.embeddings.check(packed)
-        hidden = self.embeddings(packed)
-        if torch.is_autocast_enabled(hidden.device.type):
-            # Else the residuals would stay in float32 on CPU, cast before and after every product.
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        table = self.embeddings.position_embeddings.weight
+        device, dtype = table.device.type, table.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if device == "cpu" and dtype.itemsize == 2:
+            longest = len(table) - self.embeddings.first_position
+            packed = packed.with_filler(min(CPU_TOKEN_MULTIPLE, longest))
+        # Else the residuals would stay in float32 under autocast, cast around every product.
+        hidden = self.embeddings(packed).to(dtype)
         layout = build_layout(packed, self.encoder.windows, hidden.dtype)
         return self.encoder(hidden, layout, first_only), layout
 
