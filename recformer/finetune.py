@@ -25,7 +25,8 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import HfArgumentParser
 
-from recformer.checkpoint import backbone_config, from_backbone, load_checkpoint, read_state_dict
+from recformer.backbones import backbone_config, from_backbone
+from recformer.checkpoint import load_checkpoint, read_state_dict
 from recformer.config import PAPER, RecformerConfig
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule

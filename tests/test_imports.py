@@ -17,7 +17,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("recformer.config",),
     ("recformer.tokenization", "recformer.data"),
     ("recformer.models", "recformer.losses", "recformer.metrics"),
-    ("recformer.checkpoint", "recformer.training"),
+    ("recformer.checkpoint", "recformer.backbones", "recformer.training"),
     ("recformer.pretrain", "recformer.finetune"),
     ("baselines",),
     ("benchmarks",),

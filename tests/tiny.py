@@ -1,0 +1,61 @@
+"""Small Recformers for the tests of checkpoints, backbones and conversion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recformer.config import RecformerConfig
+from recformer.models import RecformerForPretraining
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+ITEMS = 7
+
+
+def tiny_config(**values: object) -> RecformerConfig:
+    fields = SIZES | {
+        "pad_token_id": 1,
+        "max_position_embeddings": 40,
+        "max_item_embeddings": 5,
+        "attention_window": 4,
+        "layer_norm_eps": 1e-5,
+    }
+    return RecformerConfig(**(fields | values))
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Every tensor different from its initial value, biases and LayerNorms too."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def released(items: int | None = None, lm_head: bool = True) -> dict[str, Tensor]:
+    """A state dict with the keys of a released file, buffer included."""
+    model = randomised(RecformerForPretraining(tiny_config()))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["longformer.embeddings.position_ids"] = torch.arange(40)[None]
+    if not lm_head:
+        state = {key: value for key, value in state.items() if not key.startswith("lm_head.")}
+    if items is not None:
+        state["item_embedding.weight"] = torch.randn(items, 16)
+    return state
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
