@@ -1,7 +1,9 @@
 """Weights from files: released checkpoints and our own.
 
-- `read_state_dict` reads the tensors of a file or folder.
+- `read_checkpoint` reads a file or folder, `read_state_dict` its tensors alone.
 - `load_checkpoint` puts a Recformer checkpoint into a model, every key accounted for.
+
+`python -m recformer.checkpoint FILE_OR_FOLDER` says what one is (`recformer.inspection`).
 
 Nothing is loaded halfway: names and shapes are checked before the first value of a model changes.
 Key names inside this file are *plain*: without the prefixes of the file or of the model class
@@ -11,10 +13,13 @@ start of a Recformer are in `recformer.backbones`.
 
 from __future__ import annotations
 
+import argparse
+import io
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recformer.files import UserError, read_json
+from recformer.files import UserError, exit_with_message, read_json
 
 StateDict = dict[str, Tensor]
 PathLike = str | os.PathLike
@@ -43,6 +48,16 @@ WEIGHT_FILES = (
 
 # Training frameworks wrap the state dict in a dict of their own under one of these names.
 CONTAINERS = ("state_dict", "model_state_dict", "module", "model")
+
+# What such a dict may say of its run.
+FACTS = (
+    "epoch",
+    "global_step",
+    "global_steps",
+    "pytorch-lightning_version",
+    "ds_version",
+    "hyper_parameters",
+)
 
 # Prefixes that wrappers and model classes put before the plain names, taken off repeatedly.
 # `_forward_module.model.longformer.…` is what a Lightning/DeepSpeed export holds.
@@ -151,16 +166,43 @@ def compact(keys: Iterable[str]) -> str:
 # --- reading ----------------------------------------------------------------------------------
 
 
+@dataclass
+class Contents:
+    """What a file or folder holds.
+
+    Attributes:
+        kind: what it is, in words.
+        tensors: by the file's own names, on the CPU.
+        facts: what it says of the run that wrote it, by the file's own names (epoch, global_step…).
+    """
+
+    kind: str
+    tensors: StateDict
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> str:
+        """The facts in a line."""
+        return ", ".join(f"{name} {value}" for name, value in self.facts.items())
+
+
 def read_state_dict(path: PathLike) -> StateDict:
-    """The tensors of a checkpoint, on the CPU, under the file's own key names.
+    """The tensors of a checkpoint; see `read_checkpoint`."""
+    return read_checkpoint(path).tensors
+
+
+def read_checkpoint(path: PathLike) -> Contents:
+    """What a checkpoint holds, on the CPU, under the file's own key names.
 
     Args:
         path: a `.safetensors` file, a file written by `torch.save` (`.bin`, `.pt`, `.ckpt`: a state
-            dict, or a training checkpoint that holds one), or a folder with such a file, whole or
-            in shards. What a file is, its first bytes tell, not its name.
+            dict, or a training checkpoint that holds one), a folder with such a file, whole or in
+            shards, or a folder that DeepSpeed wrote. What a file is, its first bytes tell, not its
+            name. The weights of a DeepSpeed folder are joined by DeepSpeed, in float32 but for
+            frozen ones, which it keeps in the precision of training, or leaves out.
 
     Raises:
-        FileNotFoundError: no such file, no weights in the folder, or a shard is absent.
+        FileNotFoundError: no such file, no weights in the folder, or a shard or rank is absent.
         UserError: truncated, corrupt or no checkpoint, or it holds pickled objects that are not
             tensors (these are never unpickled: that could run foreign code).
     """
@@ -172,36 +214,41 @@ def read_state_dict(path: PathLike) -> StateDict:
     return _read_file(path)
 
 
-def _read_folder(folder: Path) -> StateDict:
+def _read_folder(folder: Path) -> Contents:
+    zero = _zero_root(folder)
+    if zero is not None:
+        return _read_zero(*zero)
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            return read_state_dict(folder / name)
-    if (folder / "latest").is_file() or any(folder.glob("**/*_optim_states.pt")):
-        raise UserError(
-            f"{folder} is a DeepSpeed checkpoint, whose weights are cut over its ranks; join them "
-            "first with the zero_to_fp32.py that lies in it and give what that writes"
-        )
+            contents = read_checkpoint(folder / name)
+            if (folder / "config.json").is_file():
+                contents.kind = f"a model folder ({contents.kind})"
+            return contents
+    below = sorted(path.name for path in folder.glob("*.ckpt"))
+    if below:
+        raise UserError(f"{folder} holds several checkpoints ({few(below)}): name one of them")
     raise FileNotFoundError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}")
 
 
-def _read_shards(index: Path) -> StateDict:
+def _read_shards(index: Path) -> Contents:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map, so it is not the index of a sharded model")
     state: StateDict = {}
-    for name in sorted(set(weight_map.values())):
+    names = sorted(set(weight_map.values()))
+    for name in names:
         shard = index.parent / name
         if not shard.is_file():
             raise FileNotFoundError(f"{shard} does not exist, but {index.name} lists it as a shard")
-        state.update(_read_file(shard))
+        state.update(_read_file(shard).tensors)
     absent = sorted(set(weight_map) - set(state))
     if absent:
-        raise UserError(f"{index} lists {_few(absent)}, which its shards do not hold")
-    return state
+        raise UserError(f"{index} lists {few(absent)}, which its shards do not hold")
+    return Contents(f"weights in {len(names)} shards", state)
 
 
-def _read_file(path: Path) -> StateDict:
+def _read_file(path: Path) -> Contents:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     with open(path, "rb") as handle:
@@ -213,10 +260,15 @@ def _read_file(path: Path) -> StateDict:
             f"{path} is a Git LFS pointer of {path.stat().st_size} bytes in place of the weights: "
             "fetch the file itself (git lfs pull)"
         )
+    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(
+            f"{path} is a web page in place of the weights (it begins with {head[:12]!r}): open it "
+            "in a browser and download the file that it asks you to confirm"
+        )
     # safetensors: eight bytes of length, then JSON. torch.save: a zip file, or a bare pickle.
     if head[8:9] == b"{":
         try:
-            return load_file(path)
+            return Contents("a safetensors file", load_file(path))
         except SafetensorError as error:
             raise UserError(f"{path} is truncated or corrupt: {error}") from error
     if head[:2] not in (b"PK", b"\x80\x02"):
@@ -224,12 +276,16 @@ def _read_file(path: Path) -> StateDict:
             f"{path} is no checkpoint: it begins with {head[:12]!r}, expected a safetensors file "
             "or one written by torch.save"
         )
-    return _tensors_of(_torch_load(path), path)
+    if path.name.endswith("_optim_states.pt"):
+        raise UserError(
+            f"{path} is one process's part of a DeepSpeed checkpoint: give the folder {path.parent}"
+        )
+    return _contents_of(_torch_load(path), path)
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_load(path: Path, mmap: bool = False) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # broken pickles and refused objects alike
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
@@ -243,21 +299,102 @@ def _torch_load(path: Path) -> Any:
         raise UserError(f"{path} is truncated or corrupt: {first_line(error)}") from error
 
 
-def _tensors_of(content: Any, path: Path) -> StateDict:
+def _contents_of(content: Any, path: Path) -> Contents:
     """The state dict within what `torch.load` gave, be it wrapped or not."""
+    kind, facts = "a state dict", {}
     if isinstance(content, Mapping):
         for name in CONTAINERS:
             inner = content.get(name)
             if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
+                lightning = "pytorch-lightning_version" in content
+                kind = "a Lightning checkpoint" if lightning else "a training checkpoint"
+                facts = _facts_of(content)
                 content = inner
                 break
         state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         if state:
-            return state
-        what = f"a dict with the keys {_few([str(key) for key in content])}"
+            return Contents(kind, state, facts)
+        what = f"a dict with the keys {few([str(key) for key in content])}"
     else:
         what = f"a {type(content).__name__}"
     raise UserError(f"{path} is no checkpoint: it holds {what}, expected tensors by name")
+
+
+def _facts_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: content[name] for name in FACTS if content.get(name) is not None}
+
+
+def _zero_root(folder: Path) -> tuple[Path, str] | None:
+    """The outer folder and the tag of a DeepSpeed checkpoint, given either; None if it is none."""
+    if any(folder.glob("*_optim_states.pt")) or any(folder.glob("mp_rank_*_model_states.pt")):
+        folder = folder.resolve()
+        return folder.parent, folder.name
+    latest = folder / "latest"
+    if latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
+        if not tag or not (folder / tag).is_dir():
+            raise FileNotFoundError(f"{folder / tag} does not exist, but {latest} names it")
+        return folder, tag
+    return None
+
+
+def _read_zero(root: Path, tag: str) -> Contents:
+    """The weights of a DeepSpeed checkpoint, joined from the parts of its ranks.
+
+    DeepSpeed unpickles whatever the files hold, so they are first read in torch's safe way, which
+    lets nothing through but the few classes of DeepSpeed's own.
+    """
+    folder = root / tag
+    models = sorted(folder.glob("*_model_states.pt"))
+    if not models:
+        raise FileNotFoundError(f"{folder / 'mp_rank_00_model_states.pt'} does not exist")
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise UserError(
+            f"{root} is a DeepSpeed checkpoint, which only DeepSpeed can join: "
+            "pip install 'recformer[deepspeed]'"
+        ) from error
+    torch.serialization.add_safe_globals(
+        [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    )
+    content = _torch_load(models[0], mmap=True)
+    ranks = content.get("dp_world_size") if isinstance(content, dict) else None
+    if not isinstance(ranks, int):
+        raise UserError(f"{models[0]} does not say of how many processes it is")
+    parts = _parts_of_ranks(folder, ranks)
+    for path in [*models[1:], *parts]:
+        _torch_load(path, mmap=True)
+    with redirect_stdout(io.StringIO()):
+        try:
+            state = get_fp32_state_dict_from_zero_checkpoint(str(root), tag)
+        except (ValueError, LookupError, RuntimeError) as error:
+            raise UserError(f"DeepSpeed cannot join {folder}: {first_line(error)}") from error
+    kind = f"a DeepSpeed ZeRO checkpoint of {ranks} {'process' if ranks == 1 else 'processes'}"
+    return Contents(kind, state, _facts_of(content))
+
+
+def _parts_of_ranks(folder: Path, ranks: int) -> list[Path]:
+    """The files with each process's part of the weights, all there and none too many."""
+    found = sorted(path.name for path in folder.glob("*_optim_states.pt"))
+    prefix = found[0].partition("zero_pp_rank_")[0] if found else ""
+    wanted = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks)]
+    absent = [name for name in wanted if name not in found]
+    if absent:
+        raise FileNotFoundError(
+            f"{folder} lacks {few(absent)}: it was written by {ranks} processes, each with a part "
+            "of the weights; copy the missing files from where it was trained"
+        )
+    strange = [name for name in found if name not in wanted]
+    if strange:
+        raise UserError(
+            f"{folder} holds {few(strange)}, but was written by {ranks} processes: remove what "
+            "another run left there"
+        )
+    return [folder / name for name in wanted]
 
 
 def describe_state_dict(state: Mapping[str, Tensor]) -> str:
@@ -265,10 +402,10 @@ def describe_state_dict(state: Mapping[str, Tensor]) -> str:
     for pattern, kind in LOOKS_LIKE:
         if any(re.search(pattern, _strip_wrappers(key)) for key in state):
             return kind
-    return f"an unknown model (its first keys are {_few(list(state))})"
+    return f"an unknown model (its first keys are {few(list(state))})"
 
 
-def _few(names: list[str], most: int = 4) -> str:
+def few(names: list[str], most: int = 4) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
@@ -294,7 +431,7 @@ def _strip_wrappers(key: str) -> str:
     return key
 
 
-def _plain(key: str) -> str:
+def plain_name(key: str) -> str:
     """The plain name of a Recformer's or Longformer's key."""
     return _strip_wrappers(key).removeprefix(PREFIXES[-1])
 
@@ -325,6 +462,7 @@ def load_checkpoint(
     checkpoint: PathLike | Mapping[str, Tensor],
     allow_missing: Iterable[str] = (),
     item_table: bool = True,
+    source: str | None = None,
 ) -> LoadReport:
     """Put the weights of a Recformer checkpoint into `model`, all or none.
 
@@ -340,6 +478,7 @@ def load_checkpoint(
         allow_missing: keys of the model, `*` for any part of a name, that the file need not have
             (`["lm_head.*"]`); each must fit a key of the model. They keep their values.
         item_table: False leaves the item table of the file out.
+        source: what to call the checkpoint in report and errors; its path where it is one.
 
     Returns:
         Every key of the file and of the model, and what became of it.
@@ -350,13 +489,13 @@ def load_checkpoint(
             model has changed then.
     """
     if isinstance(checkpoint, Mapping):
-        state, source = dict(checkpoint), "state dict"
+        state, source = dict(checkpoint), source or "state dict"
     else:
-        state, source = read_state_dict(checkpoint), str(checkpoint)
+        state, source = read_state_dict(checkpoint), source or str(checkpoint)
     report = LoadReport(source, type(model).__name__)
     names = plain_names(state, PREFIXES[-1], source)
     values = {plain: state[key] for plain, key in names.items()}
-    own = {_plain(key): (key, value) for key, value in model.state_dict().items()}
+    own = {plain_name(key): (key, value) for key, value in model.state_dict().items()}
     own_table = own.pop(ITEM_TABLE, None)
     allowed = _allowed_keys(own, allow_missing)
 
@@ -415,7 +554,7 @@ def _allowed_keys(own: Iterable[str], patterns: Iterable[str]) -> set[str]:
     own = list(own)
     allowed: set[str] = set()
     for pattern in patterns:
-        fitting = [plain for plain in own if fnmatchcase(plain, _plain(pattern))]
+        fitting = [plain for plain in own if fnmatchcase(plain, plain_name(pattern))]
         if not fitting:
             raise ValueError(f"allow_missing: no key of the model fits {pattern!r}")
         allowed.update(fitting)
@@ -434,10 +573,7 @@ def _missing_message(
         )
         return f"{source} looks like {kind}, expected a Recformer checkpoint{advice}"
     listed = compact(own[plain][0] for plain in missing)
-    return (
-        f"{source} lacks {len(missing)} of the {len(own)} tensors of the model: {listed}. If they "
-        "are meant to start anew, allow them by name (allow_missing)"
-    )
+    return f"{source} lacks {len(missing)} of the {len(own)} tensors of the model: {listed}"
 
 
 def _shape_message(
@@ -458,3 +594,25 @@ def _shape_message(
         f"{source} does not fit {target}: {'; '.join(parts)}. Build the model with the "
         "configuration that the checkpoint was trained with"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Say what a checkpoint is."""
+    # Imported here because it builds on this module.
+    from recformer.inspection import inspect_checkpoint
+
+    parser = argparse.ArgumentParser(
+        prog="python -m recformer.checkpoint",
+        description="Say what a checkpoint is: kind, shapes, run, configuration, and how its keys "
+        "differ from what the models expect.",
+    )
+    parser.add_argument(
+        "path",
+        help="a released .bin file, a Lightning .ckpt, a DeepSpeed folder, a folder of shards, or "
+        "a model folder, of a Recformer or of a language model",
+    )
+    print(inspect_checkpoint(parser.parse_args(argv).path))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -104,7 +104,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "nowhere.bin")
     with pytest.raises(UserError, match="is empty"):
         read_state_dict(file(b""))
-    with pytest.raises(UserError, match="begins with b'<html>"):
+    with pytest.raises(UserError, match=r"is a web page in place of the weights.*b'<html>"):
         read_state_dict(file(b"<html><body>404</body></html>"))
     with pytest.raises(UserError, match="Git LFS pointer"):
         read_state_dict(file(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"))
@@ -127,7 +127,9 @@ def test_folders_without_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         read_state_dict(tmp_path)
     (tmp_path / "latest").write_text("global_step10")
-    with pytest.raises(UserError, match=r"DeepSpeed.*zero_to_fp32\.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"global_step10 does not exist, but .*latest names"
+    ):
         read_state_dict(tmp_path)
 
 

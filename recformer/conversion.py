@@ -1,0 +1,223 @@
+"""Into pretraining and out of it: start weights from a language model, released files from a run.
+
+- `save_start_weights` writes what pretraining starts from, in the paper Longformer's weights.
+- `convert_pretraining` turns what pretraining wrote, in any of its forms, into the published pair
+  of files and a folder for `from_pretrained`.
+
+Nothing is written before everything that will be has been checked.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recformer.backbones import POSITIONS, backbone_config, load_backbone
+from recformer.checkpoint import (
+    PREFIXES,
+    WORDS,
+    Contents,
+    LoadReport,
+    PathLike,
+    StateDict,
+    compact,
+    load_checkpoint,
+    plain_name,
+    plain_names,
+    read_checkpoint,
+    read_state_dict,
+)
+from recformer.files import UserError, atomic_write
+from recformer.models import RecformerForPretraining
+from recformer.tokenization import RecformerTokenizer
+
+LONGFORMER = "allenai/longformer-base-4096"
+
+# Pretraining leaves configuration, tokenizer and start weights in a folder of this name in its
+# output folder; a checkpoint, or the shards made from it, lies at most so many levels below.
+START_FOLDER = "start"
+START_LEVELS = 3
+
+PRETRAIN_FILE = "recformer_pretrain_ckpt.bin"
+SEQREC_FILE = "seqrec_pretrain_ckpt.bin"
+MODEL_FOLDER = "recformer"
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def save_start_weights(
+    model_name_or_path: PathLike, output_path: PathLike, *, seed: int = 0, **overrides: Any
+) -> LoadReport:
+    """Write a language model as the weights of a `RecformerForPretraining`, a state dict.
+
+    Args:
+        model_name_or_path: as for `recformer.backbones.from_backbone`.
+        output_path: the file, replaced if it exists.
+        seed: of tensors that the language model has nothing for.
+        overrides: fields of the configuration; `max_token_num` and `max_item_embeddings` decide the
+            rows of two tables.
+
+    Returns:
+        What became of every tensor.
+
+    Raises:
+        FileNotFoundError, UserError: as `from_backbone`, or `output_path` is a folder.
+    """
+    if Path(output_path).is_dir():
+        raise UserError(f"{output_path} is a folder, expected the name of a file to write")
+    model, report = load_backbone(
+        RecformerForPretraining, model_name_or_path, seed=seed, **overrides
+    )
+    _save_state(model.state_dict(), Path(output_path))
+    return report
+
+
+def convert_pretraining(
+    checkpoint: PathLike,
+    output_dir: PathLike,
+    *,
+    start_weights: PathLike | None = None,
+    model_name_or_path: PathLike | None = None,
+    **overrides: Any,
+) -> tuple[LoadReport, list[Path]]:
+    """Turn a checkpoint of pretraining into released files.
+
+    The word embeddings of a run that froze them are the start weights': where the checkpoint lacks
+    them, or has them rounded to the 16 bits of training, they are taken from there.
+
+    Args:
+        checkpoint: as for `read_checkpoint`: a DeepSpeed folder, a Lightning file, a state dict, or
+            a folder of weights, whole or in shards.
+        output_dir: gets `recformer_pretrain_ckpt.bin` (keys of `RecformerForPretraining`),
+            `seqrec_pretrain_ckpt.bin` (keys of `RecformerForSeqRec`), and the folder `recformer`
+            with weights, configuration and tokenizer; float32.
+        start_weights: file or folder; None for the folder `start` that pretraining leaves in its
+            output folder, if there is one.
+        model_name_or_path: gives configuration and tokenizer; None for the folder of the start
+            weights, else Longformer.
+        overrides: fields of the configuration.
+
+    Returns:
+        What became of every tensor, and what was written.
+
+    Raises:
+        FileNotFoundError, UserError: as `read_checkpoint`; the checkpoint is of another model,
+            lacks tensors, has some of another shape or with values that are not finite, or has
+            frozen word embeddings that are not those of the start weights. Nothing has been
+            written then.
+    """
+    contents = read_checkpoint(checkpoint)
+    start = Path(start_weights) if start_weights is not None else find_start(checkpoint)
+    own_config = start is not None and (start / "config.json").is_file()
+    source = model_name_or_path or (start if start is not None and own_config else LONGFORMER)
+    config = backbone_config(source, **overrides)
+    names = plain_names(contents.tensors, PREFIXES[-1], str(checkpoint))
+    state = {plain: contents.tensors[key] for plain, key in names.items()}
+    if POSITIONS in state:  # a table repeated for long inputs is longer than the backbone's
+        config.max_position_embeddings = len(state[POSITIONS])
+    tokenizer = RecformerTokenizer.from_pretrained(source, config)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, its model {config.vocab_size}"
+        )
+
+    restored = _restore_words(contents, state, start, str(checkpoint))
+    broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(
+            f"{checkpoint} has values that are not finite in {compact(broken)}: the run that wrote "
+            "it had diverged; take an earlier checkpoint"
+        )
+    model = RecformerForPretraining(config)
+    report = load_checkpoint(model, state, source=str(checkpoint))
+    if restored:
+        key = next(key for key in report.copied if plain_name(key) == WORDS)
+        report.copied.remove(key)
+        report.filled[key] = restored
+    report.notes.append(f"{contents.kind}{', ' if contents.facts else ''}{contents.run}")
+    report.notes.append(f"configuration and tokenizer of {source}")
+
+    return report, _write_released(model, tokenizer, Path(output_dir))
+
+
+def find_start(checkpoint: PathLike) -> Path | None:
+    """The folder `start` of the run that wrote `checkpoint`, if there is one."""
+    for parent in list(Path(checkpoint).resolve().parents)[:START_LEVELS]:
+        if (parent / START_FOLDER / "config.json").is_file():
+            return parent / START_FOLDER
+    return None
+
+
+def _restore_words(
+    contents: Contents, state: StateDict, start: Path | None, source: str
+) -> str | None:
+    """Put the start weights' word embeddings into `state` where they were frozen; why, or None.
+
+    Frozen parameters have no float32 copy in a DeepSpeed checkpoint: it has them in the 16 bits of
+    training, or not at all.
+    """
+    words = state.get(WORDS)
+    if start is None:
+        if words is None:
+            raise UserError(
+                f"{source} lacks the word embeddings, which were frozen in training, and no folder "
+                f"{START_FOLDER!r} lies beside it: give the weights that the training started from "
+                "(--start_weights)"
+            )
+        return None
+    given = [v for k, v in read_state_dict(start).items() if k.endswith(WORDS)]
+    if len(given) != 1:
+        raise UserError(f"{start} has no word embeddings, so it is not what training started from")
+    original = given[0].float()
+    if words is None:
+        state[WORDS] = original
+        return f"frozen in training and not in the checkpoint: those of {start}"
+    if words.shape != original.shape:
+        raise UserError(
+            f"{WORDS} is {tuple(words.shape)} in {source} and {tuple(original.shape)} in the start "
+            f"weights {start}: give those that this training started from (--start_weights)"
+        )
+    trained = words.float()
+    if torch.equal(trained, original):
+        return None
+    if any(torch.equal(trained, original.to(dtype).float()) for dtype in SIXTEEN_BITS):
+        state[WORDS] = original
+        return f"frozen in training and rounded to 16 bits in the checkpoint: those of {start}"
+    others = {value.dtype for key, value in contents.tensors.items() if not key.endswith(WORDS)}
+    if words.dtype in SIXTEEN_BITS and torch.float32 in others:
+        raise UserError(
+            f"the word embeddings of {source} were frozen in training, but they are not those of "
+            f"{start}: give the weights that this training started from (--start_weights)"
+        )
+    return None
+
+
+def _write_released(
+    model: RecformerForPretraining, tokenizer: RecformerTokenizer, output_dir: Path
+) -> list[Path]:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    folder = output_dir / MODEL_FOLDER
+    partial = output_dir / f".{MODEL_FOLDER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    state = model.state_dict()
+    _save_state(state, output_dir / PRETRAIN_FILE)
+    encoder = {key: value for key, value in state.items() if not key.startswith("lm_head.")}
+    _save_state(encoder, output_dir / SEQREC_FILE)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    return [output_dir / PRETRAIN_FILE, output_dir / SEQREC_FILE, folder]
+
+
+def _save_state(state: dict[str, Tensor], path: Path) -> None:
+    with atomic_write(path, "wb") as handle:
+        try:
+            torch.save(dict(state), handle)
+        except RuntimeError as error:  # what torch's zip writer makes of a full disk
+            raise OSError(f"could not write {path}: {error}") from error
