@@ -44,7 +44,7 @@ START_LEVELS = 3
 
 PRETRAIN_FILE = "recformer_pretrain_ckpt.bin"
 SEQREC_FILE = "seqrec_pretrain_ckpt.bin"
-MODEL_FOLDER = "recformer"
+MODEL_FOLDER = "recformer_pretrain_ckpt"
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -93,8 +93,8 @@ def convert_pretraining(
         checkpoint: as for `read_checkpoint`: a DeepSpeed folder, a Lightning file, a state dict, or
             a folder of weights, whole or in shards.
         output_dir: gets `recformer_pretrain_ckpt.bin` (keys of `RecformerForPretraining`),
-            `seqrec_pretrain_ckpt.bin` (keys of `RecformerForSeqRec`), and the folder `recformer`
-            with weights, configuration and tokenizer; float32.
+            `seqrec_pretrain_ckpt.bin` (keys of `RecformerForSeqRec`), and the folder
+            `recformer_pretrain_ckpt` with weights, configuration and tokenizer; float32.
         start_weights: file or folder; None for the folder `start` that pretraining leaves in its
             output folder, if there is one.
         model_name_or_path: gives configuration and tokenizer; None for the folder of the start
@@ -110,21 +110,25 @@ def convert_pretraining(
             frozen word embeddings that are not those of the start weights. Nothing has been
             written then.
     """
-    contents = read_checkpoint(checkpoint)
+    output = Path(output_dir)
+    _refuse_to_overwrite(output)
     start = Path(start_weights) if start_weights is not None else find_start(checkpoint)
+    if start is not None and not start.exists():
+        raise FileNotFoundError(f"the start weights {start} do not exist")
     own_config = start is not None and (start / "config.json").is_file()
     source = model_name_or_path or (start if start is not None and own_config else LONGFORMER)
     config = backbone_config(source, **overrides)
-    names = plain_names(contents.tensors, PREFIXES[-1], str(checkpoint))
-    state = {plain: contents.tensors[key] for plain, key in names.items()}
-    if POSITIONS in state:  # a table repeated for long inputs is longer than the backbone's
-        config.max_position_embeddings = len(state[POSITIONS])
     tokenizer = RecformerTokenizer.from_pretrained(source, config)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens, its model {config.vocab_size}"
         )
 
+    contents = read_checkpoint(checkpoint)
+    names = plain_names(contents.tensors, PREFIXES[-1], str(checkpoint))
+    state = {plain: contents.tensors[key] for plain, key in names.items()}
+    if POSITIONS in state:  # a table repeated for long inputs is longer than the backbone's
+        config.max_position_embeddings = len(state[POSITIONS])
     restored = _restore_words(contents, state, start, str(checkpoint))
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
@@ -141,7 +145,7 @@ def convert_pretraining(
     report.notes.append(f"{contents.kind}{', ' if contents.facts else ''}{contents.run}")
     report.notes.append(f"configuration and tokenizer of {source}")
 
-    return report, _write_released(model, tokenizer, Path(output_dir))
+    return report, _write_released(model, tokenizer, output)
 
 
 def find_start(checkpoint: PathLike) -> Path | None:
@@ -194,6 +198,15 @@ def _restore_words(
             f"{start}: give the weights that this training started from (--start_weights)"
         )
     return None
+
+
+def _refuse_to_overwrite(output_dir: Path) -> None:
+    """The model folder is replaced as a whole, so what stands there must be one."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir} is a file, expected a folder to write to")
+    folder = output_dir / MODEL_FOLDER
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} exists and is no model folder: move it away, or choose another")
 
 
 def _write_released(

@@ -36,6 +36,7 @@ from tests.tiny import SIZES, randomised, same, snapshot, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "longformer.embeddings.word_embeddings.weight"
+FOLDER = "recformer_pretrain_ckpt"
 PAIR = ("recformer_pretrain_ckpt.bin", "seqrec_pretrain_ckpt.bin")
 
 
@@ -164,7 +165,7 @@ def test_start_weights_from_nothing_suitable(tmp_path: Path, script: Callable[..
 
 def check_released(output: Path, expected: dict[str, Tensor]) -> None:
     """The pair and the folder hold `expected`, each under its class's keys, and load."""
-    assert sorted(path.name for path in output.iterdir()) == ["recformer", *PAIR]
+    assert sorted(path.name for path in output.iterdir()) == sorted([FOLDER, *PAIR])
     pretraining = torch.load(output / PAIR[0], weights_only=True)
     seqrec = torch.load(output / PAIR[1], weights_only=True)
     assert same(pretraining, expected)
@@ -172,13 +173,13 @@ def check_released(output: Path, expected: dict[str, Tensor]) -> None:
     config = tiny_config(pooler_type="avg", max_token_num=20)
     RecformerForPretraining(config).load_state_dict(pretraining)
     RecformerForSeqRec(config).load_state_dict(seqrec)
-    folder = RecformerForPretraining.from_pretrained(output / "recformer")
+    folder = RecformerForPretraining.from_pretrained(output / FOLDER)
     assert same(snapshot(folder), expected)
     assert folder.config.pooler_type == "avg"
     assert folder.config.max_token_num == 20
-    encoder = RecformerModel.from_pretrained(output / "recformer").state_dict()
+    encoder = RecformerModel.from_pretrained(output / FOLDER).state_dict()
     assert torch.equal(encoder[WORDS.removeprefix("longformer.")], expected[WORDS])
-    tokenizer = RecformerTokenizer.from_pretrained(output / "recformer")
+    tokenizer = RecformerTokenizer.from_pretrained(output / FOLDER)
     assert tokenizer([{"title": "w3"}])["input_ids"][0] == 2
 
 
@@ -207,14 +208,14 @@ def test_every_form_of_a_checkpoint(
         path = path / "model.safetensors.index.json" if form == "index" else path
     report, written = convert_pretraining(path, tmp_path / "out")
     check_released(tmp_path / "out", expected)
-    assert written == [tmp_path / "out" / name for name in (*PAIR, "recformer")]
+    assert written == [tmp_path / "out" / name for name in (*PAIR, FOLDER)]
     assert not report.new
     assert f"configuration and tokenizer of {run / 'start'}" in report.notes
     if form == "lightning":
         assert "a Lightning checkpoint, epoch 1, global_step 12" in str(report)
     # a second conversion replaces the first
     convert_pretraining(path, tmp_path / "out", max_attr_num=2)
-    folder = RecformerForPretraining.from_pretrained(tmp_path / "out" / "recformer")
+    folder = RecformerForPretraining.from_pretrained(tmp_path / "out" / FOLDER)
     assert folder.config.max_attr_num == 2
 
 
@@ -322,6 +323,24 @@ def test_holes_are_refused_and_nothing_is_written(
         assert not (tmp_path / "out").exists(), name
 
 
+def test_nothing_of_the_users_is_overwritten(
+    tmp_path: Path, start: RecformerForPretraining
+) -> None:
+    path = tmp_path / "run" / "pytorch_model.bin"
+    torch.save(trained_from(start), path)
+    notes = tmp_path / "out" / FOLDER / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="exists and is no model folder"):
+        convert_pretraining(path, tmp_path / "out")
+    with pytest.raises(UserError, match=r"notes\.txt is a file, expected a folder"):
+        convert_pretraining(path, notes)
+    assert notes.read_text() == "mine"
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == [FOLDER]
+    with pytest.raises(FileNotFoundError, match=r"start weights .*absent\.bin do not exist"):
+        convert_pretraining(path, tmp_path / "other", start_weights=tmp_path / "absent.bin")
+
+
 # --- DeepSpeed --------------------------------------------------------------------------------
 
 
@@ -367,7 +386,7 @@ def test_two_ranks_become_the_model_that_was_trained(ranks: Path, tmp_path: Path
     moved = [key for key, value in start.items() if not torch.equal(value, trained["float32"][key])]
     assert len(moved) > 50  # it was trained, but for the word embeddings
     assert WORDS not in moved
-    model = RecformerForPretraining.from_pretrained(tmp_path / "out" / "recformer").eval()
+    model = RecformerForPretraining.from_pretrained(tmp_path / "out" / FOLDER).eval()
     a, b = two_sequences(6, 1), two_sequences(4, 2)
     with torch.no_grad():
         loss = model.forward_packed(a, b, (a.input_ids,) * 2, (b.input_ids,) * 2).loss
@@ -447,7 +466,7 @@ def test_the_script_converts(ranks: Path, tmp_path: Path, script: Callable[..., 
     assert result.returncode == 0, result.stderr
     assert "56 tensors copied, 1 filled, 0 new, 0 left over" in result.stdout
     assert f"written: {tmp_path / 'out' / PAIR[0]} " in result.stdout
-    config = RecformerForPretraining.from_pretrained(tmp_path / "out" / "recformer").config
+    config = RecformerForPretraining.from_pretrained(tmp_path / "out" / FOLDER).config
     assert config.max_attr_num == 2
 
     result = script("convert_pretrain_ckpt.py", "--checkpoint", tmp_path)
