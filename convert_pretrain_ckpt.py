@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a plain checkout works, from any folder
 
 from transformers import HfArgumentParser
 
@@ -27,13 +23,13 @@ class ConvertArguments(ModelArguments):
     output_dir: str = flag("pretrain_ckpt", "folder of what is written")
     start_weights: str | None = flag(
         None,
-        "file or folder with the frozen word embeddings (default: the folder "
-        f"{START_FOLDER!r} that pretraining left beside the checkpoint, if it is there)",
+        "file or folder with the frozen word embeddings; unset: the folder "
+        f"{START_FOLDER!r} that pretraining left beside the checkpoint, if it is there",
     )
     model_name_or_path: str | None = flag(
         None,
-        "folder or hub id of configuration and tokenizer (default: the folder of the start "
-        f"weights, else {LONGFORMER})",
+        "folder or hub id of configuration and tokenizer; unset: the folder of the start weights, "
+        f"else {LONGFORMER}",
     )
 
 

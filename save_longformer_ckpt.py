@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a plain checkout works, from any folder
 
 from recformer.config import PAPER
 from recformer.conversion import LONGFORMER, save_start_weights

@@ -276,9 +276,10 @@ def _read_file(path: Path) -> Contents:
             f"{path} is no checkpoint: it begins with {head[:12]!r}, expected a safetensors file "
             "or one written by torch.save"
         )
-    if path.name.endswith("_optim_states.pt"):
+    # The model states beside them are no more than the weights in the 16 bits of training.
+    if path.name.endswith("_states.pt") and any(path.parent.glob("*_optim_states.pt")):
         raise UserError(
-            f"{path} is one process's part of a DeepSpeed checkpoint: give the folder {path.parent}"
+            f"{path} is a part of a DeepSpeed checkpoint: give the folder {path.parent}"
         )
     return _contents_of(_torch_load(path), path)
 

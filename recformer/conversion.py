@@ -40,7 +40,7 @@ LONGFORMER = "allenai/longformer-base-4096"
 # Pretraining leaves configuration, tokenizer and start weights in a folder of this name in its
 # output folder; a checkpoint, or the shards made from it, lies at most so many levels below.
 START_FOLDER = "start"
-START_LEVELS = 3
+START_LEVELS = 4
 
 PRETRAIN_FILE = "recformer_pretrain_ckpt.bin"
 SEQREC_FILE = "seqrec_pretrain_ckpt.bin"
@@ -129,6 +129,13 @@ def convert_pretraining(
     state = {plain: contents.tensors[key] for plain, key in names.items()}
     if POSITIONS in state:  # a table repeated for long inputs is longer than the backbone's
         config.max_position_embeddings = len(state[POSITIONS])
+        most = len(state[POSITIONS]) - config.pad_token_id - 1
+        if config.max_token_num > most:
+            raise UserError(
+                f"{checkpoint} has positions for {most} tokens, but its configuration is to say "
+                f"max_token_num {config.max_token_num}: give the number it was trained with "
+                "(--max_token_num)"
+            )
     restored = _restore_words(contents, state, start, str(checkpoint))
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
@@ -144,7 +151,6 @@ def convert_pretraining(
         report.filled[key] = restored
     report.notes.append(f"{contents.kind}{', ' if contents.facts else ''}{contents.run}")
     report.notes.append(f"configuration and tokenizer of {source}")
-
     return report, _write_released(model, tokenizer, output)
 
 

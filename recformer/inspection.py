@@ -1,7 +1,4 @@
-"""What a checkpoint is, in words, for the person who downloaded one.
-
-Shapes: V vocabulary, H hidden, P rows of a position table, N items.
-"""
+"""What a checkpoint is, in words, for the person who downloaded one."""
 
 from __future__ import annotations
 
@@ -93,10 +90,9 @@ def _describe_recformer(path: Path, contents: Contents) -> list[str]:
     lines.append(text)
     config = config or _config_from(shapes)
     for model_class in (RecformerForPretraining, RecformerForSeqRec):
-        # Without values: the comparison needs names and shapes alone.
-        with torch.device("meta"):
-            model = model_class(config)
         try:
+            with torch.device("meta"):  # the comparison needs names and shapes alone
+                model = model_class(config)
             report = load_checkpoint(model, contents.tensors, source="it")
         except UserError as error:
             lines.append(f"does not load into {model_class.__name__}: {error}")
@@ -143,7 +139,8 @@ def _config_of(path: Path) -> tuple[RecformerConfig | None, str]:
             "no config.json: heads, window, pooling and item lengths do not show in the weights; "
             "they are those it was trained with (released files: Longformer's and the paper's)"
         )
-    if read_json(folder / "config.json").get("model_type") != RecformerConfig.model_type:
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict) or values.get("model_type") != RecformerConfig.model_type:
         return None, f"{folder / 'config.json'} is of another model"
     config = RecformerConfig.from_pretrained(folder)
     fields = ", ".join(f"{name} {getattr(config, name)}" for name in SHOWN_FIELDS)

@@ -273,9 +273,9 @@ def test_the_start_folder_is_found_beside_the_checkpoint(tmp_path: Path) -> None
     (run / "start").mkdir(parents=True)
     assert find_start(run / "x.ckpt") is None
     (run / "start" / "config.json").write_text("{}")
-    for below in ("x.ckpt", "x.ckpt/checkpoint", "x.ckpt/shards/model.safetensors.index.json"):
+    for below in ("x.ckpt", "x.ckpt/checkpoint", "best/x.ckpt/pytorch_model.bin/model.index.json"):
         assert find_start(run / below) == run / "start"
-    assert find_start(run / "x/y/z/model.bin") is None
+    assert find_start(run / "w/x/y/z/model.bin") is None
     assert find_start(tmp_path / "a" / "model.bin") is None
 
 
@@ -321,6 +321,19 @@ def test_holes_are_refused_and_nothing_is_written(
         with pytest.raises(UserError, match=message):
             convert_pretraining(path, tmp_path / "out")
         assert not (tmp_path / "out").exists(), name
+
+
+def test_longer_sequences_than_there_are_positions_for(
+    tmp_path: Path, start: RecformerForPretraining
+) -> None:
+    path = tmp_path / "run" / "pytorch_model.bin"
+    torch.save(trained_from(start), path)
+    with pytest.raises(UserError, match=r"has positions for 38 tokens.* max_token_num 39: give"):
+        convert_pretraining(path, tmp_path / "out", max_token_num=39)
+    convert_pretraining(path, tmp_path / "out", max_token_num=38)
+    folder = RecformerForPretraining.from_pretrained(tmp_path / "out" / FOLDER)
+    assert folder.config.max_token_num == 38
+    assert folder.config.max_position_embeddings == 40
 
 
 def test_nothing_of_the_users_is_overwritten(
@@ -448,8 +461,9 @@ def test_a_deepspeed_folder_that_is_not_whole(ranks: Path, tmp_path: Path) -> No
     (inner / "zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(part)
     with pytest.raises(UserError, match=r"holds zero_pp_rank_2_.*was written by 2 processes"):
         read_checkpoint(folder)
-    with pytest.raises(UserError, match="one process's part of a DeepSpeed checkpoint"):
-        read_checkpoint(inner / name)
+    for part_name in (name, "mp_rank_00_model_states.pt"):
+        with pytest.raises(UserError, match="is a part of a DeepSpeed checkpoint: give the folder"):
+            read_checkpoint(inner / part_name)
     (inner / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"mp_rank_00_model_states\.pt does not exist"):
         read_checkpoint(folder)
