@@ -25,12 +25,9 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import HfArgumentParser
 
-from recformer.backbones import backbone_config, from_backbone
-from recformer.checkpoint import load_checkpoint, read_state_dict
-from recformer.config import PAPER, RecformerConfig
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
-from recformer.data.items import TokenizedItems
+from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, atomic_write, exit_with_message, read_json, write_json
 from recformer.models import RecformerForSeqRec
@@ -44,6 +41,7 @@ from recformer.training.callbacks import (
     draw_history,
 )
 from recformer.training.lit import LitWrapper
+from recformer.training.start import load_start_model, weights_hash
 from recformer.training.trainer import (
     build_trainer,
     choose_devices,
@@ -153,74 +151,6 @@ class FinetuneArguments(ModelArguments):
             raise UserError(f"--ckpt {self.ckpt!r}: must be a plain name within --output_dir")
 
 
-def _tokenizer_fields(tokenizer: RecformerTokenizer) -> dict[str, Any]:
-    """The fields of a configuration that a tokenizer decides."""
-    eos = tokenizer.eos_token_id
-    return {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": eos,
-        "sep_token_id": eos,
-    }
-
-
-def load_start_model(
-    pretrain_ckpt: str | None,
-    model_name_or_path: str,
-    tokenizer_name: str | None,
-    from_scratch: bool,
-    overrides: dict[str, Any],
-) -> tuple[RecformerForSeqRec, RecformerTokenizer, str]:
-    """The model that finetuning starts from, without an item table, its tokenizer and a report.
-
-    Args:
-        pretrain_ckpt: state-dict file, Recformer folder or language model; None for the language
-            model `model_name_or_path`.
-        model_name_or_path: gives configuration and tokenizer where `pretrain_ckpt` is a file.
-        tokenizer_name: the tokenizer, where it is not with the weights.
-        from_scratch: random weights, of the paper's shape with `overrides`; `tokenizer_name` or
-            `model_name_or_path` gives the tokenizer.
-        overrides: fields of the configuration.
-
-    Raises:
-        FileNotFoundError, UserError: as `load_checkpoint` and `from_backbone`.
-    """
-    if from_scratch:
-        source = tokenizer_name or model_name_or_path
-        tokenizer = RecformerTokenizer.from_pretrained(source, RecformerConfig(**PAPER | overrides))
-        config = RecformerConfig(**PAPER | _tokenizer_fields(tokenizer) | overrides)
-        config.max_position_embeddings = config.max_token_num + config.pad_token_id + 1
-        model = RecformerForSeqRec(config)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        report = f"random weights: {count:,} parameters, tokenizer {source}"
-    elif pretrain_ckpt is not None and Path(pretrain_ckpt).is_file():
-        source = model_name_or_path
-        state = read_state_dict(pretrain_ckpt)
-        # published: configuration and tokenizer come from Longformer, whose weights are not needed.
-        config = backbone_config(source, **overrides)
-        for key, tensor in state.items():  # a table repeated for long inputs is longer
-            if key.endswith("embeddings.position_embeddings.weight"):
-                config.max_position_embeddings = tensor.shape[0]
-        model = RecformerForSeqRec(config)
-        report = str(load_checkpoint(model, state, item_table=False, source=pretrain_ckpt))
-    else:
-        source = pretrain_ckpt or model_name_or_path
-        config, state, converted = from_backbone(source, lm_head=False, **overrides)
-        model = RecformerForSeqRec(config)
-        load_checkpoint(model, state, item_table=False)
-        report = str(converted)
-    # A finetuned checkpoint's item table belongs to its own catalogue.
-    model.item_embedding = None
-    tokenizer = RecformerTokenizer.from_pretrained(tokenizer_name or source, model.config)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer_name or source} has {len(tokenizer)} tokens, the model "
-            f"{model.config.vocab_size}: they do not belong together"
-        )
-    return model, tokenizer, report
-
-
 def say(text: object) -> None:
     """Print on the first process."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
@@ -259,7 +189,7 @@ class Run:
         seed_everything(args.seed, verbose=False)
         self.model, self.tokenizer = self._load_model()
         self.store = TokenizedItems.open_or_build(
-            self.folder.items, self.tokenizer, _cache_dir(Path(args.data_path), self.output_dir)
+            self.folder.items, self.tokenizer, cache_dir(Path(args.data_path), self.output_dir)
         )
         self.data = SeqRecDataModule(
             self.folder,
@@ -280,6 +210,7 @@ class Run:
             "finetune_negative_sample_size": args.finetune_negative_sample_size,
         }
         model, tokenizer, report = load_start_model(
+            RecformerForSeqRec,
             args.pretrain_ckpt,
             args.model_name_or_path,
             args.tokenizer_name,
@@ -436,23 +367,6 @@ class Run:
         if name.endswith(".bin"):
             with atomic_write(self.output_dir / name, "wb") as handle:
                 torch.save(self.model.state_dict(), handle)
-
-
-def _cache_dir(data_path: Path, output_dir: Path) -> Path:
-    """Tokenised items lie beside the data they belong to; in the output where that is read-only."""
-    return (data_path if os.access(data_path, os.W_OK) else output_dir) / "tokenized"
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """Short content hash of a model's weights, item table left out."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("item_embedding"):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:

@@ -192,37 +192,46 @@ def sample_negatives(
     return drawn + (drawn >= labels[:, None])
 
 
-def contrastive_loss(
-    a: Tensor, b: Tensor, temperature: float = 0.05, target_ids: Tensor | None = None
+def contrastive_scores(
+    a: Tensor,
+    b: Tensor,
+    temperature: float = 0.05,
+    target_ids: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """In-batch contrastive loss: a[i] against every b, b[i] is right (paper, section 2.3.1).
+    """Scores of the in-batch contrastive loss: a[i] against every b, b[first + i] is right.
+
+    Its cross-entropy is the item-item contrastive loss (paper, section 2.3.2).
 
     Args:
         a: sequence vectors (B, H), any floating dtype, not necessarily normalised.
-        b: vectors of their target items (B, H).
+        b: vectors of target items (G, H): those of this batch, or of all processes.
         temperature: above 0.
-        target_ids: ids of the items in `b`, (B,). Where two rows have the same target, neither is a
-            negative of the other. Without it every other row is one.
+        target_ids: ids of the items in `b`, (G,). A row whose item is that of a[i] is no negative
+            of it: -inf. Without them every other row is one.
+        first: row of `b` that belongs to a[0].
+
+    Returns:
+        (B, G) float32.
 
     Raises:
         UserError: shapes that do not fit, or a temperature that is not positive.
     """
-    if a.ndim != 2 or a.shape != b.shape:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or first + len(a) > len(b):
         raise UserError(
-            f"a and b have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (B, H) twice"
+            f"a and b have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (B, H) and "
+            f"(G, H) with G at least {first} + B"
         )
-    labels = torch.arange(len(a), device=a.device)
-    _check(a, b, labels, temperature)
-    scores = cosine_scores(a, b, temperature)  # (B, B)
-    if target_ids is not None:
-        if target_ids.shape != labels.shape:
-            raise UserError(
-                f"target_ids have shape {tuple(target_ids.shape)}, expected ({len(a)},)"
-            )
-        same = target_ids[:, None] == target_ids[None, :]
-        same.fill_diagonal_(False)
-        scores = scores.masked_fill(same, -math.inf)
-    return F.cross_entropy(scores, labels)
+    own = torch.arange(first, first + len(a), device=a.device)
+    _check(a, b, own, temperature)
+    scores = cosine_scores(a, b, temperature)  # (B, G)
+    if target_ids is None:
+        return scores
+    if target_ids.shape != b.shape[:1]:
+        raise UserError(f"target_ids have shape {tuple(target_ids.shape)}, expected ({len(b)},)")
+    same = target_ids[own][:, None] == target_ids[None, :]
+    same[torch.arange(len(a), device=a.device), own] = False
+    return scores.masked_fill(same, -math.inf)
 
 
 def _norms(vectors: Tensor) -> Tensor:

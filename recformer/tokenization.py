@@ -262,6 +262,11 @@ class RecformerTokenizer:
         form = (self.split_special_tokens, self.config.max_attr_num, self.config.max_attr_length)
         return sha256_of(SENTENCE_FORM, self._content_digest, *map(str, form))
 
+    @property
+    def vocabulary_kind(self) -> str:
+        """WordPiece, BPE or Unigram, as the `tokenizers` library names its models."""
+        return json.loads(self._backend.to_str())["model"]["type"]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens written out."""
         return self._backend.decode(list(token_ids), skip_special_tokens=False)

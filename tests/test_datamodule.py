@@ -12,7 +12,7 @@ from recformer.files import UserError
 
 
 def batches(monkeypatch, world: int, rank: int, rows: int, size: int, epoch: int, seed: int = 1):
-    monkeypatch.setattr(datamodule, "_rank_and_world", lambda: (rank, world))
+    monkeypatch.setattr(datamodule, "rank_and_world", lambda: (rank, world))
     sampler = EpochBatchSampler(rows, size, seed)
     sampler.set_epoch(epoch)
     found = list(sampler)
@@ -50,7 +50,7 @@ def test_two_processes_see_what_one_sees(monkeypatch, rows):
 def test_evaluation_shares_hold_every_row_once(monkeypatch):
     seen = []
     for rank in range(3):
-        monkeypatch.setattr(datamodule, "_rank_and_world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(datamodule, "rank_and_world", lambda rank=rank: (rank, 3))
         sampler = ShareSampler(8)
         rows = list(sampler)
         assert len(rows) == len(sampler)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recformer.losses import (
-    contrastive_loss,
+    contrastive_scores,
     cosine_scores,
     full_softmax_loss,
     sample_negatives,
@@ -198,6 +198,11 @@ def test_two_items_leave_one_negative():
     assert sample_negatives(labels, 2, 3).tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
+def contrastive_loss(a, b, temperature=0.05, target_ids=None):
+    scores = contrastive_scores(a, b, temperature, target_ids)
+    return torch.nn.functional.cross_entropy(scores, torch.arange(len(a)))
+
+
 def test_contrastive_by_hand():
     a = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     b = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
@@ -225,6 +230,17 @@ def test_repeated_targets_are_no_negatives_of_each_other():
     )
 
 
+def test_targets_of_all_processes_are_negatives():
+    a, b = vectors(6, H, seed=1), vectors(6, H, seed=2)
+    ids = torch.tensor([9, 5, 9, 7, 5, 1])
+    whole = contrastive_scores(a, b, 0.05, ids)
+    assert torch.isinf(whole).sum() == 4
+    parts = [contrastive_scores(a[i : i + 2], b, 0.05, ids, first=i) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    with pytest.raises(ValueError, match="at least 4 \\+ B"):
+        contrastive_scores(a[:3], b, 0.05, ids, first=4)
+
+
 def test_contrastive_gradients_reach_both_sides_and_one_shared_target_costs_nothing():
     a, b = vectors(3, H, seed=1).requires_grad_(), vectors(3, H, seed=2).requires_grad_()
     contrastive_loss(a, b).backward()
@@ -247,8 +263,11 @@ def test_contrastive_gradients_reach_both_sides_and_one_shared_target_costs_noth
         (lambda u, i, y: full_softmax_loss(u[:, :3], i, y), r"\(5, 3\).*\(23, 16\)"),
         (lambda u, i, y: full_softmax_loss(u, i, y[:2]), r"labels have shape \(2,\)"),
         (lambda u, i, y: sampled_softmax_loss(u, i, y, 0), "num_negatives is 0"),
-        (lambda u, i, y: contrastive_loss(u, i), r"\(5, 16\) and \(23, 16\)"),
-        (lambda u, i, y: contrastive_loss(u, u, target_ids=y[:2]), r"target_ids have shape \(2,\)"),
+        (lambda u, i, y: contrastive_scores(i, u), r"\(23, 16\) and \(5, 16\)"),
+        (
+            lambda u, i, y: contrastive_scores(u, u, target_ids=y[:2]),
+            r"target_ids have shape \(2,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

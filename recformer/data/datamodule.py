@@ -47,7 +47,8 @@ class EvalDataset(Dataset):
         return EvalExample(user_id, examples.histories[row], target)
 
 
-def _rank_and_world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -71,12 +72,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        _, world = _rank_and_world()
+        _, world = rank_and_world()
         full, rest = divmod(self.num_rows, self.batch_size * world)
         return full + (rest >= world)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(self.num_rows)
         seeds = generator.integers(2**62, size=self.num_rows)  # by row: independent of the order
@@ -95,11 +96,11 @@ class ShareSampler(Sampler[int]):
         self.num_rows = num_rows
 
     def __len__(self) -> int:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         return len(range(rank, self.num_rows, world))
 
     def __iter__(self) -> Iterator[int]:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         return iter(range(rank, self.num_rows, world))
 
 

@@ -45,6 +45,11 @@ CHUNK_SIZE = 8192
 ARRAYS = ("input_ids", "token_type_ids", "offsets")
 
 
+def cache_dir(data_dir: Path, output_dir: Path) -> Path:
+    """Where what is derived from data lies: beside it; in the output where that is read-only."""
+    return (data_dir if os.access(data_dir, os.W_OK) else output_dir) / "tokenized"
+
+
 class DamagedStoreError(Exception):
     """The files of a store are not what its header says."""
 

@@ -20,8 +20,8 @@ from recformer.models.attention import AttentionLayout, RecformerSelfAttention, 
 from recformer.models.dropout import add_dropout, dropout
 from recformer.packing import PackedTokens
 
-# oneDNN, which multiplies 16-bit matrices on CPU, prepares for every new number of rows, which takes
-# longer than the product itself, and keeps what it prepared.
+# oneDNN, which multiplies 16-bit matrices on CPU, prepares for every new number of rows. That takes
+# longer than the product itself, and what it prepared is kept.
 CPU_TOKEN_MULTIPLE = 256
 # Buffers that released files carry and nobody needs.
 STALE_BUFFERS = ("position_ids",)
@@ -210,7 +210,7 @@ class RecformerModel(RecformerPreTrainedModel):
         return hidden[: packed.num_tokens], pooled[: packed.batch_size]
 
     def _encode(self, packed: PackedTokens, first_only: bool) -> tuple[Tensor, AttentionLayout]:
-        """Hidden states, of the tokens or of each `<s>`, that may go on with a filler sequence's."""
+        """Hidden states, of tokens or of each `<s>`, which may go on with a filler sequence's."""
         self.embeddings.check(packed)
         table = self.embeddings.position_embeddings.weight
         device, dtype = table.device.type, table.dtype

@@ -2,14 +2,17 @@
 
 Side a holds sequences of items, side b the item that follows each of them.
 
-Shapes: B pairs, L padded length, T packed tokens, M masked tokens, V vocabulary, H hidden.
+Shapes: B pairs, G pairs of all processes, L padded length, T packed tokens, M masked tokens,
+V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from recformer.config import RecformerConfig
 from recformer.files import UserError
-from recformer.losses import cosine_scores
+from recformer.losses import contrastive_scores
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.packing import PackedTokens
 
@@ -51,8 +54,8 @@ class RecformerPretrainingOutput(ModelOutput):
 
     Attributes:
         loss: scalar, contrastive + mlm_weight * (MLM of a + MLM of b).
-        logits: (B, B) float32 cosine similarity / temp of every a with every b.
-        cl_correct_num: int64, rows whose best b is their own.
+        logits: (B, G) float32; G = B in one process.
+        cl_correct_num: int64, see `PairLosses.num_correct`.
         cl_total_num: B.
     """
 
@@ -60,6 +63,66 @@ class RecformerPretrainingOutput(ModelOutput):
     logits: Tensor | None = None
     cl_correct_num: Tensor | None = None
     cl_total_num: int | None = None
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """What `RecformerForPretraining.forward_packed` computes.
+
+    Attributes:
+        loss: scalar, contrastive + mlm_weight * (MLM of a + MLM of b).
+        parts: the losses that were added up, unweighted: `contrastive`, and `mlm_a` and `mlm_b`
+            where there are masked ids.
+        logits: (B, G) float32 cosine similarity / temp of every a with every b of all processes.
+        labels: (B,) the column of each row's own b.
+        vectors: (B, H) of side a.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    logits: Tensor
+    labels: Tensor
+    vectors: Tensor
+
+    @property
+    def num_correct(self) -> Tensor:
+        """Rows whose own b is above every other, int64; one that ties is not."""
+        own = self.logits.gather(1, self.labels[:, None])
+        return ((self.logits >= own).sum(dim=1) == 1).sum()
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _gathered(values: Tensor) -> Tensor:
+    """Rows of all processes, in the order of their ranks: (B, ...) -> (W * B, ...)."""
+    if not _several():
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+class _Gather(torch.autograd.Function):
+    """`_gathered`, with the gradients that all processes have for this one's rows on the way back.
+
+    published: gathered rows carried no gradient, so the loss depended on the number of GPUs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.size = len(rows)
+        return _gathered(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if not _several():
+            return grad
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        first = dist.get_rank() * ctx.size
+        return grad[first : first + ctx.size]
 
 
 class RecformerForPretraining(RecformerPreTrainedModel):
@@ -92,13 +155,20 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         b: PackedTokens,
         mlm_a: tuple[Tensor, Tensor] | None = None,
         mlm_b: tuple[Tensor, Tensor] | None = None,
-    ) -> RecformerPretrainingOutput:
-        """Losses of a packed batch of pairs; both sides go through the encoder in one pass.
+        target_ids: Tensor | None = None,
+    ) -> PairLosses:
+        """Losses of a packed batch of pairs; all its inputs go through the encoder in one pass.
+
+        In a process group every process brings equally many pairs: the b of all of them are
+        negatives, with their gradients, and masked tokens are averaged over all of them, so that
+        the mean of the processes' losses, and of their gradients, is that of one big batch.
 
         Args:
             a, b: B sequences each.
             mlm_a, mlm_b: masked ids and true ids (-100 where nothing is predicted) of that side's
                 tokens, (T,) int64 each; None: no MLM loss of that side.
+            target_ids: (B,) items of side b; pairs with the same one are no negatives of each
+                other. None: they are.
 
         Raises:
             UserError: sides of different sizes, or as `RecformerModel.encode`.
@@ -107,37 +177,66 @@ class RecformerForPretraining(RecformerPreTrainedModel):
             raise UserError(
                 f"side a has {a.batch_size} sequences and side b {b.batch_size}: they are pairs"
             )
-        vectors_a, vectors_b = self.longformer.encode(PackedTokens.cat([a, b])).chunk(2)
-        logits = cosine_scores(vectors_a, vectors_b, self.config.temp)
-        labels = torch.arange(a.batch_size, device=logits.device)
-        loss = F.cross_entropy(logits, labels)
-        masked = [
-            (replace(side, input_ids=mlm[0]), mlm[1])
-            for side, mlm in ((a, mlm_a), (b, mlm_b))
+        masked = {
+            name: (replace(side, input_ids=mlm[0]), mlm[1])
+            for name, side, mlm in (("mlm_a", a, mlm_a), ("mlm_b", b, mlm_b))
             if mlm is not None
-        ]
+        }
+        size = a.batch_size
         if masked:
-            loss = loss + self.config.mlm_weight * self._mlm_loss(masked)
-        return RecformerPretrainingOutput(
-            loss=loss,
-            logits=logits,
-            cl_correct_num=(logits.argmax(dim=1) == labels).sum(),
-            cl_total_num=a.batch_size,
-        )
+            copies = [side for side, _ in masked.values()]
+            hidden, pooled = self.longformer.encode_tokens(PackedTokens.cat([a, b, *copies]))
+        else:
+            pooled = self.longformer.encode(PackedTokens.cat([a, b]))
+        everyone = _Gather.apply(pooled[size : 2 * size].float())
+        ids = None if target_ids is None else _gathered(target_ids)
+        first = dist.get_rank() * size if _several() else 0
+        logits = contrastive_scores(pooled[:size], everyone, self.config.temp, ids, first)
+        labels = torch.arange(first, first + size, device=logits.device)
+        parts = {"contrastive": F.cross_entropy(logits, labels)}
+        if masked:
+            begin = a.num_tokens + b.num_tokens
+            true_ids = {name: side for name, (_, side) in masked.items()}
+            parts |= self._mlm_losses(hidden[begin:], true_ids)
+        weights = {"contrastive": 1.0, "mlm_a": self.config.mlm_weight}
+        weights["mlm_b"] = self.config.mlm_weight
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return PairLosses(loss, parts, logits, labels, pooled[:size])
 
-    def _mlm_loss(self, sides: list[tuple[PackedTokens, Tensor]]) -> Tensor:
-        """Sum over the sides of the mean cross-entropy at their masked tokens.
+    def _mlm_losses(self, hidden: Tensor, true_ids: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mean cross-entropy at the masked tokens of each side, the head run on no others.
 
-        A side without a masked token adds zero, with zero gradients.
+        A side without a masked token gives zero, with zero gradients.
+
+        Args:
+            hidden: (T, H) of the masked copies, side by side.
+            true_ids: by side, -100 where nothing is predicted; T together.
         """
-        hidden, _ = self.longformer.encode_tokens(PackedTokens.cat([side for side, _ in sides]))
-        labels = torch.cat([label for _, label in sides])
+        labels = torch.cat(list(true_ids.values()))
         places = (labels != IGNORED).nonzero()[:, 0]
         scores = self.lm_head(hidden.index_select(0, places)).float()  # (M, V)
         losses = F.cross_entropy(scores, labels.index_select(0, places), reduction="none")
-        counts = [int((label != IGNORED).sum()) for _, label in sides]
-        means = [part.sum() / max(part.numel(), 1) for part in losses.split(counts)]
-        return torch.stack(means).sum()
+        counts = torch.stack([(side != IGNORED).sum() for side in true_ids.values()])
+        sums = [part.sum() for part in losses.split(counts.tolist())]
+        world = 1
+        if _several():
+            world = dist.get_world_size()
+            dist.all_reduce(counts)
+        means = [
+            part * world / count.clamp(min=1) for part, count in zip(sums, counts, strict=True)
+        ]
+        return dict(zip(true_ids, means, strict=True))
+
+    def batch_losses(self, batch: dict[str, Any]) -> PairLosses:
+        """`forward_packed` on a batch of `recformer.data.pretraining.PretrainCollator`."""
+        return self.forward_packed(
+            batch["a"], batch["b"], batch.get("mlm_a"), batch.get("mlm_b"), batch["target_ids"]
+        )
+
+    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The loss and its parts; see `recformer.training.lit.Recommender`."""
+        losses = self.batch_losses(batch)
+        return {"loss": losses.loss, **losses.parts}
 
     def forward(
         self,
@@ -204,7 +303,13 @@ class RecformerForPretraining(RecformerPreTrainedModel):
             mlm_input_ids_b,
             mlm_labels_b,
         )
-        output = self.forward_packed(a, b, mlm_a, mlm_b)
+        losses = self.forward_packed(a, b, mlm_a, mlm_b)
+        output = RecformerPretrainingOutput(
+            loss=losses.loss,
+            logits=losses.logits,
+            cl_correct_num=losses.num_correct,
+            cl_total_num=a.batch_size,
+        )
         return output.to_tuple() if return_dict is False else output
 
     def _pack_side(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from recformer.data.collators import pack_sequences
 from recformer.data.items import TokenizedItems
-from recformer.models import RecformerForSeqRec
+from recformer.models import RecformerForSeqRec, RecformerModel
 
 TOKENS_PER_BATCH = 8192  # memory and speed only, no figure depends on it
 HASH_CHUNK = 100_000  # items
@@ -68,12 +68,13 @@ def distinct_items(store: TokenizedItems) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def encode_items(
-    model: RecformerForSeqRec,
+    model: RecformerForSeqRec | RecformerModel,
     store: TokenizedItems,
     autocast: AbstractContextManager | None = None,
     progress: bool = True,
+    item_ids: np.ndarray | None = None,
 ) -> Tensor:
-    """Encode every item as the one-item sequence it is in training.
+    """Encode items as the one-item sequences they are in training.
 
     With `torch.distributed` initialised each process encodes its share and all get the whole table.
 
@@ -82,9 +83,10 @@ def encode_items(
         store: the N tokenised items.
         autocast: context of mixed precision to encode in.
         progress: show a progress bar on the first process.
+        item_ids: (K,) int64 items to encode; None: all N in order.
 
     Returns:
-        (N, H) float32 on the model's device.
+        (K, H) or (N, H) float32 on the model's device.
 
     Raises:
         ValueError: the model gives NaN or infinite vectors.
@@ -96,6 +98,9 @@ def encode_items(
     model.eval()
     device = next(model.parameters()).device
     first, inverse = distinct_items(store)
+    if item_ids is not None:
+        texts, inverse = np.unique(inverse[item_ids], return_inverse=True)
+        first = first[texts]
     table = torch.zeros(len(first), model.config.hidden_size, device=device)
     # A batch is one process's whole; shares differ in which batches they take, not in the batches.
     batches = list(token_budget_batches(store.lengths[first] + 1, TOKENS_PER_BATCH))[rank::world]

@@ -16,8 +16,8 @@ from recformer.metrics import Evaluator, TargetRanks
 class Recommender(Protocol):
     """What a model brings to `LitWrapper` (besides being an `nn.Module`)."""
 
-    def training_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Scalar loss of a batch of its training collator."""
+    def training_loss(self, batch: dict[str, Any]) -> Tensor | dict[str, Tensor]:
+        """Scalar loss of a batch of its training collator, or a dict of `loss` and its parts."""
 
     def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
         """Where `batch["labels"]` stand among all items, for a batch of its evaluation collator."""
@@ -97,11 +97,12 @@ class LitWrapper(lightning.LightningModule):
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    ) -> Any:
         # Lightning refuses every fused optimizer under mixed precision, bfloat16's as well, where
         # there is nothing to unscale.
         if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            return torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        return None
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Every step draws its own dropout, whatever else drew numbers before it: loaders do, and
@@ -109,8 +110,14 @@ class LitWrapper(lightning.LightningModule):
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(sha256_of(*map(str, place))[:15], 16))
 
+    def batch_loss(self, batch: dict[str, Any]) -> Tensor | dict[str, Tensor]:
+        """What a step trains on: a loss, or a dict of `loss` and its parts."""
+        return self.recommender.training_loss(batch)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.recommender.training_loss(batch)
+        losses = self.batch_loss(batch)
+        parts = dict(losses) if isinstance(losses, dict) else {"loss": losses}
+        loss = parts.pop("loss")
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {self.global_step}: lower the learning rate, "
@@ -118,6 +125,8 @@ class LitWrapper(lightning.LightningModule):
             )
         size = len(batch["labels"])
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=size, prog_bar=True)
+        for name, part in parts.items():
+            self.log(f"train/{name}", part.detach(), on_step=True, on_epoch=False)
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0], on_step=True, on_epoch=False)
         return loss
 

@@ -1,0 +1,540 @@
+"""Data of pretraining: item sequences and tokenised items in files mapped into memory, and pairs.
+
+`meta_data.json`, `train.json` and `dev.json` (pretrain_data/) are read once, by whoever is first;
+ranks, loader workers and later runs map what was made of them. It is keyed by content: another
+catalogue, tokenizer or file has another key, so nothing stale can be read.
+
+Layout of `cache_dir/pretraining-<key>/` (little-endian, no headers), for train and dev:
+    <split>_offsets.bin     (S + 1,) int64: sequence s is the items offsets[s]:offsets[s + 1]
+    <split>_items.bin       (M,) int32 item ids, oldest first
+    <split>_token_ends.bin  (M + 1,) int64: tokens of the items before each place, over the split
+    header.json             key, sizes, folder of the tokenised items; written last
+
+A pair is a history (side a) and the item that follows it (side b) (paper, section 2.3.2).
+
+Shapes: S sequences, M items of all of them, P pairs, B pairs of a batch, T packed tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from recformer.config import RecformerConfig
+from recformer.data.collators import pack_sequences
+from recformer.data.datamodule import rank_and_world
+from recformer.data.draws import uniform
+from recformer.data.items import DamagedStoreError, TokenizedItems
+from recformer.data.masking import WholeWordMasker
+from recformer.data.processed import Sequences
+from recformer.files import UserError, read_json, sha256_of, write_json
+from recformer.tokenization import RecformerTokenizer
+
+FORMAT = "recformer pretraining 1"
+SPLITS = ("train", "dev")
+ARRAYS = {"offsets": "<i8", "items": "<i4", "token_ends": "<i8"}
+READ_SIZE = 1 << 22  # bytes of a file hashed at a time
+# Pairs that are sorted by length together, in batches' worth: enough to find equals in length,
+# few enough to leave the order random.
+GROUPED_BATCHES = 64
+
+# Streams of random numbers that belong to a sequence in an epoch.
+TARGET_STREAM = 0
+
+
+@dataclass(frozen=True)
+class PretrainingData:
+    """What `open_or_build` gives.
+
+    Attributes:
+        store: all items of the catalogue, tokenised.
+        sequences: of "train" and "dev", item ids oldest first, each of two items or more.
+        token_ends: of "train" and "dev", (M + 1,) tokens of the items before each place.
+        attribute_names: that occur in the catalogue.
+        counts: sequences and interactions of each split, and sequences of one item left out.
+        key: content hash.
+    """
+
+    store: TokenizedItems
+    sequences: dict[str, Sequences]
+    token_ends: dict[str, np.ndarray]
+    attribute_names: list[str]
+    counts: dict[str, int]
+    key: str
+
+    @classmethod
+    def open_or_build(
+        cls,
+        train_file: str | os.PathLike,
+        dev_file: str | os.PathLike,
+        item_attr_file: str | os.PathLike,
+        tokenizer: RecformerTokenizer,
+        cache_dir: str | os.PathLike,
+    ) -> PretrainingData:
+        """Map the data, made from the files now unless that was done before.
+
+        Several processes may call this at the same time.
+
+        Args:
+            train_file, dev_file: JSON lists of sequences, a sequence a list of asins oldest first.
+            item_attr_file: JSON, asin -> attributes.
+            cache_dir: where mapped files are kept; made if missing.
+
+        Raises:
+            FileNotFoundError: a file does not exist.
+            UserError: a file is not what it should be; asins without metadata; no pair.
+        """
+        paths = {"train": Path(train_file), "dev": Path(dev_file), "items": Path(item_attr_file)}
+        for path in paths.values():
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist")
+        hashes = [_file_hash(path) for path in paths.values()]
+        key = sha256_of(FORMAT, tokenizer.fingerprint, *hashes)
+        folder = Path(cache_dir) / f"pretraining-{key}"
+        try:
+            return cls._open(folder, key)
+        except DamagedStoreError:
+            _build(paths, tokenizer, folder, key)
+            return cls._open(folder, key)
+
+    @classmethod
+    def _open(cls, folder: Path, key: str) -> PretrainingData:
+        try:
+            header = read_json(folder / "header.json")
+        except (FileNotFoundError, UserError) as error:
+            raise DamagedStoreError(str(error)) from error
+        if header.get("key") != key:
+            raise DamagedStoreError(f"{folder}: header.json has the key {header.get('key')}")
+        arrays = {name: _map(folder, name, size) for name, size in header["sizes"].items()}
+        return cls(
+            store=TokenizedItems(folder.parent / header["items"]),
+            sequences={s: Sequences(arrays[f"{s}_offsets"], arrays[f"{s}_items"]) for s in SPLITS},
+            token_ends={split: arrays[f"{split}_token_ends"] for split in SPLITS},
+            attribute_names=header["attribute_names"],
+            counts=header["counts"],
+            key=key,
+        )
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        for block in iter(partial(handle.read, READ_SIZE), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _map(folder: Path, name: str, size: int) -> np.ndarray:
+    path = folder / f"{name}.bin"
+    dtype = np.dtype(ARRAYS[name.partition("_")[2]])
+    found = path.stat().st_size if path.is_file() else None
+    if found != size * dtype.itemsize:
+        raise DamagedStoreError(f"{path} has {found} bytes, expected {size * dtype.itemsize}")
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(size,)))
+
+
+def _build(paths: dict[str, Path], tokenizer: RecformerTokenizer, folder: Path, key: str) -> None:
+    """Read the JSON files and write the mapped ones beside their place, then move them in."""
+    catalogue = read_json(paths["items"])
+    if not isinstance(catalogue, dict) or not catalogue:
+        raise UserError(
+            f"{paths['items']} holds {_kind(catalogue)}, expected asin -> attributes "
+            "(meta_data.json of pretrain_data/meta_data_process.py)"
+        )
+    if not all(isinstance(item, dict) for item in catalogue.values()):
+        asin = next(asin for asin, item in catalogue.items() if not isinstance(item, dict))
+        raise UserError(
+            f"{paths['items']}: {asin!r} has {_kind(catalogue[asin])}, expected its attributes, "
+            '{"title": …}; an smap.json has numbers'
+        )
+    item_ids = {asin: item_id for item_id, asin in enumerate(catalogue)}
+    counts: dict[str, int] = {}
+    sequences = {}
+    for split in SPLITS:
+        rows = read_json(paths[split])
+        sequences[split], left_out = _item_sequences(rows, item_ids, paths[split], paths["items"])
+        counts[f"{split}_sequences"] = len(sequences[split])
+        counts[f"{split}_interactions"] = len(sequences[split].items)
+        counts[f"{split}_left_out"] = left_out
+
+    items = list(catalogue.values())
+    store = TokenizedItems.open_or_build(items, tokenizer, folder.parent)
+    names = sorted({name for item in items for name in item})
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        sizes = {}
+        for split, rows in sequences.items():
+            ends = np.concatenate([[0], np.cumsum(store.lengths[rows.items], dtype=np.int64)])
+            arrays = {"offsets": rows.offsets, "items": rows.items, "token_ends": ends}
+            for name, array in arrays.items():
+                sizes[f"{split}_{name}"] = len(array)
+                with open(beside / f"{split}_{name}.bin", "wb") as handle:
+                    array.astype(ARRAYS[name]).tofile(handle)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+        header = {
+            "format": FORMAT,
+            "key": key,
+            "sizes": sizes,
+            "items": store.folder.name,
+            "attribute_names": names,
+            "counts": counts,
+        }
+        folder.mkdir(exist_ok=True)
+        for name in sizes:
+            os.replace(beside / f"{name}.bin", folder / f"{name}.bin")
+        write_json(folder / "header.json", header, indent=1)
+    finally:
+        shutil.rmtree(beside)
+
+
+def _item_sequences(
+    rows: Any, item_ids: dict[str, int], path: Path, item_path: Path
+) -> tuple[Sequences, int]:
+    """Item ids of sequences of asins, those of one item left out and counted.
+
+    Raises:
+        UserError: not a list of lists of asins, asins without metadata, or no pair.
+    """
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{path} holds {_kind(rows)}, expected a list of sequences, a sequence a list of asins "
+            "(pretrain_data/interaction_data_process.py); a folder for finetuning is not one"
+        )
+    unknown: dict[str, int] = {}
+    kept: list[list[int]] = []
+    left_out = 0
+    for number, row in enumerate(tqdm(rows, desc=f"reading {path.name}", disable=None)):
+        if not isinstance(row, list) or not all(isinstance(asin, str) for asin in row):
+            raise UserError(
+                f"{path}: sequence {number} is {str(row)[:60]}, expected a list of asins"
+            )
+        ids = [item_ids.get(asin, -1) for asin in row]
+        if -1 in ids:
+            for asin, item_id in zip(row, ids, strict=True):
+                if item_id < 0:
+                    unknown[asin] = unknown.get(asin, 0) + 1
+        elif len(ids) < 2:
+            left_out += 1
+        else:
+            kept.append(ids)
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown):,} asins ({sum(unknown.values()):,} interactions) are not in "
+            f"{item_path}, the first {next(iter(unknown))!r}; both files must come from the same "
+            "run of pretrain_data/"
+        )
+    if not kept:
+        raise UserError(
+            f"{path} has no sequence of two items or more, so no pair of history and target"
+        )
+    return Sequences.from_lists(kept), left_out
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """History and target, and the seed that masks are drawn from."""
+
+    row: int
+    history: np.ndarray  # (n,) item ids, oldest first, n >= 1
+    target: int
+    seed: int
+
+
+def target_positions(lengths: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """Uniform places of the targets in [max(1, (n - 1) // 2), n - 1] (paper, section 2.3.2).
+
+    The published code also draws 0, which leaves an empty history (a defect).
+
+    Args:
+        lengths: (P,) n, at least 2.
+        seeds: (P,) uint64.
+    """
+    least = np.maximum(1, (lengths - 1) // 2)
+    draw = uniform(seeds, np.zeros_like(lengths), TARGET_STREAM)
+    return least + (draw * (lengths - least)).astype(np.int64)
+
+
+def pair_seeds(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
+    """(P,) uint64: of each sequence in an epoch, whatever batch or process it comes to."""
+    base = np.random.default_rng([seed, epoch]).integers(2**63, dtype=np.uint64)
+    numbers = uniform(np.full(len(rows), base), rows, TARGET_STREAM)
+    return (numbers * 2.0**53).astype(np.uint64)
+
+
+class PairDataset(Dataset):
+    """Pairs of a split, fetched a batch at a time by (row, seed)."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+
+    def __getitem__(self, keys: list[tuple[int, int]]) -> list[PairExample]:
+        rows, seeds = (np.array(column) for column in zip(*keys, strict=True))
+        lengths = self.sequences.offsets[rows + 1] - self.sequences.offsets[rows]
+        places = target_positions(lengths, seeds.astype(np.uint64))
+        examples = []
+        for row, place, seed in zip(rows.tolist(), places.tolist(), seeds.tolist(), strict=True):
+            items = self.sequences[row]
+            examples.append(PairExample(row, items[:place], int(items[place]), seed))
+        return examples
+
+
+class PairBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (row, seed), a function of seed, epoch and processes times batch size alone.
+
+    Batches are drawn for all processes together and dealt out, so that W processes with batches of
+    b train on what one process with batches of W * b does. Every process gets equally many pairs.
+
+    Args:
+        sequences, token_ends: of a split; see `PretrainingData`.
+        config: `max_item_embeddings` and `max_token_num` are read.
+        batch_size: pairs a process and batch.
+        max_tokens: tokens a process and batch instead, of both sides; pairs of about the same
+            length then go together.
+        seed: of order and targets.
+        shuffle: otherwise the order of the file, the same targets every epoch.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        token_ends: np.ndarray,
+        config: RecformerConfig,
+        batch_size: int,
+        max_tokens: int | None,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        self.sequences, self.token_ends = sequences, token_ends
+        self.max_items, self.max_token_num = config.max_item_embeddings - 1, config.max_token_num
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.seed, self.shuffle = seed, shuffle
+        self.epoch = 0
+        self.start = 0  # batches of the next epoch to leave out, because they were seen already
+        self._num_batches: dict[int, int] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches(rank_and_world()[1])
+
+    def num_batches(self, world: int) -> int:
+        """Batches an epoch with `world` processes; by tokens, of the first one, and no epoch has
+        more."""
+        if self.max_tokens is None:
+            full, rest = divmod(len(self.sequences), self.batch_size * world)
+            return full + (rest >= world)
+        if world not in self._num_batches:
+            self._num_batches[world] = sum(1 for _ in self._global_batches(0, world))
+        return self._num_batches[world]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rank, world = rank_and_world()
+        start, self.start = self.start, 0
+        for number, rows in enumerate(self._global_batches(self.epoch, world)):
+            if number >= len(self):
+                return
+            if number >= start:
+                rows = rows[rank::world]
+                seeds = pair_seeds(self.seed, self.epoch, rows)
+                yield list(zip(rows.tolist(), seeds.tolist(), strict=True))
+
+    def _global_batches(self, epoch: int, world: int) -> Iterator[np.ndarray]:
+        """Rows of each batch over all processes, as many as the processes divide."""
+        generator = np.random.default_rng([self.seed, epoch, 1])
+        order = np.arange(len(self.sequences))
+        if self.shuffle:
+            order = generator.permutation(order)
+        if self.max_tokens is not None:
+            yield from self._cut_by_tokens(order, self.max_tokens * world, world, epoch)
+            return
+        for start in range(0, len(order), self.batch_size * world):
+            rows = order[start : start + self.batch_size * world]
+            rows = rows[: len(rows) // world * world]
+            if len(rows):
+                yield rows
+
+    def _cut_by_tokens(
+        self, order: np.ndarray, budget: int, world: int, epoch: int
+    ) -> Iterator[np.ndarray]:
+        """Batches of at most `budget` tokens, from windows of `order` sorted by length."""
+        tokens = self.tokens(order, epoch)
+        window = max(1, int(GROUPED_BATCHES * budget / tokens.mean()))
+        generator = np.random.default_rng([self.seed, epoch, 2])
+        rest = np.empty(0, dtype=np.int64)  # places in `order` that did not fill a batch
+        for start in range(0, len(order), window):
+            places = np.concatenate([rest, np.arange(start, min(start + window, len(order)))])
+            places = places[np.argsort(tokens[places], kind="stable")]
+            ends = np.cumsum(tokens[places])
+            batches, begin = [], 0
+            while begin < len(places):
+                before = ends[begin - 1] if begin else 0
+                stop = int(np.searchsorted(ends, before + budget, side="right"))
+                stop = begin + max(world, (stop - begin) // world * world)
+                if stop >= len(places):
+                    break
+                batches.append(places[begin:stop])
+                begin = stop
+            rest = places[begin:]
+            for number in (
+                generator.permutation(len(batches)) if self.shuffle else range(len(batches))
+            ):
+                yield order[batches[number]]
+        rest = rest[: len(rest) // world * world]
+        if len(rest):
+            yield order[rest]
+
+    def tokens(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """Tokens of both sides of each pair, (P,)."""
+        offsets = self.sequences.offsets
+        first = offsets[rows]
+        places = target_positions(offsets[rows + 1] - first, pair_seeds(self.seed, epoch, rows))
+        target = first + places
+        oldest = np.maximum(first, target - self.max_items)
+        history = self.token_ends[target] - self.token_ends[oldest]
+        item = self.token_ends[target + 1] - self.token_ends[target]
+        return np.minimum(history + 1, self.max_token_num) + np.minimum(
+            item + 1, self.max_token_num
+        )
+
+
+class PretrainCollator:
+    """Pairs to packed batches with masked copies.
+
+    Returns a dict: `a`, `b` (PackedTokens of B histories and B targets), `mlm_a`, `mlm_b` (masked
+    and true ids, (T,) each; absent without a masker), `target_ids` (B,), `user_ids` (B,) rows of
+    the split, and `labels` (B,): what `label_of` makes of the target ids.
+    """
+
+    def __init__(
+        self,
+        store: TokenizedItems,
+        config: RecformerConfig,
+        masker: WholeWordMasker | None,
+        pool: np.ndarray | None = None,
+    ) -> None:
+        self.store, self.config, self.masker, self.pool = store, config, masker, pool
+
+    def __call__(self, examples: Sequence[PairExample]) -> dict[str, Any]:
+        targets = np.array([example.target for example in examples])
+        seeds = np.array([example.seed for example in examples], dtype=np.uint64)
+        batch: dict[str, Any] = {
+            "a": pack_sequences(self.store, [e.history for e in examples], self.config),
+            "b": pack_sequences(self.store, list(targets[:, None]), self.config),
+            "target_ids": torch.from_numpy(targets),
+            "user_ids": torch.tensor([example.row for example in examples]),
+        }
+        places = targets if self.pool is None else np.searchsorted(self.pool, targets)
+        batch["labels"] = torch.from_numpy(places)
+        if self.masker is not None:
+            batch["mlm_a"] = self.masker(batch["a"], seeds)
+            batch["mlm_b"] = self.masker(batch["b"], seeds + np.uint64(1))
+        return batch
+
+
+class ResumableLoader(DataLoader):
+    """A loader that goes on in the middle of an epoch; Lightning keeps its state in checkpoints."""
+
+    _served = 0
+    _resume: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler: PairBatchSampler = self.sampler  # type: ignore[assignment]
+        resume, self._resume = self._resume, None
+        goes_on = resume is not None and resume["epoch"] == sampler.epoch
+        self._served = sampler.start = resume["served"] if goes_on and resume else 0
+        for batch in super().__iter__():
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.sampler.epoch, "served": self._served}  # type: ignore[union-attr]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resume = dict(state)
+
+
+class PretrainDataModule(LightningDataModule):
+    """Loaders of pairs.
+
+    Args:
+        data: sequences and items.
+        config: of the model.
+        masker: None for no masked copies.
+        batch_size, max_tokens, seed: see `PairBatchSampler`; validation has fixed counts.
+        num_workers: loader processes; they share the mapped files.
+
+    Attributes:
+        pool: (N,) item ids that validation ranks, ascending: all that occur in the dev sequences.
+        samplers: of "train" and "dev".
+    """
+
+    def __init__(
+        self,
+        data: PretrainingData,
+        config: RecformerConfig,
+        masker: WholeWordMasker | None,
+        batch_size: int,
+        max_tokens: int | None,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.pool = np.unique(data.sequences["dev"].items).astype(np.int64)
+        self.num_workers = num_workers
+        self.loaders: dict[str, Callable[[], DataLoader]] = {}
+        self.samplers: dict[str, PairBatchSampler] = {}
+        for split in SPLITS:
+            training = split == "train"
+            sampler = PairBatchSampler(
+                data.sequences[split],
+                data.token_ends[split],
+                config,
+                batch_size,
+                max_tokens if training else None,
+                seed,
+                shuffle=training,
+            )
+            self.samplers[split] = sampler
+            pool = None if training else self.pool
+            collator = PretrainCollator(data.store, config, masker, pool)
+            self.loaders[split] = partial(
+                self._loader, PairDataset(data.sequences[split]), sampler, collator
+            )
+
+    def _loader(
+        self, pairs: PairDataset, sampler: PairBatchSampler, collator: PretrainCollator
+    ) -> DataLoader:
+        return ResumableLoader(
+            pairs,
+            batch_size=None,  # the sampler yields whole batches; Lightning sets epochs on `sampler`
+            sampler=sampler,
+            collate_fn=collator,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loaders["train"]()
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loaders["dev"]()

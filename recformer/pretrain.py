@@ -1,0 +1,383 @@
+"""Pretraining of Recformer: item-item contrast and masked language modelling (paper, section 2.3).
+
+`python -m recformer.pretrain --train_file train.json --dev_file dev.json \\
+     --item_attr_file meta_data.json --model_name_or_path MODEL --output_dir DIR`
+
+`--output_dir` then holds `start/` (weights, configuration and tokenizer that it started from),
+`checkpoints/`, `history.csv`, `curves.png` and `metrics.json`. `convert_pretrain_ckpt.py` makes a
+model for finetuning of it. A run that was cut off goes on with `--ckpt last`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import seed_everything
+from transformers import HfArgumentParser
+
+from recformer.data.items import cache_dir
+from recformer.data.masking import WholeWordMasker
+from recformer.data.pretraining import PretrainDataModule, PretrainingData
+from recformer.files import UserError, exit_with_message, read_json, write_json
+from recformer.models import RecformerForPretraining
+from recformer.tokenization import RecformerTokenizer
+from recformer.training.arguments import ModelArguments, flag
+from recformer.training.callbacks import EarlyStop
+from recformer.training.pretraining import PretrainModule, StepHistory, draw_steps
+from recformer.training.start import load_start_model, start_tokenizer, weights_hash
+from recformer.training.strategies import build_strategy
+from recformer.training.trainer import build_trainer, half_precision, wandb_logger
+
+MONITOR = "val/accuracy"  # published: the best checkpoints are those of the best accuracy
+METRIC = "Recall@10"
+ABLATIONS = ("mlm", "contrast", "item_positions")
+
+
+@dataclass
+class PretrainArguments(ModelArguments):
+    """Pretrain Recformer on item sequences of many categories."""
+
+    train_file: str = flag("pretrain_data/train.json", "sequences to train on")
+    dev_file: str = flag("pretrain_data/dev.json", "sequences of the held-out category")
+    item_attr_file: str = flag("pretrain_data/meta_data.json", "asin -> attributes, of both")
+    output_dir: str = flag("result/recformer_pretraining", "everything written goes there")
+    model_name_or_path: str = flag(
+        "allenai/longformer-base-4096",
+        "folder or hub id of the language model: configuration and tokenizer, and start weights "
+        "where --longformer_ckpt is not set (Longformer, RoBERTa or BERT family, or a Recformer)",
+    )
+    longformer_ckpt: str | None = flag(
+        None, "start weights written by save_longformer_ckpt.py; unset: those of the language model"
+    )
+    tokenizer_name: str | None = flag(
+        None, "folder or hub id of the tokenizer, where it is not with --model_name_or_path"
+    )
+    from_scratch: bool = flag(False, "random weights instead")
+    ckpt: str | None = flag(
+        None,
+        "checkpoint to go on from: 'last' for the newest one of --output_dir, or the path of one",
+    )
+    num_train_epochs: int = flag(10, "epochs")
+    batch_size: int = flag(2, "pairs a process and batch; of validation too")
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "train on batches of about so many tokens a process instead of --batch_size pairs, pairs "
+        "of similar length together (both sides count, masked copies do not)",
+    )
+    gradient_accumulation_steps: int = flag(8, "batches an optimizer step")
+    learning_rate: float = flag(5e-5, "peak learning rate of AdamW")
+    weight_decay: float = flag(0.0, "of AdamW; none on biases and LayerNorm")
+    warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 for no clipping")
+    mlm_probability: float = flag(0.15, "share of the tokens that is masked, in whole words")
+    mlm_weight: float | None = flag(None, "of either MLM loss beside the contrastive one (0.1)")
+    fix_word_embedding: bool = flag(False, "do not train the word embeddings")
+    ablation: str | None = flag(
+        None,
+        "leave something out: mlm (contrastive loss alone), contrast (MLM alone), item_positions",
+        choices=list(ABLATIONS),
+    )
+    valid_step: int = flag(2000, "batches between validations; at least one an epoch")
+    log_step: int = flag(100, "batches between rows of history.csv")
+    save_top_k: int = flag(5, "checkpoints kept, the best by validation accuracy, beside the last")
+    patience: int = flag(0, "stop after so many validations without better accuracy; 0: never")
+    device: int = flag(1, "number of GPUs; without a GPU, of processes on the CPU (gloo)")
+    strategy: str = flag(
+        "auto",
+        "how processes share the work; deepspeed_stage_2 also runs on the CPU",
+        choices=["deepspeed_stage_2", "ddp", "auto"],
+    )
+    fp16: bool = flag(
+        False, "16-bit mixed precision: bfloat16 where the hardware has it, else float16 on a GPU"
+    )
+    dataloader_num_workers: int = flag(2, "loader processes")
+    preprocessing_num_workers: int = flag(8, "threads of the tokenizer")
+    seed: int = flag(42, "of weights, order, targets, masks and dropout")
+    overwrite_output_dir: bool = flag(False, "start anew where --output_dir holds another run")
+    wandb: bool = flag(False, "log to Weights & Biases too (offline without an account)")
+
+    def check(self) -> None:
+        """Refuse values that would only fail later.
+
+        Raises:
+            UserError: names the flag, its value and what is allowed.
+        """
+        at_least = {
+            "num_train_epochs": 1,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "valid_step": 1,
+            "log_step": 1,
+            "save_top_k": 1,
+            "device": 1,
+            "preprocessing_num_workers": 1,
+            "dataloader_num_workers": 0,
+            "patience": 0,
+            "weight_decay": 0,
+            "warmup_steps": 0,
+            "max_grad_norm": 0,
+        }
+        if self.device > 1:
+            at_least["batch_size"] = 1  # the other processes' targets are negatives
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        if not self.learning_rate > 0:
+            raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
+        if not 0 < self.mlm_probability <= 1:
+            raise UserError(f"--mlm_probability {self.mlm_probability}: must be in (0, 1]")
+        if self.mlm_weight is not None and not self.mlm_weight > 0:
+            raise UserError(
+                f"--mlm_weight {self.mlm_weight}: must be above 0; --ablation mlm leaves MLM out"
+            )
+        if self.from_scratch and self.longformer_ckpt:
+            raise UserError("--from_scratch and --longformer_ckpt exclude each other")
+        if torch.cuda.is_available() and self.device > torch.cuda.device_count():
+            raise UserError(
+                f"--device {self.device}: this machine has {torch.cuda.device_count()} GPUs"
+            )
+
+
+def say(text: object) -> None:
+    """Print on the first process."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+class Run:
+    """One pretraining run: its data, model and folder."""
+
+    def __init__(self, args: PretrainArguments) -> None:
+        args.check()
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        self.precision = half_precision(self.accelerator) if args.fp16 else "32-true"
+        os.environ.setdefault("RAYON_NUM_THREADS", str(args.preprocessing_num_workers))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self._resume = self._find_checkpoint()
+        self.strategy = build_strategy(args.strategy, self.accelerator, args.device)
+
+        seed_everything(args.seed, verbose=False)
+        # Data before weights: what is wrong with it shows in seconds.
+        self.data = self._load_data()
+        self.model, self.tokenizer = self._load_model()
+        config = self.model.config
+        if args.max_tokens_per_batch is not None:
+            least = 4 * config.max_token_num
+            if args.max_tokens_per_batch < least:
+                raise UserError(
+                    f"--max_tokens_per_batch {args.max_tokens_per_batch}: two pairs of the longest "
+                    f"sequences must fit, at least {least}"
+                )
+        masker = None
+        if args.ablation != "mlm":
+            names = self.data.attribute_names
+            masker = WholeWordMasker(self.tokenizer, args.mlm_probability, names)
+        self.loaders = PretrainDataModule(
+            self.data,
+            config,
+            masker,
+            args.batch_size,
+            args.max_tokens_per_batch,
+            args.dataloader_num_workers,
+            args.seed,
+        )
+        self._claim_output_dir()
+        self.logger = wandb_logger(self.output_dir, "recformer-pretraining") if args.wandb else None
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self.args.ckpt is None:
+            return None
+        if self.args.ckpt != "last":
+            path = Path(self.args.ckpt)
+            if not path.exists():
+                raise FileNotFoundError(f"--ckpt {path} does not exist")
+            return path
+        path = self.output_dir / "checkpoints" / "last.ckpt"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"--ckpt last: {path} does not exist; leave --ckpt out to begin"
+            )
+        return path
+
+    def _load_data(self) -> PretrainingData:
+        args = self.args
+        tokenizer = start_tokenizer(
+            args.longformer_ckpt,
+            args.model_name_or_path,
+            args.tokenizer_name,
+            args.from_scratch,
+            args.overrides(),
+        )
+        data = PretrainingData.open_or_build(
+            args.train_file,
+            args.dev_file,
+            args.item_attr_file,
+            tokenizer,
+            cache_dir(Path(args.train_file).parent, self.output_dir),
+        )
+        counts = data.counts
+        for split in ("train", "dev"):
+            line = f"{split}: {counts[f'{split}_sequences']:,} sequences, "
+            line += f"{counts[f'{split}_interactions']:,} interactions"
+            if counts[f"{split}_left_out"]:
+                line += f" ({counts[f'{split}_left_out']:,} sequences of one item left out)"
+            say(line)
+        say(f"{len(data.store):,} items of {data.store.lengths.mean():.1f} tokens")
+        return data
+
+    def _load_model(self) -> tuple[RecformerForPretraining, RecformerTokenizer]:
+        args = self.args
+        overrides = args.overrides()
+        if args.mlm_weight is not None:
+            overrides["mlm_weight"] = args.mlm_weight
+        model, tokenizer, report = load_start_model(
+            RecformerForPretraining,
+            args.longformer_ckpt,
+            args.model_name_or_path,
+            args.tokenizer_name,
+            args.from_scratch,
+            overrides,
+        )
+        say(report)
+        embeddings = model.longformer.embeddings
+        if args.fix_word_embedding:
+            embeddings.word_embeddings.weight.requires_grad_(False)
+        if args.ablation == "mlm":
+            model.lm_head.requires_grad_(False)
+        if args.ablation == "item_positions":
+            torch.nn.init.zeros_(embeddings.item_position_embeddings.weight)
+            embeddings.item_position_embeddings.weight.requires_grad_(False)
+        return model, tokenizer
+
+    def _claim_output_dir(self) -> None:
+        """Take the output folder, or go on in it if it holds this very run.
+
+        Raises:
+            UserError: it holds a run that is not to be continued.
+        """
+        ignored = {"output_dir", "overwrite_output_dir", "wandb", "ckpt", "train_file", "dev_file"}
+        ignored |= {"item_attr_file", "dataloader_num_workers", "preprocessing_num_workers"}
+        settings = {k: v for k, v in asdict(self.args).items() if k not in ignored}
+        settings |= {"data": self.data.key, "weights": weights_hash(self.model)}
+        settings |= {"precision": self.precision, "accelerator": self.accelerator}
+        path = self.output_dir / "run.json"
+        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+            return
+        if path.exists() and not (self._resume is None and self.args.overwrite_output_dir):
+            before = read_json(path)
+            different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
+            if different:
+                raise UserError(
+                    f"{self.output_dir} holds another run (different: {', '.join(different)}); "
+                    "choose another --output_dir, or give --overwrite_output_dir"
+                )
+            if self._resume is None and (self.output_dir / "checkpoints").exists():
+                raise UserError(
+                    f"{self.output_dir} holds this run already: --ckpt last goes on with it, "
+                    "--overwrite_output_dir starts anew"
+                )
+        if self._resume is None:
+            for name in ("checkpoints", "start"):
+                shutil.rmtree(self.output_dir / name, ignore_errors=True)
+            for name in ("history.csv", "curves.png", "metrics.json"):
+                (self.output_dir / name).unlink(missing_ok=True)
+            # What conversion needs: configuration, tokenizer, and weights that stay frozen.
+            self.model.save_pretrained(self.output_dir / "start")
+            self.tokenizer.save_pretrained(self.output_dir / "start")
+        write_json(path, settings, indent=1)
+
+    def _batches_between_validations(self) -> int:
+        """`--valid_step`, made to fit the epoch.
+
+        An epoch has equal intervals, the last of which ends with it but for a few batches, and at
+        least one. Intervals hold whole optimizer steps: a checkpoint has no accumulated gradients.
+        """
+        args = self.args
+        batches = self.loaders.samplers["train"].num_batches(args.device)
+        interval = batches // max(1, round(batches / args.valid_step))
+        step = args.gradient_accumulation_steps
+        return min(batches, max(interval // step, 1) * step)
+
+    def train(self) -> dict[str, Any]:
+        """Train, or go on; returns what `metrics.json` holds."""
+        args = self.args
+        started = time.monotonic()
+        module = PretrainModule(
+            self.model,
+            self.data.store,
+            self.loaders.pool,
+            contrast=args.ablation != "contrast",
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            warmup_steps=args.warmup_steps,
+            metric_ks=(10, 50),
+            seed=args.seed,
+        )
+        history = StepHistory(self.output_dir / "history.csv", args.log_step, METRIC)
+        keeper = checkpoint_callback(self.output_dir / "checkpoints", MONITOR, args.save_top_k)
+        callbacks: list[Any] = [history]
+        if args.patience:
+            callbacks.append(EarlyStop(MONITOR, patience=args.patience, mode="max"))
+        trainer = build_trainer(
+            self.output_dir,
+            args.num_train_epochs,
+            self.accelerator,
+            args.device,
+            self.precision,
+            [*callbacks, keeper],
+            strategy=self.strategy,
+            validate_every_batches=self._batches_between_validations(),
+            accumulate=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+            logger=self.logger,
+        )
+        if self._resume:
+            say(f"going on from {self._resume}")
+        trainer.fit(module, datamodule=self.loaders, ckpt_path=self._resume)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        validations = [row for row in history.rows if MONITOR in row]
+        best = max(validations, key=lambda row: row[MONITOR])
+        result = {
+            "best": best,
+            "last": validations[-1],
+            "best_checkpoint": Path(keeper.best_model_path).name,
+            "seconds": round(time.monotonic() - started, 1),
+            "precision": self.precision,
+            "processes": args.device,
+            "seed": args.seed,
+        }
+        if trainer.is_global_zero:
+            draw_steps(history.rows, self.output_dir / "curves.png", METRIC)
+            write_json(self.output_dir / "metrics.json", result, indent=1)
+            print(
+                f"best validation accuracy {best[MONITOR]:.4f} at step {best['step']}; written to "
+                f"{self.output_dir}: checkpoints, history.csv, curves.png, metrics.json"
+            )
+            print(f"next: python convert_pretrain_ckpt.py --checkpoint {keeper.best_model_path}")
+        return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags and run."""
+    parser = HfArgumentParser(PretrainArguments, description=__doc__.split("\n\n")[0])
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    Run(args).train()
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
