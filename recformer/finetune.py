@@ -263,6 +263,7 @@ class Run:
 
     def _trainer(self, callbacks: Sequence[Any]) -> Any:
         args = self.args
+        processes = self.devices if isinstance(self.devices, int) else len(self.devices)
         return build_trainer(
             self.output_dir,
             args.num_train_epochs,
@@ -270,6 +271,7 @@ class Run:
             self.devices,
             self.precision,
             callbacks,
+            strategy="ddp" if processes > 1 else "auto",
             validate_every=args.verbose,
             accumulate=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from lightning import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import HfArgumentParser
 
 from recformer.data.items import cache_dir
@@ -32,7 +33,7 @@ from recformer.training.arguments import ModelArguments, flag
 from recformer.training.callbacks import EarlyStop
 from recformer.training.pretraining import PretrainModule, StepHistory, draw_steps
 from recformer.training.start import load_start_model, start_tokenizer, weights_hash
-from recformer.training.strategies import build_strategy
+from recformer.training.strategies import STRATEGIES, build_strategy, newest_whole
 from recformer.training.trainer import build_trainer, half_precision, wandb_logger
 
 MONITOR = "val/accuracy"  # published: the best checkpoints are those of the best accuracy
@@ -92,7 +93,7 @@ class PretrainArguments(ModelArguments):
     strategy: str = flag(
         "auto",
         "how processes share the work; deepspeed_stage_2 also runs on the CPU",
-        choices=["deepspeed_stage_2", "ddp", "auto"],
+        choices=list(STRATEGIES),
     )
     fp16: bool = flag(
         False, "16-bit mixed precision: bfloat16 where the hardware has it, else float16 on a GPU"
@@ -207,11 +208,10 @@ class Run:
                 raise FileNotFoundError(f"--ckpt {path} does not exist")
             return path
         path = self.output_dir / "checkpoints" / "last.ckpt"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"--ckpt last: {path} does not exist; leave --ckpt out to begin"
-            )
-        return path
+        whole = newest_whole(path)
+        if whole is None:
+            raise FileNotFoundError(f"--ckpt last: no {path}; leave --ckpt out to begin")
+        return whole
 
     def _load_data(self) -> PretrainingData:
         args = self.args
@@ -306,11 +306,12 @@ class Run:
         An epoch has equal intervals, the last of which ends with it but for a few batches, and at
         least one. Intervals hold whole optimizer steps: a checkpoint has no accumulated gradients.
         """
-        args = self.args
-        batches = self.loaders.samplers["train"].num_batches(args.device)
-        interval = batches // max(1, round(batches / args.valid_step))
-        step = args.gradient_accumulation_steps
-        return min(batches, max(interval // step, 1) * step)
+        batches = self.loaders.samplers["train"].num_batches(self.args.device)
+        intervals = max(1, round(batches / self.args.valid_step))
+        steps = batches // intervals // self.args.gradient_accumulation_steps
+        if intervals == 1 or steps == 0:
+            return batches
+        return steps * self.args.gradient_accumulation_steps
 
     def train(self) -> dict[str, Any]:
         """Train, or go on; returns what `metrics.json` holds."""
@@ -328,7 +329,15 @@ class Run:
             seed=args.seed,
         )
         history = StepHistory(self.output_dir / "history.csv", args.log_step, METRIC)
-        keeper = checkpoint_callback(self.output_dir / "checkpoints", MONITOR, args.save_top_k)
+        keeper = ModelCheckpoint(
+            self.output_dir / "checkpoints",
+            "step={step}",
+            MONITOR,
+            mode="max",
+            save_top_k=args.save_top_k,
+            save_last=True,
+            auto_insert_metric_name=False,
+        )
         callbacks: list[Any] = [history]
         if args.patience:
             callbacks.append(EarlyStop(MONITOR, patience=args.patience, mode="max"))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from recformer import RecformerConfig, RecformerForPretraining
-from recformer.data import datamodule, pretraining
+from recformer.data import pretraining
 from recformer.data.draws import uniform
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pretraining import (

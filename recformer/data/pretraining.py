@@ -327,12 +327,25 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.shuffle = seed, shuffle
         self.epoch = 0
-        self.start = 0  # batches of the next epoch to leave out, because they were seen already
+        self.served = 0  # batches of this epoch that were handed out, by this run or before it
+        self._resume: dict[str, int] | None = None
         self._num_batches: dict[int, int] = {}
 
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.epoch = epoch
+
+    def begin(self) -> None:
+        """Start the epoch, or where a restored state says that it stopped."""
+        resume, self._resume = self._resume, None
+        goes_on = resume is not None and resume["epoch"] == self.epoch
+        self.served = resume["served"] if resume is not None and goes_on else 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resume = dict(state)
 
     def __len__(self) -> int:
         return self.num_batches(rank_and_world()[1])
@@ -349,7 +362,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rank, world = rank_and_world()
-        start, self.start = self.start, 0
+        start = self.served
         for number, rows in enumerate(self._global_batches(self.epoch, world)):
             if number >= len(self):
                 return
@@ -452,25 +465,20 @@ class PretrainCollator:
 
 
 class ResumableLoader(DataLoader):
-    """A loader that goes on in the middle of an epoch; Lightning keeps its state in checkpoints."""
-
-    _served = 0
-    _resume: dict[str, int] | None = None
+    """A loader of a `PairBatchSampler` that counts what it has handed out and can go on there."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler: PairBatchSampler = self.sampler  # type: ignore[assignment]
-        resume, self._resume = self._resume, None
-        goes_on = resume is not None and resume["epoch"] == sampler.epoch
-        self._served = sampler.start = resume["served"] if goes_on and resume else 0
+        sampler.begin()
         for batch in super().__iter__():
-            self._served += 1
+            sampler.served += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "served": self._served}  # type: ignore[union-attr]
+        return self.sampler.state_dict()  # type: ignore[union-attr]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._resume = dict(state)
+        self.sampler.load_state_dict(state)  # type: ignore[union-attr]
 
 
 class PretrainDataModule(LightningDataModule):
@@ -532,6 +540,14 @@ class PretrainDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+    # Lightning keeps the state of loaders too, but has made them before it restores it where the
+    # length of the schedule depends on them.
+    def state_dict(self) -> dict[str, int]:
+        return self.samplers["train"].state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.samplers["train"].load_state_dict(state_dict)
 
     def train_dataloader(self) -> DataLoader:
         return self.loaders["train"]()

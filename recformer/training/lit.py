@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
@@ -99,8 +100,8 @@ class LitWrapper(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> Any:
         # Lightning refuses every fused optimizer under mixed precision, bfloat16's as well, where
-        # there is nothing to unscale.
-        if gradient_clip_val:
+        # there is nothing to unscale. DeepSpeed clips by itself: gradients are shared out by now.
+        if gradient_clip_val and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         return None
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from recformer.data.items import TokenizedItems
@@ -144,6 +145,8 @@ class StepHistory(Callback):
         for name in ("train/grad_norm", "train/lr"):
             if name in metrics:
                 row[name] = float(metrics[name])
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            row["train/grad_norm"] = float(trainer.strategy.deepspeed_engine.get_global_grad_norm())
         seconds = time.monotonic() - self._started
         row["tokens_per_s"] = round(self._tokens * trainer.world_size / seconds)
         row["memory_mb"] = _memory_mb(pl_module.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,19 @@ from lightning import Callback
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from recformer.files import UserError, atomic_write
+
+
+# Warnings that a user of ours can do nothing about, and need not.
+NOISE = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning and torch among themselves
+    r"`torch\.distributed\..*` is deprecated",  # DeepSpeed and torch
+    r"It is recommended to use .*sync_dist=True",  # figures of the evaluator are gathered already
+    r"Since DeepSpeed handles gradient clipping internally",  # and `LitWrapper` leaves it to it
+    r".*does not have many workers which may be a bottleneck",
+)
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -98,6 +110,7 @@ def build_trainer(
     devices: list[int] | int,
     precision: str,
     callbacks: Sequence[Callback],
+    strategy: str | Strategy = "auto",
     validate_every: int = 1,
     validate_every_batches: int | None = None,
     accumulate: int = 1,
@@ -110,13 +123,14 @@ def build_trainer(
     check step is not run, because evaluation comes before training anyway.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # advertisements and the like
-    several = not (devices == 1 or (isinstance(devices, list) and len(devices) == 1))
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
     return lightning.Trainer(
         default_root_dir=output_dir,
         max_epochs=max_epochs,
         accelerator=accelerator,
         devices=devices,
-        strategy="ddp" if several else "auto",
+        strategy=strategy,
         precision=precision,  # type: ignore[arg-type]
         callbacks=[*callbacks, TQDMProgressBar(refresh_rate=10)],
         plugins=[WholeFileCheckpointIO()],
