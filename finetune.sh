@@ -29,6 +29,7 @@ if [ -z "${DATA_PATH:-}${PRETRAIN_CKPT:-}" ] && [ ! -e finetune_data/Scientific/
     cd "$START"
     exec "$PYTHON" -m recformer.finetune --data_path "$RECFORMER_ROOT/$SAMPLE_DATA" \
         --tokenizer_name "$RECFORMER_ROOT/$SAMPLE_TOKENIZER" "${SMALL_MODEL[@]}" \
+        "${SMALL_FINETUNING[@]}" \
         --output_dir "${OUTPUT_DIR:-$RECFORMER_ROOT/quickstart_run/recformer}" \
         --seed "${SEED:-0}" "$@"
 fi

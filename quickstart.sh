@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a metrics table: an environment, a generated sample in the raw Amazon format,
-# processing, a small tokenizer, a small Recformer finetuned in two stages, and two simple lines to
-# beat. Downloads Python packages and nothing else. A second run reuses what is there.
+# processing, a small tokenizer, a small Recformer pretrained on three categories and finetuned in
+# two stages on a fourth that it has never seen, and two simple lines to beat. Downloads Python
+# packages and nothing else. A second run reuses what is there.
 #
 #   bash quickstart.sh                              writes to quickstart_run/
 #   OUTPUT_DIR=elsewhere SEED=1 bash quickstart.sh
@@ -17,9 +18,26 @@ OUTPUT_DIR=${OUTPUT_DIR:-quickstart_run}
 SEED=${SEED:-0}
 prepare_sample "$OUTPUT_DIR" "$SEED"
 
-echo "== finetuning a small Recformer on $SAMPLE_TARGET, which it has never seen"
+echo "== pretraining a small Recformer on $SAMPLE_PRETRAIN, validated on $SAMPLE_DEV"
+"$PYTHON" -m recformer.pretrain --train_file "$SAMPLE_PRETRAIN_DATA/train.json" \
+    --dev_file "$SAMPLE_PRETRAIN_DATA/dev.json" \
+    --item_attr_file "$SAMPLE_PRETRAIN_DATA/meta_data.json" --tokenizer_name "$SAMPLE_TOKENIZER" \
+    "${SMALL_MODEL[@]}" "${SMALL_PRETRAINING[@]}" \
+    --output_dir "$OUTPUT_DIR/pretraining" --seed "$SEED"
+if [ ! -e "$OUTPUT_DIR/pretrain_ckpt/recformer_pretrain_ckpt/config.json" ]; then
+    echo "== converting its last checkpoint into a model to start from"
+    "$PYTHON" convert_pretrain_ckpt.py --checkpoint "$OUTPUT_DIR/pretraining/checkpoints/last.ckpt" \
+        --output_dir "$OUTPUT_DIR/pretrain_ckpt"
+fi
+
+echo "== what it can do on $SAMPLE_TARGET before it was pretrained: nothing much, as a line to compare"
 "$PYTHON" -m recformer.finetune --data_path "$SAMPLE_DATA" --tokenizer_name "$SAMPLE_TOKENIZER" \
-    "${SMALL_MODEL[@]}" --output_dir "$OUTPUT_DIR/recformer" --seed "$SEED"
+    "${SMALL_MODEL[@]}" --zero_shot --output_dir "$OUTPUT_DIR/untrained" --seed "$SEED" >/dev/null
+
+echo "== finetuning it on $SAMPLE_TARGET, which it has never seen"
+"$PYTHON" -m recformer.finetune --data_path "$SAMPLE_DATA" \
+    --pretrain_ckpt "$OUTPUT_DIR/pretrain_ckpt/recformer_pretrain_ckpt" \
+    "${SMALL_FINETUNING[@]}" --output_dir "$OUTPUT_DIR/recformer" --seed "$SEED"
 
 echo "== the lines to beat: popularity and text neighbours (TF-IDF)"
 for line in popularity text_neighbours; do
@@ -29,5 +47,6 @@ done
 
 echo "== test users of $SAMPLE_TARGET, every item ranked"
 "$PYTHON" scripts/quickstart_report.py --recformer "$OUTPUT_DIR/recformer" \
+    --untrained "$OUTPUT_DIR/untrained" \
     --lines "popularity=$OUTPUT_DIR/popularity" "TF-IDF neighbours=$OUTPUT_DIR/text_neighbours"
 echo "The best model is in $OUTPUT_DIR/recformer/best_model, its curves in $OUTPUT_DIR/recformer/curves.png."

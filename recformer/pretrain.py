@@ -5,7 +5,8 @@
 
 `--output_dir` then holds `start/` (weights, configuration and tokenizer that it started from),
 `checkpoints/`, `history.csv`, `curves.png` and `metrics.json`. `convert_pretrain_ckpt.py` makes a
-model for finetuning of it. A run that was cut off goes on with `--ckpt last`.
+model for finetuning of it. The same command again goes on with a run that was cut off (`--ckpt
+last` insists on it), and prints the results of a finished one.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class PretrainArguments(ModelArguments):
     from_scratch: bool = flag(False, "random weights instead")
     ckpt: str | None = flag(
         None,
-        "checkpoint to go on from: 'last' for the newest one of --output_dir, or the path of one",
+        "checkpoint to go on from: 'last' for the newest one of --output_dir, or the path of one; "
+        "unset: the newest one, if --output_dir holds this very run",
     )
     num_train_epochs: int = flag(10, "epochs")
     batch_size: int = flag(2, "pairs a process and batch; of validation too")
@@ -191,6 +193,7 @@ class Run:
             args.dataloader_num_workers,
             args.seed,
         )
+        self.finished: dict[str, Any] | None = None
         self._claim_output_dir()
         self.logger = wandb_logger(self.output_dir, "recformer-pretraining") if args.wandb else None
 
@@ -267,30 +270,31 @@ class Run:
         """Take the output folder, or go on in it if it holds this very run.
 
         Raises:
-            UserError: it holds a run that is not to be continued.
+            UserError: it holds another run, which may not be overwritten.
         """
+        last = self.output_dir / "checkpoints" / "last.ckpt"
+        if int(os.environ.get("LOCAL_RANK", "0")) != 0:  # the first process was here before
+            self._resume = self._resume or newest_whole(last)
+            return
         ignored = {"output_dir", "overwrite_output_dir", "wandb", "ckpt", "train_file", "dev_file"}
         ignored |= {"item_attr_file", "dataloader_num_workers", "preprocessing_num_workers"}
         settings = {k: v for k, v in asdict(self.args).items() if k not in ignored}
         settings |= {"data": self.data.key, "weights": weights_hash(self.model)}
         settings |= {"precision": self.precision, "accelerator": self.accelerator}
         path = self.output_dir / "run.json"
-        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-            return
-        if path.exists() and not (self._resume is None and self.args.overwrite_output_dir):
-            before = read_json(path)
-            different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
-            if different:
-                raise UserError(
-                    f"{self.output_dir} holds another run (different: {', '.join(different)}); "
-                    "choose another --output_dir, or give --overwrite_output_dir"
-                )
-            if self._resume is None and (self.output_dir / "checkpoints").exists():
-                raise UserError(
-                    f"{self.output_dir} holds this run already: --ckpt last goes on with it, "
-                    "--overwrite_output_dir starts anew"
-                )
-        if self._resume is None:
+        before = read_json(path) if path.exists() else settings
+        different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
+        if different and not self.args.overwrite_output_dir:
+            raise UserError(
+                f"{self.output_dir} holds another run (different: {', '.join(different)}); "
+                "choose another --output_dir, or give --overwrite_output_dir"
+            )
+        if not different:
+            self._resume = self._resume or newest_whole(last)
+            if (self.output_dir / "metrics.json").exists():
+                self.finished = read_json(self.output_dir / "metrics.json")
+        if self._resume is None or different:
+            self._resume = None
             for name in ("checkpoints", "start"):
                 shutil.rmtree(self.output_dir / name, ignore_errors=True)
             for name in ("history.csv", "curves.png", "metrics.json"):
@@ -315,6 +319,9 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Train, or go on; returns what `metrics.json` holds."""
+        if self.finished is not None:
+            self._report(self.finished)
+            return self.finished
         args = self.args
         started = time.monotonic()
         module = PretrainModule(
@@ -373,12 +380,17 @@ class Run:
         if trainer.is_global_zero:
             draw_steps(history.rows, self.output_dir / "curves.png", METRIC)
             write_json(self.output_dir / "metrics.json", result, indent=1)
-            print(
-                f"best validation accuracy {best[MONITOR]:.4f} at step {best['step']}; written to "
-                f"{self.output_dir}: checkpoints, history.csv, curves.png, metrics.json"
-            )
-            print(f"next: python convert_pretrain_ckpt.py --checkpoint {keeper.best_model_path}")
+            self._report(result)
         return result
+
+    def _report(self, result: dict[str, Any]) -> None:
+        best = result["best"]
+        print(
+            f"best validation accuracy {best[MONITOR]:.4f} at step {best['step']}; in "
+            f"{self.output_dir}: checkpoints, history.csv, curves.png, metrics.json"
+        )
+        checkpoint = self.output_dir / "checkpoints" / result["best_checkpoint"]
+        print(f"next: python convert_pretrain_ckpt.py --checkpoint {checkpoint}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

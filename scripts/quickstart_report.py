@@ -1,6 +1,6 @@
 """The table that ends the quickstart: rows of `metrics.json` files on one split, compared by user.
 
-`python scripts/quickstart_report.py --recformer DIR --lines NAME=DIR [NAME=DIR ...]`
+`python scripts/quickstart_report.py --recformer DIR --untrained DIR --lines NAME=DIR [NAME=DIR ...]`
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ def ndcg_by_user(path: Path, ties: str) -> tuple[np.ndarray, np.ndarray]:
     return columns["user_id"], per_user_metrics(ranks, (10,), ties)["NDCG@10"]
 
 
-def verdict(ours: np.ndarray, theirs: np.ndarray, name: str) -> str:
+def verdict(ours: np.ndarray, theirs: np.ndarray, name: str, who: str = "Recformer") -> str:
     """What the paired difference in NDCG@10 allows to say, in one sentence."""
     difference = ours - theirs
     margin = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
     gain = f"{difference.mean():+.4f} NDCG@10, 95 % interval ±{margin:.4f}"
     if difference.mean() > margin:
-        return f"Recformer beats {name} ({gain}; {ours.mean() / theirs.mean():.1f} times)."
+        return f"{who} beats {name} ({gain}; {ours.mean() / theirs.mean():.1f} times)."
     if difference.mean() < -margin:
-        return f"Recformer falls behind {name} ({gain})."
-    return f"Recformer and {name} cannot be told apart on this many users ({gain})."
+        return f"{who} falls behind {name} ({gain})."
+    return f"{who} and {name} cannot be told apart on this many users ({gain})."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recformer", type=Path, required=True, help="its output folder")
+    parser.add_argument("--untrained", type=Path, required=True, help="of the random model, ranked")
     parser.add_argument("--lines", nargs="+", required=True, help="NAME=output folder of baselines")
     args = parser.parse_args()
     ours = read_json(args.recformer / "metrics.json")
@@ -58,10 +59,20 @@ def main() -> None:
         if not np.array_equal(users, user_ids):
             raise UserError(f"{folder} and {args.recformer} ranked different users")
         verdicts.append(verdict(mine, gains, name))
-    names = {"zero_shot": "Recformer untrained", "stage1": "Recformer stage 1"}
-    names["stage2"] = "Recformer stage 2"
+    before = read_json(args.untrained / "metrics.json")
+    if {key: before.get(key) for key in rule} != rule:
+        raise UserError(
+            f"{args.untrained} and {args.recformer} differ in split, ties or filter_seen"
+        )
+    rows["Recformer, random weights"] = before["test"]
+    names = {"zero_shot": "Recformer, pretrained", "stage1": "  finetuned, stage 1"}
+    names["stage2"] = "  finetuned, stage 2"
     rows |= {names[name]: entry["test"] for name, entry in ours["evaluations"].items()}
     print(format_table(rows))
+    start = "zero_shot_test.parquet"
+    _, untrained = ndcg_by_user(args.untrained / "ranks" / start, ours["ties"])
+    _, pretrained = ndcg_by_user(args.recformer / "ranks" / start, ours["ties"])
+    verdicts.append(verdict(pretrained, untrained, "random weights", "Recformer, only pretrained,"))
     print("\n".join(verdicts))
 
 

@@ -1,9 +1,11 @@
-# Sourced by quickstart.sh and finetune.sh, not run: the bundled sample and the small model on it.
+# Sourced by quickstart.sh, lightning_run.sh and finetune.sh, not run: the bundled sample and the
+# small model on it.
 #
 #   prepare_sample DIR SEED      raw files, processed folders and a tokenizer below DIR
 #
-# What is there already is kept. Sets SAMPLE_DATA (the target's processed folder), SAMPLE_TOKENIZER
-# and SMALL_MODEL (flags of a Recformer that trains in a minute or two on two cores).
+# What is there already is kept. Sets SAMPLE_DATA (the target's processed folder),
+# SAMPLE_PRETRAIN_DATA and SAMPLE_TOKENIZER. SMALL_MODEL, SMALL_PRETRAINING and SMALL_FINETUNING are
+# flags of a Recformer that trains in a minute or two on two cores.
 
 SAMPLE_PRETRAIN="Camping Kitchen Garden"
 SAMPLE_DEV="Music"
@@ -12,6 +14,7 @@ SAMPLE_TARGET="Cycling"
 prepare_sample() { # directory, seed
     local root=$1 seed=$2
     SAMPLE_DATA="$root/finetune_data/$SAMPLE_TARGET"
+    SAMPLE_PRETRAIN_DATA="$root/pretrain_data"
     SAMPLE_TOKENIZER="$root/tokenizer"
     if [ "$(cat "$root/seed" 2>/dev/null || echo "$seed")" != "$seed" ]; then
         echo "error: $root holds a sample of seed $(cat "$root/seed"); choose another folder" >&2
@@ -52,6 +55,14 @@ SMALL_MODEL=(
     --from_scratch
     --config_overrides "hidden_size=64,num_hidden_layers=2,num_attention_heads=2,intermediate_size=256,initializer_range=0.05"
     --pooler_type avg --max_token_num 192
+)
+# shellcheck disable=SC2034
+SMALL_PRETRAINING=(
+    --num_train_epochs 4 --batch_size 32 --gradient_accumulation_steps 1 --learning_rate 2e-3
+    --log_step 25 --dataloader_num_workers 0
+)
+# shellcheck disable=SC2034
+SMALL_FINETUNING=(
     --finetune_negative_sample_size -1 --num_train_epochs 24 --verbose 4
     --batch_size 32 --gradient_accumulation_steps 1 --learning_rate 2e-3
 )

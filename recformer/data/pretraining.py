@@ -475,10 +475,10 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return self.sampler.state_dict()  # type: ignore[union-attr]
+        return self.sampler.state_dict()  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.load_state_dict(state)  # type: ignore[union-attr]
+        self.sampler.load_state_dict(state)  # type: ignore[attr-defined]
 
 
 class PretrainDataModule(LightningDataModule):

@@ -9,7 +9,7 @@ import csv
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,8 +55,12 @@ class PretrainModule(LitWrapper):
         self.store, self.pool, self.contrast = store, pool, contrast
         self._pool_vectors: Tensor | None = None
 
+    @property
+    def pretrained(self) -> RecformerForPretraining:
+        return cast(RecformerForPretraining, self.model)
+
     def batch_loss(self, batch: dict[str, Any]) -> Tensor | dict[str, Tensor]:
-        losses = self.model.training_loss(batch)
+        losses = self.pretrained.training_loss(batch)
         if not self.contrast:
             losses["loss"] = losses["loss"] - losses["contrastive"]
         return losses
@@ -70,13 +74,12 @@ class PretrainModule(LitWrapper):
         super().on_validation_epoch_start()
         autocast = self.trainer.strategy.precision_plugin.forward_context()
         self._pool_vectors = encode_items(
-            self.model.longformer, self.store, autocast, progress=True, item_ids=self.pool
+            self.pretrained.longformer, self.store, autocast, progress=True, item_ids=self.pool
         )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        assert isinstance(self.model, RecformerForPretraining)
         assert self._pool_vectors is not None
-        losses = self.model.batch_losses(batch)
+        losses = self.pretrained.batch_losses(batch)
         size = len(batch["labels"])
         figures = {"loss": losses.loss, **losses.parts, "accuracy": losses.num_correct / size}
         for name, value in figures.items():

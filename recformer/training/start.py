@@ -89,8 +89,7 @@ def load_start_model(
             if key.endswith("embeddings.position_embeddings.weight"):
                 config.max_position_embeddings = tensor.shape[0]
         model = model_class(config)
-        report = str(load_checkpoint(model, state, item_table=False))
-        report = report.replace("state dict", pretrain_ckpt, 1)
+        report = str(load_checkpoint(model, state, item_table=False, source=pretrain_ckpt))
     else:
         source = pretrain_ckpt or model_name_or_path
         lm_head = model_class is RecformerForPretraining

@@ -1,4 +1,4 @@
-"""How processes share a training: ZeRO stage 2 of DeepSpeed (on CPU too), or plain data parallel."""
+"""How processes share a training: ZeRO stage 2 of DeepSpeed (on CPU too) or plain data parallel."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def build_strategy(name: str, accelerator: str, num_processes: int) -> str | Str
         return name
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "--strategy deepspeed_stage_2 needs the package: pip install 'recformer[deepspeed]', or "
-            "take --strategy ddp"
+            "--strategy deepspeed_stage_2 needs the package: pip install 'recformer[deepspeed]'; "
+            "--strategy ddp does without"
         )
     if accelerator == "cuda":
         return Zero2Strategy()

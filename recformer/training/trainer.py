@@ -19,7 +19,6 @@ from lightning.pytorch.strategies import Strategy
 
 from recformer.files import UserError, atomic_write
 
-
 # Warnings that a user of ours can do nothing about, and need not.
 NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning and torch among themselves

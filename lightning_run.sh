@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Pretraining, from a language model to checkpoints. Variables have the published values as defaults;
+# further flags are passed on (`python -m recformer.pretrain --help` lists them):
+#
+#   bash lightning_run.sh
+#   MODEL=sentence-transformers/all-MiniLM-L6-v2 LONGFORMER_CKPT= DEVICE=1 \
+#       bash lightning_run.sh --pooler_type avg --max_token_num 256
+#   bash lightning_run.sh --ckpt last          # go on with a run that was cut off
+#
+# With nothing set and no published files in their places it pretrains a small model on the bundled
+# sample instead. Afterwards convert_pretrain_ckpt.py makes a model for finetuning of a checkpoint.
+set -euo pipefail
+START=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+# shellcheck source=scripts/sample.sh
+source scripts/sample.sh
+
+STRATEGY=${STRATEGY:-deepspeed_stage_2}
+if [ "$STRATEGY" = deepspeed_stage_2 ]; then use_environment deepspeed; else use_environment; fi
+
+if [ -z "${DATA_PATH:-}${MODEL:-}${LONGFORMER_CKPT:-}" ] && [ ! -e pretrain_data/train.json ] \
+    && [ ! -e longformer_ckpt/longformer-base-4096.bin ]; then
+    echo "**** NO PUBLISHED FILES (pretrain_data/train.json, longformer_ckpt/longformer-base-4096.bin):"
+    echo "**** pretraining a SMALL RANDOM MODEL on the bundled SAMPLE; set DATA_PATH and MODEL"
+    prepare_sample quickstart_run "${SEED:-0}"
+    cd "$START"
+    exec "$PYTHON" -m recformer.pretrain \
+        --train_file "$RECFORMER_ROOT/$SAMPLE_PRETRAIN_DATA/train.json" \
+        --dev_file "$RECFORMER_ROOT/$SAMPLE_PRETRAIN_DATA/dev.json" \
+        --item_attr_file "$RECFORMER_ROOT/$SAMPLE_PRETRAIN_DATA/meta_data.json" \
+        --tokenizer_name "$RECFORMER_ROOT/$SAMPLE_TOKENIZER" \
+        "${SMALL_MODEL[@]}" "${SMALL_PRETRAINING[@]}" \
+        --device "${DEVICE:-1}" --strategy "$STRATEGY" \
+        --output_dir "${OUTPUT_DIR:-$RECFORMER_ROOT/quickstart_run/lightning_run}" \
+        --seed "${SEED:-0}" "$@"
+fi
+
+DATA_PATH=${DATA_PATH:-$RECFORMER_ROOT/pretrain_data}
+LONGFORMER_CKPT=${LONGFORMER_CKPT-$RECFORMER_ROOT/longformer_ckpt/longformer-base-4096.bin}
+if [ -n "${MODEL:-}" ] && [ ! -e "$LONGFORMER_CKPT" ]; then
+    LONGFORMER_CKPT= # another model's own weights are its start
+fi
+cd "$START"
+exec "$PYTHON" -m recformer.pretrain \
+    --model_name_or_path "${MODEL:-allenai/longformer-base-4096}" \
+    ${LONGFORMER_CKPT:+--longformer_ckpt "$LONGFORMER_CKPT"} \
+    --train_file "$DATA_PATH/train.json" \
+    --dev_file "$DATA_PATH/dev.json" \
+    --item_attr_file "$DATA_PATH/meta_data.json" \
+    --output_dir "${OUTPUT_DIR:-result/recformer_pretraining}" \
+    --num_train_epochs "${NUM_TRAIN_EPOCHS:-32}" \
+    --batch_size "${BATCH_SIZE:-16}" \
+    --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-8}" \
+    --learning_rate "${LEARNING_RATE:-5e-5}" \
+    --valid_step "${VALID_STEP:-2000}" \
+    --device "${DEVICE:-4}" \
+    --strategy "$STRATEGY" \
+    --fp16 \
+    --fix_word_embedding \
+    "$@"
