@@ -224,10 +224,12 @@ def _write_released(
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    state = model.state_dict()
-    _save_state(state, output_dir / PRETRAIN_FILE)
-    encoder = {key: value for key, value in state.items() if not key.startswith("lm_head.")}
-    _save_state(encoder, output_dir / SEQREC_FILE)
+    # published: the first file is for RecformerModel, the second for RecformerForSeqRec. The head,
+    # which neither has, is in the folder.
+    encoder = model.longformer.state_dict()
+    _save_state(encoder, output_dir / PRETRAIN_FILE)
+    prefixed = {f"longformer.{key}": value for key, value in encoder.items()}
+    _save_state(prefixed, output_dir / SEQREC_FILE)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

@@ -1,6 +1,6 @@
 """The table that ends the quickstart: rows of `metrics.json` files on one split, compared by user.
 
-`python scripts/quickstart_report.py --recformer DIR --untrained DIR --lines NAME=DIR [NAME=DIR ...]`
+`python scripts/quickstart_report.py --recformer DIR --untrained DIR --lines NAME=DIR [NAME=DIR …]`
 """
 
 from __future__ import annotations
