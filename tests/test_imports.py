@@ -16,7 +16,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("recformer.files", "recformer.packing"),
     ("recformer.config",),
     ("recformer.tokenization", "recformer.data"),
-    ("recformer.models", "recformer.losses", "recformer.metrics"),
+    ("recformer.models", "recformer.losses", "recformer.metrics", "recformer.statistics"),
     (
         "recformer.checkpoint",
         "recformer.backbones",
@@ -24,13 +24,18 @@ LAYERS: list[tuple[str, ...]] = [
         "recformer.inspection",
         "recformer.training",
     ),
-    ("recformer.pretrain", "recformer.finetune"),
+    ("recformer.pretrain", "recformer.finetune", "recformer.compare"),
     ("baselines",),
     ("benchmarks",),
 ]
 
 # Run as `python -m …` or by a shell script; no other module imports them.
-ENTRY_POINTS = ("recformer.pretrain", "recformer.finetune", "baselines.__main__")
+ENTRY_POINTS = (
+    "recformer.pretrain",
+    "recformer.finetune",
+    "recformer.compare",
+    "baselines.__main__",
+)
 
 # The package's face: hands names on lazily, so it stands outside the layers.
 FACADE = "recformer"

@@ -25,6 +25,8 @@ from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.packing import PackedTokens
 
 IGNORED = -100  # label of a token that is not predicted
+# Masked tokens go through the head in a round number, as tokens through the encoder: see there.
+MASKED_MULTIPLE = 128
 
 
 class RecformerLMHead(nn.Module):
@@ -214,7 +216,8 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         """
         labels = torch.cat(list(true_ids.values()))
         places = (labels != IGNORED).nonzero()[:, 0]
-        scores = self.lm_head(hidden.index_select(0, places)).float()  # (M, V)
+        rows = F.pad(places, (0, -len(places) % MASKED_MULTIPLE))
+        scores = self.lm_head(hidden.index_select(0, rows))[: len(places)].float()  # (M, V)
         losses = F.cross_entropy(scores, labels.index_select(0, places), reduction="none")
         counts = torch.stack([(side != IGNORED).sum() for side in true_ids.values()])
         sums = [part.sum() for part in losses.split(counts.tolist())]

@@ -1,0 +1,81 @@
+"""Uncertainty of figures that are means over users: bootstrap intervals and paired tests.
+
+Users are the unit that is drawn anew. A metric takes few different values over many users, so a
+bootstrap sample is a multinomial draw of how often each value occurs, and memory does not grow with
+users times samples.
+
+Shapes: U users, V different values, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+DRAWS_AT_ONCE = 1 << 24  # values x resamples in memory
+
+
+def _chunks(num_values: int, resamples: int) -> list[int]:
+    """Resamples of each chunk."""
+    step = max(1, DRAWS_AT_ONCE // max(1, num_values))
+    return [min(step, resamples - start) for start in range(0, resamples, step)]
+
+
+def bootstrap_interval(
+    values: NDArray[np.float64], seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over users.
+
+    Args:
+        values: (U,) of each user, or paired differences; not empty.
+        seed: of the draws.
+        level: probability that the interval holds.
+
+    Returns:
+        Lower and upper end.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    generator = np.random.default_rng(seed)
+    means = [
+        generator.multinomial(len(values), counts / len(values), size=size) @ distinct / len(values)
+        for size in _chunks(len(distinct), resamples)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def permutation_p(
+    differences: NDArray[np.float64], seed: int = 0, resamples: int = RESAMPLES
+) -> float:
+    """Two-sided p-value of the paired sign-flip permutation test that the mean difference is 0.
+
+    Under the hypothesis the two runs are exchangeable user by user, so the sign of each difference
+    is a coin. p = (1 + flips at least as extreme) / (1 + resamples), never 0.
+
+    Args:
+        differences: (U,) of each user.
+    """
+    sizes, counts = np.unique(np.abs(differences), return_counts=True)
+    observed = abs(float(differences.sum()))
+    generator = np.random.default_rng(seed)
+    extreme = 0
+    for size in _chunks(len(sizes), resamples):
+        heads = generator.binomial(counts, 0.5, size=(size, len(counts)))
+        sums = np.abs((2 * heads - counts) @ sizes)
+        extreme += int((sums >= observed - 1e-9 * max(1.0, observed)).sum())
+    return (1 + extreme) / (1 + resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for the number of comparisons (Holm 1979), in the order given."""
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(p_values))
+    worst = 0.0
+    for place, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = worst
+    return corrected.tolist()
