@@ -126,7 +126,7 @@ def compare(
             low, high = bootstrap_interval(figures[each], seed)
             row[each] = {"value": float(figures[each].mean()), "low": low, "high": high}
         rows.append(row)
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for one, other in combinations(range(len(runs)), 2):
         difference = values[one][metric] - values[other][metric]
         low, high = bootstrap_interval(difference, seed)

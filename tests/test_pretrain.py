@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,9 +215,9 @@ def test_start_weights_of_another_size_are_refused(inputs, tmp_path):
         )
 
 
-def test_two_zero_ranks_from_the_shell(inputs, tmp_path):
-    pytest.importorskip("deepspeed")
-    flags = arguments(inputs, tmp_path / "out", num_train_epochs=1, batch_size=2)
+def two_zero_ranks(inputs, output_dir, num_train_epochs) -> subprocess.Popen:
+    """The job on two ZeRO ranks, started as a user would."""
+    flags = arguments(inputs, output_dir, num_train_epochs=num_train_epochs, batch_size=2)
     command = [sys.executable, "-m", "recformer.pretrain", "--device", "2"]
     command += ["--strategy", "deepspeed_stage_2", "--from_scratch"]
     passed = {"output_dir", "config_overrides", "pooler_type", "max_token_num", "batch_size"}
@@ -223,19 +225,47 @@ def test_two_zero_ranks_from_the_shell(inputs, tmp_path):
     passed |= {"gradient_accumulation_steps", "learning_rate", "dataloader_num_workers"}
     for name in sorted({*inputs, *passed}):
         command += [f"--{name}", str(getattr(flags, name))]
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.Popen(
+        command,
+        cwd=Path(__file__).resolve().parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(job: subprocess.Popen) -> None:
+    _, errors = job.communicate()
+    assert job.returncode == 0, errors[-3000:]
+
+
+def test_two_zero_ranks_from_the_shell(inputs, tmp_path):
+    pytest.importorskip("deepspeed")
+    finish(two_zero_ranks(inputs, tmp_path / "out", 1))
     last = tmp_path / "out" / "checkpoints" / "last.ckpt"
     shards = sorted(path.name for path in last.glob("checkpoint/*optim_states.pt"))
     assert len(shards) == 2
     assert (last / "zero_to_fp32.py").exists()
     assert not list(last.parent.glob(".*"))  # nothing half-written is left
-
     rows = curve(tmp_path / "out")
     assert float(rows[0]["train/grad_norm"]) > 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_killed_zero_ranks_go_on_to_the_same_curve(inputs, tmp_path):
+    pytest.importorskip("deepspeed")
+    finish(two_zero_ranks(inputs, tmp_path / "whole", 3))
+    job = two_zero_ranks(inputs, tmp_path / "killed", 3)
+    while job.poll() is None and not (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    finish(two_zero_ranks(inputs, tmp_path / "killed", 3))
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
 
 def test_a_folder_moved_aside_is_found_again(tmp_path):
@@ -247,3 +277,21 @@ def test_a_folder_moved_aside_is_found_again(tmp_path):
     assert newest_whole(path) == tmp_path / ".last.ckpt.before"
     path.mkdir()
     assert newest_whole(path) == path
+
+
+def test_early_stop_counts_validations_without_gain(inputs, tmp_path):
+    flags = {"num_train_epochs": 6, "valid_step": 100, "learning_rate": 1e-12}
+    Run(arguments(inputs, tmp_path, patience=1, **flags)).train()
+    rows = [row for row in curve(tmp_path) if row["val/accuracy"]]
+    assert len(rows) == 2  # nothing is learned, so the second one is no better
+
+
+def test_wandb_works_without_network_or_account(inputs, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no account there
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    Run(arguments(inputs, tmp_path / "out", num_train_epochs=1, wandb=True)).train()
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))

@@ -96,10 +96,12 @@ def wandb_logger(output_dir: Path, project: str) -> Logger:
         raise UserError("--wandb needs the package: pip install 'recformer[wandb]'") from error
     from lightning.pytorch.loggers import WandbLogger
 
-    offline = "WANDB_MODE" not in os.environ and not wandb.api.api_key
-    if offline:
+    options: dict[str, Any] = {}
+    if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
         print("no W&B account found: logging offline (`wandb sync` uploads later)", flush=True)
-    return WandbLogger(project=project, save_dir=output_dir, offline=offline)
+        # Lightning's own flag, `offline`, says "dryrun", which newer releases of wandb do not know.
+        options["mode"] = "offline"
+    return WandbLogger(project=project, save_dir=output_dir, **options)
 
 
 def build_trainer(
