@@ -1,4 +1,8 @@
-"""Raw reviews and metadata of one category → a processed folder to finetune and evaluate on."""
+"""Interactions and items → a processed folder to finetune and evaluate on.
+
+Reads Amazon's reviews and metadata (2014, 2018, 2023), CSV, TSV, Parquet, JSON Lines, RecBole's
+atomic files and the SASRec text format (`user item` a line), gzipped or not.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +27,13 @@ def main() -> None:
         "--file_path",
         default=str(HERE / "Industrial_and_Scientific_5.json.gz"),
         metavar="FILE",
-        help="reviews, gzipped JSON lines (default: Industrial_and_Scientific_5.json.gz beside "
-        "this script)",
+        help="interactions (default: Industrial_and_Scientific_5.json.gz beside this script)",
     )
     parser.add_argument(
         "--meta_file_path",
         default=str(HERE / "meta_Industrial_and_Scientific.json.gz"),
         metavar="FILE",
-        help="metadata, gzipped JSON lines (default: meta_Industrial_and_Scientific.json.gz beside "
-        "this script)",
+        help="items (default: meta_Industrial_and_Scientific.json.gz beside this script)",
     )
     parser.add_argument(
         "--output_path",
@@ -39,11 +41,15 @@ def main() -> None:
         metavar="FOLDER",
         help="processed folder to write (default: Scientific beside this script)",
     )
-    flags.add_text_flags(parser)
+    flags.add_column_flags(parser)
+    flags.add_text_flags(parser, any_source=True)
     flags.add_user_flags(parser, 4, "users with fewer reviews of known products than this")
+    flags.add_filter_flags(parser)
+    flags.add_split_flags(parser)
     flags.add_reading_flags(parser)
     args = parser.parse_args()
     flags.check_attributes(parser, args.attributes)
+    options = flags.split_options(parser, args)
 
     dataset = prepare_finetuning(
         args.file_path,
@@ -55,9 +61,14 @@ def main() -> None:
         user_sample_rate=args.user_sample_rate,
         seed=args.seed,
         skip_bad_lines=args.skip_bad_lines,
+        columns=flags.columns(args),
+        filters=flags.filters(args),
+        options=options,
     )
     counts = dataset["counts"]
     flags.report_bad_lines(counts["bad_lines"])
+    for name, number in counts.get("filters", {}).items():
+        print(f"{name.replace('_', ' ')}: {number}")
     print(
         f"{args.output_path}: {dataset['num_users']} users, {dataset['num_items']} items, "
         f"{dataset['num_interactions']} interactions; {counts['metadata']['products']} products "

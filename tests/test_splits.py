@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from recformer.data.processed import Sequences
 from recformer.data.splits import (
+    Histories,
     Interactions,
     build_histories,
     count_duplicates,
-    leave_one_out,
     sample_users,
+    split_leave_one_out,
 )
 
 
@@ -28,6 +29,12 @@ def interactions(*events: tuple[str, str, int]) -> Interactions:
         user_names=list(users),
         item_names=list(items),
     )
+
+
+def leave_one_out(sequences: Sequences) -> tuple[Sequences, Sequences, Sequences]:
+    names = [str(user) for user in range(len(sequences))]
+    histories = Histories(sequences, names, [], {})
+    return split_leave_one_out(histories).sequences(sequences)
 
 
 def rows(sequences: Sequences) -> list[list[int]]:

@@ -1,7 +1,9 @@
-"""Raw Amazon-2018 files: gzipped, one JSON object a line.
+"""Raw Amazon files, and other JSON lines: one JSON object a line, gzipped or not.
 
-Reviews hold `reviewerID`, `asin`, `unixReviewTime` (seconds); metadata hold `asin` and the
-attributes of a product. Both hold many fields that nobody asked for: lines go through a typed
+Reviews hold `reviewerID`, `asin`, `unixReviewTime` (seconds; in 2023 `user_id`, `parent_asin`,
+`timestamp` in milliseconds); metadata hold `asin` (in 2023 `parent_asin`) and the attributes of a
+product. Metadata of 2014 are Python literals, not JSON: a file is taken for one by its first line.
+Both hold many fields that nobody asked for: lines go through a typed
 parser that steps over them without building anything, so that neither time nor memory grows much
 with them. Only a line that does not fit the type is looked at again, with Python's own parser: it
 is then mended (a number as an asin, a time as text), or it is a bad line, which stops the run with
@@ -10,12 +12,13 @@ file and line number or is left out and counted.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from gzip import BadGzipFile
 from itertools import islice
@@ -39,6 +42,7 @@ _LINES_A_PROGRESS_STEP = 256
 _FEW_TEXTS, _MANY_TEXTS = 5_000, 1_000_000
 
 _Key = Annotated[str, msgspec.Meta(min_length=1)]
+_Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Row = TypeVar("_Row", bound=msgspec.Struct)
 
 
@@ -47,7 +51,20 @@ class Review(msgspec.Struct, gc=False):
 
     reviewerID: _Key
     asin: _Key
-    unixReviewTime: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    unixReviewTime: _Time
+
+
+@dataclass(frozen=True)
+class ReviewColumns:
+    """Which fields of a line are what; `time` and `rating` may be missing."""
+
+    user: str = "reviewerID"
+    item: str = "asin"
+    time: str | None = "unixReviewTime"
+    rating: str | None = "overall"
+
+
+_AMAZON_2018 = ReviewColumns()
 
 
 class BadLineError(ValueError):
@@ -119,19 +136,96 @@ def check_raw_files(
             )
 
 
-def read_reviews(path: str | os.PathLike, bad_lines: BadLines) -> Iterator[Review]:
+def first_keys(path: str | os.PathLike) -> list[str]:
+    """Keys of the first lines, in the order met.
+
+    Raises:
+        UserError: the file is empty or damaged, or none of its first lines is an object.
+    """
+    keys: dict[str, None] = {}
+    for row in _first_rows(Path(path)):
+        keys.update(dict.fromkeys(row))
+    if not keys:
+        raise UserError(f"{path}: expected one JSON object a line, found none in its first lines")
+    return list(keys)
+
+
+def read_reviews(
+    path: str | os.PathLike, bad_lines: BadLines, columns: ReviewColumns | None = None
+) -> Iterator[Review]:
     """The reviews of a file, in file order.
+
+    Args:
+        path: a review file.
+        bad_lines: what to do with lines that cannot be used.
+        columns: which fields hold what, Amazon 2018's where not given. Without a field of times,
+            all are 0.
 
     Raises:
         UserError: the file is damaged or has no usable line, or `bad_lines` refuses one.
     """
-    return _read_rows(Path(path), Review, _mend_review, bad_lines)
+    if columns is None:
+        return _read_rows(Path(path), Review, _mend_review, bad_lines)
+    named = {"reviewerID": columns.user, "asin": columns.item, "unixReviewTime": columns.time}
+
+    def mend(row: dict[str, Any]) -> Review:
+        return _mend_review(row, columns)
+
+    row_type: Any = msgspec.defstruct(
+        "Review",
+        [
+            ("reviewerID", _Key),
+            ("asin", _Key),
+            ("unixReviewTime", _Time) if columns.time else ("unixReviewTime", _Time, 0),
+        ],
+        # A field without a name in the file must not be found there by its own.
+        rename={field_name: column or "\0" for field_name, column in named.items()},
+        gc=False,
+    )
+    return _read_rows(Path(path), row_type, mend, bad_lines)
+
+
+def _read_ratings(
+    path: Path, bad_lines: BadLines, columns: ReviewColumns
+) -> Iterator[tuple[Review, float]]:
+    """Reviews with their ratings."""
+    assert columns.rating is not None
+    rating_column = columns.rating
+
+    def mend(row: dict[str, Any]) -> msgspec.Struct:
+        review = _mend_review(row, columns)
+        try:
+            rating = float(row[rating_column])
+        except (KeyError, TypeError, ValueError):
+            raise BadLineError(f"{rating_column} is missing or no number") from None
+        if rating != rating:
+            raise BadLineError(f"{rating_column} is missing or no number")
+        return row_type(review.reviewerID, review.asin, rating, review.unixReviewTime)
+
+    row_type = msgspec.defstruct(
+        "RatedReview",
+        [
+            ("reviewerID", _Key),
+            ("asin", _Key),
+            ("rating", float),
+            ("unixReviewTime", _Time) if columns.time else ("unixReviewTime", _Time, 0),
+        ],
+        rename={
+            "reviewerID": columns.user,
+            "asin": columns.item,
+            "rating": rating_column,
+            "unixReviewTime": columns.time or "\0",
+        },
+        gc=False,
+    )
+    for row in map(msgspec.structs.astuple, _read_rows(path, row_type, mend, bad_lines)):
+        yield Review(row[0], row[1], row[3]), row[2]
 
 
 def read_products(
-    path: str | os.PathLike, attributes: Sequence[str], bad_lines: BadLines
+    path: str | os.PathLike, attributes: Sequence[str], bad_lines: BadLines, key: str = "asin"
 ) -> Iterator[tuple[Any, ...]]:
-    """`(asin, value of the first attribute, …)` of every line, in file order.
+    """`(key, value of the first attribute, …)` of every line, in file order.
 
     Values are what the JSON holds, None where there is nothing.
 
@@ -139,34 +233,36 @@ def read_products(
         UserError: the file is damaged or has no usable line, or `bad_lines` refuses one.
     """
     # Field names of a struct must be Python names and JSON keys need not be: keys are renamed. The
-    # key `asin` is there already and may be asked for as an attribute.
-    names = {f"value_{place}": name for place, name in enumerate(attributes) if name != "asin"}
+    # item's key is there already and may be asked for as an attribute.
+    names = {f"value_{place}": name for place, name in enumerate(attributes) if name != key}
     row_type = msgspec.defstruct(
         "Product",
         [("asin", _Key), *((field_name, Any, None) for field_name in names)],
-        rename=names,
+        rename={"asin": key, **names},
         gc=False,
     )
 
     def mend(row: dict[str, Any]) -> msgspec.Struct:
         values = [_mend_text(row.get(name)) for name in names.values()]
-        return row_type(_mend_key(row, "asin"), *values)
+        return row_type(_mend_key(row, key), *values)
 
     rows = map(msgspec.structs.astuple, _read_rows(Path(path), row_type, mend, bad_lines))
-    if "asin" not in attributes:
+    if key not in attributes:
         return rows
-    place = list(attributes).index("asin")
+    place = list(attributes).index(key)
     return ((row[0], *row[1 : place + 1], row[0], *row[place + 1 :]) for row in rows)
 
 
 def read_metadata(
     paths: Sequence[str | os.PathLike],
-    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+    attributes: Sequence[str] | Mapping[str, str] = DEFAULT_ATTRIBUTES,
     *,
     clean: bool = True,
     bad_lines: BadLines | None = None,
     only: Container[str] | None = None,
     required: str | None = None,
+    key: str = "asin",
+    rows: Iterable[tuple[Any, ...]] | None = None,
 ) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
     """The text of every product: `{asin: {attribute: text}}`, attributes in the order asked for.
 
@@ -176,11 +272,13 @@ def read_metadata(
 
     Args:
         paths: metadata files, read one after the other.
-        attributes: keys of the JSON objects.
+        attributes: keys of the JSON objects, or {name to give: key}.
         clean: take markup and script out of the text; otherwise text as it stands in the file.
         bad_lines: what to do with lines that cannot be used; by default the first ends the run.
         only: asins to keep.
         required: leave out products that have null here or nothing at all.
+        key: field of the product's id.
+        rows: `(id, value of the first attribute, …)` from elsewhere, instead of the files.
 
     Returns:
         The products and how many rows there were, were duplicates, were left out and why.
@@ -196,15 +294,22 @@ def read_metadata(
     # When cleaning, a line break keeps script in one part of a list from eating the next part.
     border = "\n" if clean else " "
 
-    for path in paths:
-        for asin, *values in read_products(path, attributes, bad_lines):
+    names = list(attributes)
+    fields = list(attributes.values()) if isinstance(attributes, Mapping) else names
+    sources = (
+        [rows]
+        if rows is not None
+        else (read_products(path, fields, bad_lines, key) for path in paths)
+    )
+    for source in sources:
+        for asin, *values in source:
             num_rows += 1
             if only is not None and asin not in only:
                 num_without_reviews += 1
                 continue
             item = {}
             complete = True
-            for name, value, text_of in zip(attributes, values, texts):
+            for name, value, text_of in zip(names, values, texts):
                 if value is None:
                     complete = complete and name != required
                     continue
@@ -239,7 +344,12 @@ def read_metadata(
 
 
 def read_interactions(
-    path: str | os.PathLike, known: Container[str], bad_lines: BadLines | None = None
+    path: str | os.PathLike,
+    known: Container[str],
+    bad_lines: BadLines | None = None,
+    *,
+    columns: ReviewColumns | None = None,
+    min_rating: float | None = None,
 ) -> tuple[Interactions, dict[str, int]]:
     """The reviews of known products as arrays, in file order.
 
@@ -249,6 +359,8 @@ def read_interactions(
         path: a review file.
         known: asins that count; reviews of others are left out and counted.
         bad_lines: what to do with lines that cannot be used; by default the first ends the run.
+        columns: which fields hold what, Amazon 2018's where not given.
+        min_rating: leave out and count reviews rated lower.
 
     Returns:
         The interactions, and how many reviews there were and were of unknown products.
@@ -256,11 +368,24 @@ def read_interactions(
     Raises:
         UserError: see `read_reviews`.
     """
+    bad_lines = bad_lines or BadLines()
     users, items, times = array("i"), array("i"), array("q")
     user_codes: dict[str, int] = {}
     item_codes: dict[str, int] = {}
-    num_unknown = 0
-    for review in read_reviews(path, bad_lines or BadLines()):
+    num_unknown = num_below = 0
+
+    def well_rated(minimum: float) -> Iterator[Review]:
+        nonlocal num_below
+        for review, rating in _read_ratings(Path(path), bad_lines, columns or ReviewColumns()):
+            if review.asin in known and rating < minimum:
+                num_below += 1
+            else:
+                yield review
+
+    reviews = (
+        read_reviews(path, bad_lines, columns) if min_rating is None else well_rated(min_rating)
+    )
+    for review in reviews:
         asin = review.asin
         if asin not in known:
             num_unknown += 1
@@ -275,10 +400,12 @@ def read_interactions(
         times=np.frombuffer(times, dtype=np.int64) if times else np.empty(0, np.int64),
         user_names=list(user_codes),
         item_names=list(item_codes),
+        has_times=columns is None or columns.time is not None,
     )
     return interactions, {
-        "reviews": len(users) + num_unknown,
+        "reviews": len(users) + num_unknown + num_below,
         "reviews_of_unknown_products": num_unknown,
+        **({} if min_rating is None else {"reviews_below_min_rating": num_below}),
     }
 
 
@@ -332,7 +459,9 @@ def _lines(path: Path) -> Generator[bytes, None, None]:
         ) as bar,
     ):
         try:
-            with igzip.IGzipFile(fileobj=raw) as lines:
+            plain = raw.read(1) in (b"{", b"\xef")  # an object or a byte order mark, not gzip's 1f
+            raw.seek(0)
+            with raw if plain else igzip.IGzipFile(fileobj=raw) as lines:
                 while step := list(islice(lines, _LINES_A_PROGRESS_STEP)):
                     yield from step
                     bar.update(raw.tell() - bar.n)
@@ -351,6 +480,7 @@ def _read_rows(
 ) -> Iterator[_Row]:
     decode = msgspec.json.Decoder(row_type).decode
     line_number = num_rows = 0
+    literal: bool | None = None
     for line in _lines(path):
         line_number += 1
         try:
@@ -359,7 +489,9 @@ def _read_rows(
             if not line.strip():
                 continue
             try:
-                row = mend(_parse(line))
+                if literal is None:
+                    literal = _is_literal(line) and num_rows == 0
+                row = mend(_parse(line, literal))
             except BadLineError as error:
                 bad_lines.add(path, line_number, str(error))
                 continue
@@ -370,17 +502,31 @@ def _read_rows(
         raise UserError(f"{path}: expected one JSON object a line, got {found}")
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes, literal: bool = False) -> dict[str, Any]:
     """A line by Python's parser, which takes NaN, lone surrogates and raw control characters."""
     try:
         row = json.loads(line.decode("utf-8-sig"), strict=False)
     except UnicodeDecodeError:
         raise BadLineError("not UTF-8") from None
     except (ValueError, RecursionError):
-        raise BadLineError("not valid JSON") from None
+        if not literal:
+            raise BadLineError("not valid JSON") from None
+        row = _python_literal(line)
     if not isinstance(row, dict):
         raise BadLineError(f"a JSON {type(row).__name__}, expected an object")
     return row
+
+
+def _is_literal(line: bytes) -> bool:
+    """Whether a file that begins with this line holds Python dicts, as Amazon 2014's metadata."""
+    return line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{'")
+
+
+def _python_literal(line: bytes) -> Any:
+    try:
+        return ast.literal_eval(line.decode("utf-8-sig").strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise BadLineError("neither valid JSON nor a Python literal") from None
 
 
 def _mend_key(row: dict[str, Any], name: str) -> str:
@@ -403,35 +549,53 @@ def _mend_text(value: Any) -> Any:
     return value
 
 
-def _mend_review(row: dict[str, Any]) -> Review:
-    reviewer, asin = _mend_key(row, "reviewerID"), _mend_key(row, "asin")
-    time = row.get("unixReviewTime")
+def _mend_review(row: dict[str, Any], columns: ReviewColumns = _AMAZON_2018) -> Review:
+    reviewer, asin = _mend_key(row, columns.user), _mend_key(row, columns.item)
+    name = columns.time
+    if name is None:
+        return Review(reviewer, asin, 0)
+    time = row.get(name)
     if time is None or time == "":
-        raise BadLineError("no unixReviewTime")
+        raise BadLineError(f"no {name}")
     try:
-        seconds = int(float(time)) if not isinstance(time, bool | int) else int(time)
+        seconds = int(time) if isinstance(time, int) else _whole_number(time)
     except (TypeError, ValueError, OverflowError):
-        raise BadLineError("unixReviewTime is no number") from None
+        raise BadLineError(f"{name} is no number") from None
     if isinstance(time, bool) or not -(2**63) <= seconds < 2**63:
-        raise BadLineError("unixReviewTime is no number")
+        raise BadLineError(f"{name} is no number")
     return Review(reviewer, asin, seconds)
+
+
+def _whole_number(value: Any) -> int:
+    try:
+        return int(value) if isinstance(value, str) else int(float(value))
+    except ValueError:
+        return int(float(value))
 
 
 def _kinds(path: Path) -> set[str]:
     """What the first lines of a file look like: "reviews", "metadata", both or nothing known."""
     kinds = set()
+    metadata = {"title", "brand", "category", "description", "price", "also_buy", "categories"}
+    for row in _first_rows(path):
+        # Reviews of 2023 have a title too.
+        if {"reviewerID", "unixReviewTime", "user_id"} & row.keys():
+            kinds.add("reviews")
+        elif metadata & row.keys():
+            kinds.add("metadata")
+    return kinds
+
+
+def _first_rows(path: Path) -> list[dict[str, Any]]:
     lines = _lines(path)
     first = [line for line in islice(lines, 20) if line.strip()]
     lines.close()
     if not first:
         raise UserError(f"{path} is empty, expected one JSON object a line")
+    rows = []
     for line in first:
         try:
-            row = _parse(line)
+            rows.append(_parse(line, _is_literal(first[0])))
         except BadLineError:
             continue  # whether bad lines matter is decided when the file is read
-        if "reviewerID" in row or "unixReviewTime" in row:
-            kinds.add("reviews")
-        elif {"title", "brand", "category", "description", "price", "also_buy"} & row.keys():
-            kinds.add("metadata")
-    return kinds
+    return rows

@@ -8,16 +8,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recformer.data.amazon import DEFAULT_ATTRIBUTES
+from recformer.data.prepare import Filters, SplitOptions
+from recformer.data.tables import Columns
 
 
-def add_text_flags(parser: argparse.ArgumentParser) -> None:
-    """--attributes, --no_clean."""
+def add_text_flags(parser: argparse.ArgumentParser, any_source: bool = False) -> None:
+    """--attributes, --no_clean.
+
+    Args:
+        parser: to add to.
+        any_source: not Amazon 2018's metadata alone; what the default is then depends on the file.
+    """
     parser.add_argument(
         "--attributes",
         nargs="+",
-        default=list(DEFAULT_ATTRIBUTES),
-        metavar="KEY",
-        help="metadata keys that make up an item, in this order; lists are joined by one space "
+        default=None if any_source else list(DEFAULT_ATTRIBUTES),
+        metavar="[NAME=]COLUMN" if any_source else "KEY",
+        help="columns that make up an item, in this order, each under its own or another name; "
+        "lists are joined by one space (default: title, brand, category of Amazon's files, which "
+        "has brand=store category=categories in 2023 and category=categories in 2014; of other "
+        "files every column but the item's id)"
+        if any_source
+        else "metadata keys that make up an item, in this order; lists are joined by one space "
         f"(default: {' '.join(DEFAULT_ATTRIBUTES)})",
     )
     parser.add_argument(
@@ -80,9 +92,139 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_attributes(parser: argparse.ArgumentParser, attributes: list[str]) -> None:
+def add_column_flags(parser: argparse.ArgumentParser) -> None:
+    """--user_column, --item_column, --time_column, --rating_column, --item_key_column."""
+    for flag, what in (
+        ("user", "users, in the interactions"),
+        ("item", "items, in the interactions"),
+        ("time", "times, in the interactions; without times their order in the file counts"),
+        ("rating", "ratings, in the interactions"),
+        ("item_key", "items, in the file of items"),
+    ):
+        parser.add_argument(
+            f"--{flag}_column",
+            metavar="COLUMN",
+            help=f"column of {what} (default: recognised by its name)",
+        )
+
+
+def columns(args: argparse.Namespace) -> Columns:
+    """What `add_column_flags` parsed."""
+    return Columns(
+        user=args.user_column,
+        item=args.item_column,
+        time=args.time_column,
+        rating=args.rating_column,
+        item_key=args.item_key_column,
+    )
+
+
+def add_filter_flags(parser: argparse.ArgumentParser) -> None:
+    """--min_rating, --deduplicate, --drop_consecutive_repeats, --k_core, --max_users."""
+    parser.add_argument(
+        "--min_rating",
+        type=float,
+        metavar="RATING",
+        help="leave out interactions rated lower (default: none)",
+    )
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="of interactions with the same user, item and time keep the first",
+    )
+    parser.add_argument(
+        "--drop_consecutive_repeats",
+        action="store_true",
+        help="where a user meets the same item several times running, keep the first",
+    )
+    parser.add_argument(
+        "--k_core",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="leave out users and items with fewer interactions, again and again until none is "
+        "left (default: not)",
+    )
+    parser.add_argument(
+        "--max_users",
+        type=_count,
+        metavar="N",
+        help="keep at most this many users, drawn by --seed and their name, after all else "
+        "(default: all)",
+    )
+
+
+def filters(args: argparse.Namespace) -> Filters:
+    """What `add_filter_flags` parsed."""
+    return Filters(
+        min_rating=args.min_rating,
+        deduplicate=args.deduplicate,
+        drop_consecutive_repeats=args.drop_consecutive_repeats,
+        k_core=args.k_core,
+        max_users=args.max_users,
+    )
+
+
+def add_split_flags(parser: argparse.ArgumentParser) -> None:
+    """--split, --test_quantile, --val_quantile, --cold_items, --val_users, --val_seed."""
+    parser.add_argument(
+        "--split",
+        choices=["leave_one_out", "temporal"],
+        default="leave_one_out",
+        help="the last item of every user, or what comes after one point in time for all users, "
+        "the last item being the target (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--test_quantile",
+        type=_quantile,
+        metavar="SHARE",
+        help="temporal: share of the interactions before the test cut (default: 0.9)",
+    )
+    parser.add_argument(
+        "--val_quantile",
+        type=_quantile,
+        metavar="SHARE",
+        help="temporal: share of those to train on (default: 0.9)",
+    )
+    parser.add_argument(
+        "--cold_items",
+        type=_quantile,
+        metavar="SHARE",
+        help="hold this share of the items, drawn by --seed, out of training and make them targets "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--val_users",
+        type=_count,
+        metavar="N",
+        help="leave-one-out: only this many users validate, the others train on their item before "
+        "the last (default: all validate)",
+    )
+    parser.add_argument(
+        "--val_seed", type=int, metavar="SEED", help="of the draw of --val_users (default: 42)"
+    )
+
+
+def split_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> SplitOptions:
+    """What `add_split_flags` parsed; a flag of the other split is a usage error."""
+    temporal = args.split == "temporal"
+    unused = ("val_users", "val_seed") if temporal else ("test_quantile", "val_quantile")
+    wrong = [f"--{name}" for name in unused if getattr(args, name) is not None]
+    if wrong:
+        parser.error(f"{', '.join(wrong)} means nothing with --split {args.split}")
+    if args.val_seed is not None and args.val_users is None:
+        parser.error("--val_seed means nothing without --val_users")
+    names = ("test_quantile", "val_quantile", "cold_items", "val_users", "val_seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return SplitOptions(split=args.split, **given)
+
+
+def check_attributes(parser: argparse.ArgumentParser, attributes: list[str] | None) -> None:
     """End with a usage error where an attribute is named twice."""
-    if len(set(attributes)) < len(attributes):
+    if attributes is None:
+        return
+    names = [attribute.partition("=")[0] for attribute in attributes]
+    if len(set(names)) < len(names):
         parser.error(f"--attributes names a key twice: {' '.join(attributes)}")
 
 
@@ -106,4 +248,11 @@ def _rate(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a share above 0 and up to 1")
+    return value
+
+
+def _quantile(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a share above 0 and below 1")
     return value

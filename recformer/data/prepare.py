@@ -1,6 +1,7 @@
-"""From raw files to the files that training reads: the three jobs of the data scripts.
+"""From raw files to the files that training reads: the four jobs of the data scripts.
 
     prepare_finetuning          reviews + metadata → a processed folder
+    prepare_pretraining_sources any sources → meta_data.json, train.json, dev.json
     prepare_pretraining_items   reviews + metadata of many categories → meta_data.json
     prepare_pretraining         reviews + meta_data.json → train.json, dev.json
 
@@ -13,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -35,7 +37,18 @@ from recformer.data.processed import (
     write_mapping,
     write_processed,
 )
-from recformer.data.splits import build_histories, count_duplicates, leave_one_out
+from recformer.data.splits import (
+    DROPPED,
+    Histories,
+    Split,
+    build_histories,
+    count_duplicates,
+    filter_interactions,
+    hold_out_items,
+    split_leave_one_out,
+    split_temporal,
+)
+from recformer.data.tables import Columns, InteractionSource, ItemSource, open_sources
 from recformer.files import UserError, atomic_write, read_json
 
 PRETRAINING_CATEGORIES = (
@@ -51,33 +64,95 @@ DEV_CATEGORY = "CDs_and_Vinyl"
 DEV_FILE = "dev.json"
 
 
+@dataclass(frozen=True)
+class Filters:
+    """What to leave out beside users with too few interactions.
+
+    Attributes:
+        min_rating: interactions rated lower.
+        deduplicate, drop_consecutive_repeats, k_core: see `filter_interactions`.
+        max_users: users beyond this many, by a seeded draw.
+    """
+
+    min_rating: float | None = None
+    deduplicate: bool = False
+    drop_consecutive_repeats: bool = False
+    k_core: int = 0
+    max_users: int | None = None
+
+    def asked_for(self) -> dict[str, Any]:
+        """Those that do something, for dataset.json."""
+        return {name: value for name, value in vars(self).items() if value not in (None, False, 0)}
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How to split, see `recformer.data.splits`.
+
+    Attributes:
+        split: name of the split.
+        test_quantile, val_quantile: of the temporal split.
+        cold_items: share of the items to hold out; None: none.
+        val_users, val_seed: of leave-one-out; None: all validate.
+    """
+
+    split: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    test_quantile: float = 0.9
+    val_quantile: float = 0.9
+    cold_items: float | None = None
+    val_users: int | None = None
+    val_seed: int = 42
+
+    def apply(self, histories: Histories, seed: int) -> Split:
+        """Split the histories; `seed` draws the cold items."""
+        if self.split == "temporal":
+            split = split_temporal(
+                histories, test_quantile=self.test_quantile, val_quantile=self.val_quantile
+            )
+        else:
+            split = split_leave_one_out(histories, val_users=self.val_users, val_seed=self.val_seed)
+        if self.cold_items is not None:
+            split = hold_out_items(histories, split, share=self.cold_items, seed=seed)
+        return split
+
+
+_DEFAULT_COLUMNS, _DEFAULT_FILTERS, _DEFAULT_SPLIT = Columns(), Filters(), SplitOptions()
+
+
 def prepare_finetuning(
     file_path: str | os.PathLike,
     meta_file_path: str | os.PathLike,
     output_path: str | os.PathLike,
     *,
-    attributes: Sequence[str] = DEFAULT_ATTRIBUTES,
+    attributes: Sequence[str] | None = None,
     clean: bool = True,
     min_interactions: int = 4,
     user_sample_rate: float = 1.0,
     seed: int = 0,
     skip_bad_lines: bool = False,
+    columns: Columns = _DEFAULT_COLUMNS,
+    filters: Filters = _DEFAULT_FILTERS,
+    options: SplitOptions = _DEFAULT_SPLIT,
 ) -> dict[str, Any]:
-    """Write a processed folder, split leave-one-out, from a review and a metadata file.
+    """Write a processed folder from a file of interactions and one of items.
 
     As published: only users with at least `min_interactions` reviews of known products are kept,
     ids are given by first appearance, sorting by time is stable. All products of the metadata file
     that have text are written, also those that nobody reviewed.
 
     Args:
-        file_path: reviews, gzipped JSON lines.
-        meta_file_path: metadata, gzipped JSON lines.
+        file_path: interactions, in any form that `recformer.data.tables` reads.
+        meta_file_path: items, likewise.
         output_path: folder to write, created where missing.
-        attributes: metadata keys that make up an item, in this order.
+        attributes: columns that make up an item, in this order, `column` or `name=column` each;
+            None: see `open_sources`.
         clean: clean the text, see `recformer.data.text.clean_text`.
         min_interactions: users with fewer are left out.
         user_sample_rate, seed: keep a seeded sample of the users.
         skip_bad_lines: leave out and count lines that cannot be used.
+        columns: columns that are not to be recognised by name.
+        filters: what else to leave out.
+        options: how to split.
 
     Returns:
         What dataset.json holds.
@@ -86,32 +161,23 @@ def prepare_finetuning(
         FileNotFoundError, UserError: an input is missing, damaged or not what it should be; nothing
             is written then.
     """
-    check_raw_files([file_path], [meta_file_path])
+    interaction_source, item_source = open_sources(file_path, meta_file_path, columns, attributes)
     output = _writable_folder(output_path)
     bad_lines = BadLines(skip=skip_bad_lines)
-    products, metadata_counts = read_metadata(
-        [meta_file_path], attributes, clean=clean, bad_lines=bad_lines
-    )
-    interactions, review_counts = read_interactions(file_path, products, bad_lines)
-    if not len(interactions):
-        raise UserError(
-            f"none of the {review_counts['reviews']} reviews in {file_path} is of a product in "
-            f"{meta_file_path}: expected two files of the same category"
-        )
-    histories = build_histories(
-        interactions,
+    products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
+    histories, review_counts, filtered = _histories(
+        interaction_source,
+        item_source,
+        products,
+        bad_lines,
+        filters,
         min_interactions=min_interactions,
         user_sample_rate=user_sample_rate,
         seed=seed,
     )
-    if not histories.user_names:
-        raise UserError(
-            f"no user is left of {histories.counts['users']} in {file_path}: "
-            f"{histories.counts['users_with_too_few_interactions']} have fewer than "
-            f"{min_interactions} reviews of known products (--min_interactions), "
-            f"{histories.counts['users_not_sampled']} were not sampled (--user_sample_rate)"
-        )
-    train, val, test = leave_one_out(histories.sequences)
+    split = options.apply(histories, seed)
+    train, val, test = split.sequences(histories.sequences)
+    times = histories.times
     return write_processed(
         output,
         train=train,
@@ -120,28 +186,204 @@ def prepare_finetuning(
         user_names=histories.user_names,
         asins=histories.item_names,
         meta=products,
+        times=None if times is None else times[split.parts != DROPPED],
         dataset={
             "source": {"reviews": Path(file_path).name, "metadata": Path(meta_file_path).name},
             "parameters": {
-                "split": "leave_one_out",
-                "attributes": list(attributes),
+                "split": options.split,
+                "attributes": [
+                    name if name == column else f"{name}={column}"
+                    for name, column in item_source.attributes.items()
+                ],
                 "clean": clean,
                 "min_interactions": min_interactions,
                 "user_sample_rate": user_sample_rate,
                 "seed": seed,
                 "skip_bad_lines": skip_bad_lines,
+                **filters.asked_for(),
+                **({"columns": columns.named()} if columns.named() else {}),
             },
+            "split": split.about,
             "counts": {
                 "metadata": metadata_counts,
-                "reviews": {**review_counts, "duplicate_reviews": count_duplicates(interactions)},
+                "reviews": review_counts,
+                **({"filters": filtered} if filtered else {}),
                 "histories": {
                     **histories.counts,
-                    "users_with_val_and_test_item": int((test.lengths > 0).sum()),
+                    "users_with_val_and_test_item": int(
+                        ((val.lengths > 0) & (test.lengths > 0)).sum()
+                    ),
                 },
                 "bad_lines": bad_lines.summary(),
             },
         },
     )
+
+
+def _histories(
+    source: InteractionSource,
+    items: ItemSource,
+    products: dict[str, dict[str, str]],
+    bad_lines: BadLines,
+    filters: Filters,
+    *,
+    min_interactions: int,
+    user_sample_rate: float,
+    seed: int,
+) -> tuple[Histories, dict[str, int], dict[str, int]]:
+    """Histories of a source, counts of its interactions, and of what the filters left out."""
+    interactions, counts = source.read(products, bad_lines, filters.min_rating)
+    if not len(interactions):
+        below = counts.get("reviews_below_min_rating", 0)
+        raise UserError(
+            f"none of the {counts['reviews']} reviews in {source.path} is of a product in "
+            f"{items.path}"
+            + (f" and rated {filters.min_rating} or better ({below} below)" if below else "")
+            + ": expected two files of the same category"
+        )
+    counts["duplicate_reviews"] = count_duplicates(interactions)
+    interactions, filtered = filter_interactions(
+        interactions,
+        deduplicate=filters.deduplicate,
+        drop_consecutive_repeats=filters.drop_consecutive_repeats,
+        k_core=filters.k_core,
+    )
+    histories = build_histories(
+        interactions,
+        min_interactions=min_interactions,
+        user_sample_rate=user_sample_rate,
+        seed=seed,
+        max_users=filters.max_users,
+    )
+    if not histories.user_names:
+        left_out = "".join(f", {number} {name}" for name, number in filtered.items())
+        raise UserError(
+            f"no user is left of {histories.counts['users']} in {source.path}: "
+            f"{histories.counts['users_with_too_few_interactions']} have fewer than "
+            f"{min_interactions} reviews of known products (--min_interactions), "
+            f"{histories.counts['users_not_sampled']} were not sampled (--user_sample_rate)"
+            f"{left_out}"
+        )
+    return histories, counts, filtered
+
+
+@dataclass(frozen=True)
+class PretrainingSource:
+    """A named pair of files; the name goes before every id, so that no two sources collide."""
+
+    name: str
+    interactions: Path
+    items: Path
+
+
+def prepare_pretraining_sources(
+    sources: Sequence[PretrainingSource],
+    dev_source: PretrainingSource,
+    output_dir: str | os.PathLike,
+    *,
+    attributes: Sequence[str] | None = None,
+    clean: bool = True,
+    min_interactions: int = 2,
+    user_sample_rate: float = 1.0,
+    seed: int = 0,
+    skip_bad_lines: bool = False,
+    columns: Columns = _DEFAULT_COLUMNS,
+    filters: Filters = _DEFAULT_FILTERS,
+) -> dict[str, Any]:
+    """Write meta_data.json, train.json and dev.json from sources of any form.
+
+    One sequence a user and source, oldest first, of ids `name:id`. Items that nobody met are left
+    out. The arguments are those of `prepare_finetuning`, for every source alike.
+
+    Returns:
+        What dataset.json holds.
+
+    Raises:
+        FileNotFoundError, UserError: an input is missing, damaged or not what it should be, or a
+            name stands for two sources; nothing is written then.
+    """
+    members = [*((source, TRAIN_FILE) for source in sources), (dev_source, DEV_FILE)]
+    names = _all_categories([source.name for source in sources], dev_source.name)
+    wrong = [name for name in names if not name or ":" in name]
+    if wrong:
+        raise UserError(f"got the source name {wrong[0]!r}, expected one that has no colon")
+    opened = [
+        open_sources(source.interactions, source.items, columns, attributes)
+        for source, _ in members
+    ]
+    output = _writable_folder(output_dir)
+    bad_lines = BadLines(skip=skip_bad_lines)
+    counts: dict[str, Any] = {}
+    totals = {name: {"sequences": 0, "interactions": 0} for name in (TRAIN_FILE, DEV_FILE)}
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        # Left in reverse order: dataset.json is the last to take its name.
+        handles = {
+            name: stack.enter_context(atomic_write(output / name))
+            for name in (DATASET_FILE, META_FILE, TRAIN_FILE, DEV_FILE)
+        }
+        borders = dict.fromkeys((TRAIN_FILE, DEV_FILE), "[\n")
+
+        def items_of_all() -> Iterator[tuple[str, dict[str, str]]]:
+            for (source, file_name), (interaction_source, item_source) in zip(members, opened):
+                products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
+                histories, review_counts, filtered = _histories(
+                    interaction_source,
+                    item_source,
+                    products,
+                    bad_lines,
+                    filters,
+                    min_interactions=min_interactions,
+                    user_sample_rate=user_sample_rate,
+                    seed=seed,
+                )
+                counts[source.name] = {
+                    "metadata": metadata_counts,
+                    "reviews": review_counts,
+                    "filters": filtered,
+                    "histories": histories.counts,
+                }
+                ids = [f"{source.name}:{name}" for name in histories.item_names]
+                for row in range(len(histories.sequences)):
+                    line = json.dumps([ids[item] for item in histories.sequences[row]])
+                    digest.update(f"{file_name} {line}\n".encode())
+                    handles[file_name].write(borders[file_name] + line)
+                    borders[file_name] = ",\n"
+                totals[file_name]["sequences"] += len(histories.sequences)
+                totals[file_name]["interactions"] += len(histories.sequences.items)
+                yield from ((key, products[name]) for key, name in zip(ids, histories.item_names))
+
+        write_mapping(handles[META_FILE], items_of_all())
+        for name in (TRAIN_FILE, DEV_FILE):
+            handles[name].write("\n]\n")
+        dataset = {
+            "source": {
+                source.name: {
+                    "reviews": source.interactions.name,
+                    "metadata": source.items.name,
+                    "file": file_name,
+                }
+                for source, file_name in members
+            },
+            "parameters": {
+                "attributes": {
+                    source.name: item_source.attributes
+                    for (source, _), (_, item_source) in zip(members, opened)
+                },
+                "clean": clean,
+                "min_interactions": min_interactions,
+                "user_sample_rate": user_sample_rate,
+                "seed": seed,
+                "skip_bad_lines": skip_bad_lines,
+                **filters.asked_for(),
+                **({"columns": columns.named()} if columns.named() else {}),
+            },
+            "counts": {"sources": counts, "bad_lines": bad_lines.summary()},
+            "files": totals,
+            "split_hash": digest.hexdigest(),
+        }
+        json.dump(dataset, handles[DATASET_FILE], ensure_ascii=False, indent=2)
+    return dataset
 
 
 def prepare_pretraining_items(

@@ -7,6 +7,11 @@
     smap.json       {asin: item id}           0-based, no gaps
     meta_data.json  {asin: {attribute: text}} may hold more products than smap.json
     dataset.json    parameters, counts and split hash of our own scripts; not needed for reading
+    interactions.parquet
+                    user_id int32, item_id int32, timestamp int64 in the unit of the source (null
+                    where it has none): one row an interaction of the three splits, users in the
+                    order of their ids, each user's train, val and test one after the other; for
+                    audits, not needed for reading
 
 Any model trains from such a folder and any data source may write one. Folders of the published
 scripts circulate without dataset.json and read unchanged. Standard library and numpy only: training
@@ -37,6 +42,7 @@ USER_FILE = "umap.json"
 ITEM_FILE = "smap.json"
 META_FILE = "meta_data.json"
 DATASET_FILE = "dataset.json"
+INTERACTION_FILE = "interactions.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +270,7 @@ def write_processed(
     asins: Sequence[str],
     meta: Mapping[str, Mapping[str, str]],
     dataset: Mapping[str, Any],
+    times: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write a processed folder; no file appears before all of them are written.
 
@@ -274,6 +281,8 @@ def write_processed(
         asins: the source's key of every item, in item id order.
         meta: {asin: {attribute: text}}, attributes in the order of the item's sentence.
         dataset: parameters and counts for dataset.json; the sizes and the split hash are added.
+        times: int64, one an interaction, in the order of interactions.parquet (see above); None
+            where the source has no times.
 
     Returns:
         What dataset.json holds.
@@ -294,6 +303,8 @@ def write_processed(
         # Left in reverse order: dataset.json is the last to take its name, so that a rewrite
         # killed between two renames does not pass for a whole one.
         json.dump(about, staged(DATASET_FILE), ensure_ascii=False, indent=2)
+        interactions = stack.enter_context(atomic_write(folder / INTERACTION_FILE, "wb"))
+        _write_interactions(interactions, join_splits(train, val, test), times)
         write_mapping(staged(META_FILE), meta.items())
         write_mapping(staged(ITEM_FILE), ((asin, item) for item, asin in enumerate(asins)))
         write_mapping(staged(USER_FILE), ((name, user) for user, name in enumerate(user_names)))
@@ -302,6 +313,72 @@ def write_processed(
             rows = ((str(user), part[user].tolist()) for user in filled)
             write_mapping(staged(name), rows)
     return about
+
+
+def join_splits(*parts: Sequences) -> Sequences:
+    """Every user's items of all the parts, one part after the other.
+
+    Args:
+        parts: all with one row a user.
+    """
+    return Sequences.from_rows(
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.items for part in parts]),
+        len(parts[0]),
+    )
+
+
+def read_times(data: ProcessedFolder) -> np.ndarray | None:
+    """Times of `join_splits(data.train, data.val, data.test)`, int64, in the source's unit.
+
+    Returns:
+        None where the folder has no interactions.parquet or its source had no times.
+
+    Raises:
+        UserError: the file cannot be read or belongs to other sequences than the folder's.
+    """
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    path = data.path / INTERACTION_FILE
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path, columns=["user_id", "item_id", "timestamp"])
+    except (ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): process the data again, or delete the file to go "
+            f"on without times"
+        ) from error
+    joined = join_splits(data.train, data.val, data.test)
+    if not (
+        np.array_equal(table["user_id"].to_numpy(), joined.rows)
+        and np.array_equal(table["item_id"].to_numpy(), joined.items)
+    ):
+        raise UserError(
+            f"{path} was written for other sequences than those of the folder: process the data "
+            f"again, or delete the file to go on without times"
+        )
+    times = table["timestamp"]
+    return None if times.null_count else times.to_numpy()
+
+
+def _write_interactions(handle: IO[bytes], joined: Sequences, times: np.ndarray | None) -> None:
+    # Imported here: only data preparation writes, and training needs no parquet.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if times is not None and len(times) != len(joined.items):
+        raise ValueError(f"got {len(times)} times for {len(joined.items)} interactions")
+    missing = pa.nulls(len(joined.items), pa.int64())
+    table = pa.table(
+        {
+            "user_id": pa.array(joined.rows.astype(np.int32)),
+            "item_id": pa.array(joined.items),
+            "timestamp": missing if times is None else pa.array(times.astype(np.int64)),
+        }
+    )
+    pq.write_table(table, handle, compression="zstd")
 
 
 def write_mapping(handle: IO[str], entries: Iterable[tuple[str, Any]]) -> None:
