@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
 
 # Run as `python -m …` or by a shell script; no other module imports them.
 ENTRY_POINTS = (
+    "recformer.data.download",
     "recformer.pretrain",
     "recformer.finetune",
     "recformer.compare",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recformer.data import flags
 from recformer.data.prepare import SplitOptions
 from recformer.data.processed import ProcessedFolder, Sequences, read_times, write_processed
 from recformer.data.splits import (
@@ -246,3 +248,36 @@ def test_k_core_goes_on_until_nothing_changes() -> None:
     assert counts == {"interactions_outside_k_core": 4}
     nothing, _ = filter_interactions(events(*rows), k_core=3)
     assert left(nothing) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--split temporal --val_users 3", "--val_users means nothing with --split temporal"),
+        ("--test_quantile 0.8", "--test_quantile means nothing with --split leave_one_out"),
+        ("--val_seed 3", "--val_seed means nothing without --val_users"),
+        ("--cold_items 1.5", "expected a share above 0 and below 1"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    flags.add_split_flags(parser)
+    with pytest.raises(SystemExit):
+        flags.split_options(parser, parser.parse_args(given.split()))
+    assert message in capsys.readouterr().err
+
+
+def test_flags_of_splits() -> None:
+    parser = argparse.ArgumentParser()
+    flags.add_split_flags(parser)
+
+    def options(given: str) -> SplitOptions:
+        return flags.split_options(parser, parser.parse_args(given.split()))
+
+    assert options("") == SplitOptions("leave_one_out", 0.9, 0.9, None, None, 42)
+    assert options("--split temporal --test_quantile 0.8 --cold_items 0.1") == SplitOptions(
+        "temporal", 0.8, 0.9, 0.1, None, 42
+    )
+    assert options("--val_users 512 --val_seed 7") == SplitOptions(val_users=512, val_seed=7)

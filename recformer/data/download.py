@@ -1,0 +1,266 @@
+"""Fetch a public data set: `python -m recformer.data.download NAME --output_path FOLDER`.
+
+NAME is amazon-2014/CATEGORY, amazon-2018/CATEGORY, amazon-2023/CATEGORY or a MovieLens set. A run
+that was cut off goes on where it stopped. A file takes its name once it is whole, and right where
+its checksum is known; publishers give none for Amazon's files, of those only the size is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+from recformer.files import UserError, atomic_write, exit_with_message
+
+_CHUNK = 1 << 16  # of a piece that breaks off nothing is kept
+_TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
+
+_UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data"
+_SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+_GROUPLENS = "https://files.grouplens.org/datasets/movielens"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file to fetch.
+
+    Attributes:
+        url: where it is.
+        sha256: of its content, hex; None where unknown.
+    """
+
+    url: str
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called here."""
+        return self.url.rpartition("/")[2]
+
+
+# {year: (addresses of reviews and metadata, page to look at when the host is gone)}
+AMAZON = {
+    "amazon-2014": (
+        (f"{_SNAP}/reviews_{{}}_5.json.gz", f"{_SNAP}/meta_{{}}.json.gz"),
+        "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html",
+    ),
+    "amazon-2018": (
+        (
+            f"{_UCSD}/amazon_v2/categoryFilesSmall/{{}}_5.json.gz",
+            f"{_UCSD}/amazon_v2/metaFiles2/meta_{{}}.json.gz",
+        ),
+        "https://nijianmo.github.io/amazon/",
+    ),
+    "amazon-2023": (
+        (
+            f"{_UCSD}/amazon_2023/raw/review_categories/{{}}.jsonl.gz",
+            f"{_UCSD}/amazon_2023/raw/meta_categories/meta_{{}}.jsonl.gz",
+        ),
+        "https://amazon-reviews-2023.github.io/",
+    ),
+}
+
+# SHA-256 as recorded by TensorFlow Datasets (url_checksums/movielens.txt).
+MOVIELENS = {
+    "ml-1m": "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+    "ml-20m": "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
+    "ml-25m": "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
+    "ml-latest-small": None,  # GroupLens renews it from time to time
+}
+MOVIELENS_PAGE = "https://grouplens.org/datasets/movielens/"
+
+
+def remote_files(name: str) -> tuple[list[RemoteFile], str]:
+    """The files of a data set and the page that describes it.
+
+    Raises:
+        UserError: no such data set; those known are listed.
+    """
+    year, _, category = name.partition("/")
+    if year in AMAZON and category:
+        addresses, page = AMAZON[year]
+        return [RemoteFile(address.format(category)) for address in addresses], page
+    if name in MOVIELENS:
+        return [RemoteFile(f"{_GROUPLENS}/{name}.zip", MOVIELENS[name])], MOVIELENS_PAGE
+    known = [*(f"{year}/CATEGORY" for year in AMAZON), *MOVIELENS]
+    raise UserError(
+        f"got {name!r}, expected one of {', '.join(known)}; a category is written as in the file "
+        f"names of the publisher's page (Industrial_and_Scientific, Gift_Cards, …)"
+    )
+
+
+def download(file: RemoteFile, folder: str | os.PathLike, page: str) -> Path:
+    """Fetch a file, going on where an earlier run stopped; one that is there is kept.
+
+    Args:
+        file: what to fetch.
+        folder: where to, created where missing.
+        page: named in errors as the place to look by hand.
+
+    Raises:
+        UserError: the host does not answer or has no such file, or what came is cut off or not
+            what the checksum says. What came of a cut-off file is kept for the next run.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / file.name, folder / f"{file.name}.partial"
+    version = folder / f"{file.name}.version.partial"
+    if path.is_file():
+        _check(file, path, page)
+        return path
+    by_hand = (
+        f"look on {page} for where the file is now, put it by hand into {folder} as {file.name} "
+        f"and give the command again"
+    )
+    try:
+        _fetch(file.url, partial, version)
+    except requests.HTTPError as error:
+        raise UserError(f"{file.url} answered {error.response.status_code}: {by_hand}") from error
+    except requests.RequestException as error:
+        raise UserError(
+            f"{file.url} broke off or cannot be reached ({type(error).__name__}): give the command "
+            f"again to go on where it stopped, or {by_hand}"
+        ) from error
+    _check(file, partial, page)
+    os.replace(partial, path)
+    version.unlink(missing_ok=True)
+    return path
+
+
+def _fetch(url: str, partial: Path, version: Path) -> None:
+    """Fetch into `partial`; the version tag of what is in it stands in `version`."""
+    have = partial.stat().st_size if partial.is_file() else 0
+    tag = version.read_text() if version.is_file() else ""
+    # Without compression on the way, sizes and places are those of the file.
+    headers = {"Accept-Encoding": "identity"}
+    if have and tag:
+        # If-Range: the rest of that very version, or all of another one.
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+        if response.status_code == 416:  # nothing is behind what is there: begin anew
+            partial.unlink()
+            version.unlink()
+            _fetch(url, partial, version)
+            return
+        response.raise_for_status()
+        goes_on = response.status_code == 206
+        if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise requests.ConnectionError("the host sent another part than asked for")
+        start = have if goes_on else 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        tag = response.headers.get("ETag", "")
+        # A weak tag stands for more than one content, a missing one for any.
+        version.write_text(
+            "" if tag.startswith("W/") else tag or response.headers.get("Last-Modified", "")
+        )
+        with (
+            open(partial, "ab" if goes_on else "wb") as handle,
+            tqdm(
+                total=total, initial=start, desc=partial.name.removesuffix(".partial"),
+                unit="B", unit_scale=True, disable=None,
+            ) as bar,
+        ):  # fmt: skip
+            for piece in response.iter_content(_CHUNK):
+                handle.write(piece)
+                bar.update(len(piece))
+            handle.flush()
+            os.fsync(handle.fileno())
+    if total is not None and partial.stat().st_size != total:
+        raise requests.ConnectionError(f"{partial.stat().st_size} of {total} bytes came")
+
+
+def _check(file: RemoteFile, path: Path, page: str) -> None:
+    if file.sha256 is None:
+        return
+    with open(path, "rb") as handle:
+        digest = hashlib.sha256()
+        while piece := handle.read(_CHUNK):
+            digest.update(piece)
+    if digest.hexdigest() != file.sha256:
+        if path.name.endswith(".partial"):
+            path.unlink()  # it would be gone on with
+        raise UserError(
+            f"{path} has the SHA-256 {digest.hexdigest()}, expected {file.sha256}: delete it if it "
+            f"is there and fetch it again; if it comes out the same, see {page}"
+        )
+
+
+def unpack_movielens(archive: str | os.PathLike) -> list[Path]:
+    """ratings.csv and movies.csv beside the archive, as the newer sets have them.
+
+    ML-1M's `::` between fields and its Latin-1 text are rewritten.
+
+    Raises:
+        UserError: the archive is damaged or lacks the two files.
+    """
+    archive = Path(archive)
+    columns = {
+        "ratings": ["userId", "movieId", "rating", "timestamp"],
+        "movies": ["movieId", "title", "genres"],
+    }
+    written = []
+    try:
+        with zipfile.ZipFile(archive) as files:
+            names = {Path(name).name: name for name in files.namelist()}
+            for name, header in columns.items():
+                target = archive.parent / archive.stem / f"{name}.csv"
+                if f"{name}.csv" in names:
+                    with (
+                        files.open(names[f"{name}.csv"]) as source,
+                        atomic_write(target, "wb") as handle,
+                    ):
+                        while piece := source.read(_CHUNK):
+                            handle.write(piece)
+                elif f"{name}.dat" in names:
+                    with files.open(names[f"{name}.dat"]) as source, atomic_write(target) as handle:
+                        rows = csv.writer(handle, lineterminator="\n")
+                        rows.writerow(header)
+                        for line in io.TextIOWrapper(source, encoding="latin-1"):
+                            rows.writerow(line.rstrip("\r\n").split("::"))
+                else:
+                    raise UserError(f"{archive} holds no {name}.csv or {name}.dat")
+                written.append(target)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{archive} is damaged ({error}): delete it and fetch it again") from error
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, fetch, say what was written and what to do with it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recformer.data.download",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "name", metavar="NAME", help=f"{', '.join(f'{y}/CATEGORY' for y in AMAZON)}, "
+        f"{', '.join(MOVIELENS)}"
+    )  # fmt: skip
+    parser.add_argument(
+        "--output_path", default="raw_data", metavar="FOLDER", help="default: %(default)s"
+    )
+    args = parser.parse_args(arguments)
+    files, page = remote_files(args.name)
+    folder = Path(args.output_path)
+    paths = [download(file, folder, page) for file in files]
+    if args.name in MOVIELENS:
+        paths = unpack_movielens(paths[0])
+    print(
+        f"python finetune_data/process.py --file_path {paths[0]} --meta_file_path {paths[1]} "
+        f"--output_path {folder / args.name.replace('/', '-')}_processed"
+    )
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
