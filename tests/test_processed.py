@@ -181,8 +181,11 @@ def write(folder: Path, **changes: object) -> dict[str, object]:
 def test_written_files_have_the_published_shape(tmp_path: Path) -> None:
     about = write(tmp_path / "new" / "folder")
     found = {
-        path.name: json.loads(path.read_text()) for path in (tmp_path / "new" / "folder").iterdir()
+        path.name: json.loads(path.read_text())
+        for path in (tmp_path / "new" / "folder").glob("*.json")
     }
+    names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert names == {*found, "interactions.parquet"}
     assert found == {
         "train.json": {"0": [0, 1], "1": [1]},
         "val.json": {"0": [2]},
