@@ -54,6 +54,13 @@ class Zero2Strategy(DeepSpeedStrategy):
 class CpuZero2Strategy(Zero2Strategy):
     """The same over gloo. DeepSpeed can do it; Lightning only insists on GPUs in its checks."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        from deepspeed import ops
+
+        # Collectives through shared memory: a minute of compiling, where there is a compiler.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     @property
     def root_device(self) -> torch.device:
         return torch.device("cpu", 0)
