@@ -435,7 +435,7 @@ class PretrainCollator:
 
     Returns a dict: `a`, `b` (PackedTokens of B histories and B targets), `mlm_a`, `mlm_b` (masked
     and true ids, (T,) each; absent without a masker), `target_ids` (B,), `user_ids` (B,) rows of
-    the split, and `labels` (B,): what `label_of` makes of the target ids.
+    the split, and `labels` (B,): the targets' places in `pool`, or their ids without one.
     """
 
     def __init__(
