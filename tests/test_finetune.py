@@ -17,6 +17,7 @@ from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
 from recformer.finetune import FinetuneArguments, run
 from recformer.tokenization import train_tokenizer
+from recformer.training.experiment import Experiment
 from recformer.training.item_encoder import encode_items, token_budget_batches
 from recformer.training.lit import LitWrapper, parameter_groups
 
@@ -174,7 +175,7 @@ def test_an_early_stop_survives_a_cut(data, tmp_path, monkeypatch):
     def cut_off(*_):
         raise RuntimeError("cut off")
 
-    monkeypatch.setattr(entry.Run, "_load_best", cut_off)
+    monkeypatch.setattr(Experiment, "_load_best", cut_off)
     with pytest.raises(RuntimeError):
         run(arguments(data, tmp_path / "cut", **settings))
     (tmp_path / "cut" / "stage1" / "done.json").unlink()  # killed between the two

@@ -5,6 +5,7 @@ Published names are kept. A field's `help` is its documentation; defaults stand 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -93,3 +94,71 @@ def _like(example: Any, name: str, text: str) -> Any:
     except (KeyError, ValueError):
         kind = type(example).__name__
         raise UserError(f"--config_overrides: {name}={text} is not of type {kind}") from None
+
+
+@dataclass
+class RunArguments:
+    """What every training run on a processed folder is told, whatever its model."""
+
+    data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
+    output_dir: str = flag("result", "everything that is written goes there")
+    num_train_epochs: int = flag(16, "epochs at most, a stage")
+    batch_size: int = flag(16, "users a process and step")
+    gradient_accumulation_steps: int = flag(8, "batches an optimizer step")
+    learning_rate: float = flag(5e-5, "peak learning rate of AdamW, of each stage")
+    weight_decay: float = flag(0.0, "of AdamW; none on biases and LayerNorm")
+    warmup_steps: int = flag(100, "optimizer steps of linear warm-up, of each stage")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 for no clipping")
+    metric_ks: list[int] = flag([10, 50], "cut-offs of NDCG and Recall")
+    ties: str = flag(
+        "expected",
+        "rank of a target that ties with other items",
+        choices=["expected", "pessimistic", "optimistic"],
+    )
+    filter_seen: bool = flag(False, "take items of the history out of the candidates")
+    eval_users: int | None = flag(None, "validate on a seeded sample of so many users")
+    verbose: int = flag(3, "epochs between validations; the last epoch is always validated")
+    device: list[int] | None = flag(
+        None, "GPU indices, -1 for the CPU; unset: the first GPU if there is one", nargs="+"
+    )
+    num_processes: int = flag(1, "processes on the CPU (gloo); GPUs are named by --device")
+    fp16: bool = flag(
+        False, "16-bit mixed precision: bfloat16 where the hardware has it, else float16 on a GPU"
+    )
+    dataloader_num_workers: int = flag(0, "loader processes")
+    seed: int = flag(42, "of weights, order, targets, dropout and sampled users")
+    overwrite_output_dir: bool = flag(False, "start anew where --output_dir holds another run")
+    wandb: bool = flag(False, "log to Weights & Biases too (offline without an account)")
+
+    @property
+    def metric(self) -> str:
+        """The metric that early stopping and the choice of the best model look at."""
+        return f"NDCG@{10 if 10 in self.metric_ks else min(self.metric_ks)}"
+
+    def check(self) -> None:
+        """Refuse values that would only fail later.
+
+        Raises:
+            UserError: names the flag, its value and what is allowed.
+        """
+        positive = ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "verbose")
+        for name in (*positive, "num_processes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not self.learning_rate > 0:
+            raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
+        if not self.metric_ks or min(self.metric_ks) < 1:
+            raise UserError(f"--metric_ks {self.metric_ks}: cut-offs must be at least 1")
+        if self.eval_users is not None and self.eval_users < 1:
+            raise UserError(f"--eval_users {self.eval_users}: must be at least 1")
+        if self.num_processes > 1 and self.device not in (None, [-1]):
+            raise UserError("--num_processes is for the CPU: with it, --device may only be -1")
+
+
+def say(text: object) -> None:
+    """Print on the first process."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(text, flush=True)

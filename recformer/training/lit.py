@@ -8,7 +8,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from recformer.files import sha256_of
 from recformer.metrics import Evaluator, TargetRanks
@@ -42,13 +42,14 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 class LitWrapper(lightning.LightningModule):
     """A recommender with its optimizer, schedule and evaluation.
 
-    AdamW with a linear schedule after `warmup_steps` optimizer steps. Validation logs
+    AdamW, its learning rate warmed up over `warmup_steps` optimizer steps. Validation logs
     `val/<metric>`, test logs `test/<metric>` (see `recformer.metrics.Evaluator`); the evaluator of
     the last evaluation stays at `self.evaluator`, so that ranks can be written.
 
     Args:
         model: a `Recommender`.
         learning_rate, weight_decay, warmup_steps: of AdamW and its schedule.
+        schedule: `linear` (down to 0 at the last step) or `constant` after the warm-up.
         metric_ks: cut-offs of NDCG and Recall.
         ties: `expected`, `pessimistic` or `optimistic`.
         filter_seen: take items of the history out of the candidates (never the target).
@@ -62,6 +63,7 @@ class LitWrapper(lightning.LightningModule):
         learning_rate: float = 5e-5,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        schedule: str = "linear",
         metric_ks: tuple[int, ...] = (10, 50),
         ties: str = "expected",
         filter_seen: bool = False,
@@ -72,6 +74,7 @@ class LitWrapper(lightning.LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.schedule = schedule
         self.metric_ks = tuple(metric_ks)
         self.ties = ties
         self.filter_seen = filter_seen
@@ -88,9 +91,12 @@ class LitWrapper(lightning.LightningModule):
         # unscale them itself, too late for that.
         fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
-        schedule = get_linear_schedule_with_warmup(
-            optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
-        )
+        if self.schedule == "constant":
+            schedule = get_constant_schedule_with_warmup(optimizer, self.warmup_steps)
+        else:
+            schedule = get_linear_schedule_with_warmup(
+                optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
+            )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def configure_gradient_clipping(

@@ -1,0 +1,242 @@
+"""One training run and its folder: what finetuning and every baseline do around their model.
+
+output_dir/run.json              the settings that figures depend on; another run is refused
+output_dir/<stage>/last.ckpt     to continue from, after every epoch
+output_dir/<stage>/best.ckpt     of the best validation
+output_dir/<stage>/history.csv   a row an epoch
+output_dir/<stage>/done.json     the stage is over
+output_dir/evaluation/<name>.json, output_dir/ranks/<name>_<split>.parquet
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+from recformer.data.datamodule import SeqRecDataModule
+from recformer.files import UserError, read_json, write_json
+from recformer.training.arguments import RunArguments, say
+from recformer.training.callbacks import EarlyStop, History, LastEpochIsValidated
+from recformer.training.lit import LitWrapper
+from recformer.training.trainer import build_trainer, choose_devices, half_precision
+
+# None of these changes a figure.
+IGNORED = (
+    "output_dir", "overwrite_output_dir", "wandb", "dataloader_num_workers",
+    "preprocessing_num_workers", "data_path",
+)  # fmt: skip
+
+
+class Experiment:
+    """Trains a model stage by stage and evaluates it; continues where an earlier run was cut off.
+
+    Args:
+        args: flags of the run.
+        stages: names of the stages that this kind of run may have.
+        schedule: of the learning rate, see `LitWrapper`.
+
+    Raises:
+        UserError: flags that make no sense.
+    """
+
+    def __init__(self, args: RunArguments, stages: Sequence[str], schedule: str = "linear") -> None:
+        args.check()
+        self.args = args
+        self.stages = tuple(stages)
+        self.schedule = schedule
+        self.output_dir = Path(args.output_dir)
+        self.accelerator, self.devices = choose_devices(args.device)
+        if args.num_processes > 1:
+            self.accelerator, self.devices = "cpu", args.num_processes
+        self.precision = half_precision(self.accelerator) if args.fp16 else "32-true"
+        self.logger: Logger | None = None
+
+    def begin(self, model: torch.nn.Module, data: SeqRecDataModule, settings: dict) -> None:
+        """Take model and data, and the output folder, or continue there if it holds this very run.
+
+        Args:
+            settings: everything that figures depend on.
+
+        Raises:
+            UserError: the folder holds another run and may not be overwritten.
+        """
+        self.model, self.data = model, data
+        settings = {name: value for name, value in settings.items() if name not in IGNORED}
+        settings |= {"precision": self.precision}
+        path = self.output_dir / "run.json"
+        if path.exists():
+            before = read_json(path)
+            different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
+            if different and not self.args.overwrite_output_dir:
+                raise UserError(
+                    f"{self.output_dir} holds another run (different: {', '.join(different)}); "
+                    "choose another --output_dir, or give --overwrite_output_dir"
+                )
+            if different:
+                for name in ("evaluation", "ranks", *self.stages):
+                    shutil.rmtree(self.output_dir / name, ignore_errors=True)
+                (self.output_dir / "metrics.json").unlink(missing_ok=True)
+        write_json(path, settings, indent=1)
+
+    def _module(self) -> LitWrapper:
+        args = self.args
+        return LitWrapper(
+            self.model,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            warmup_steps=args.warmup_steps,
+            schedule=self.schedule,
+            metric_ks=tuple(args.metric_ks),
+            ties=args.ties,
+            filter_seen=args.filter_seen,
+            seed=args.seed,
+        )
+
+    def _trainer(self, callbacks: Sequence[Callback]) -> Any:
+        args = self.args
+        processes = self.devices if isinstance(self.devices, int) else len(self.devices)
+        return build_trainer(
+            self.output_dir,
+            args.num_train_epochs,
+            self.accelerator,
+            self.devices,
+            self.precision,
+            callbacks,
+            strategy="ddp" if processes > 1 else "auto",
+            validate_every=args.verbose,
+            accumulate=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+            logger=self.logger,
+        )
+
+    def evaluate(
+        self, name: str, callbacks: Callable[[], Sequence[Callback]]
+    ) -> dict[str, dict[str, float]]:
+        """Rank all validation and test users with the model as it stands; figures by split.
+
+        Per-user ranks go to `ranks/<name>_<split>.parquet`; figures already on disk are read.
+
+        Args:
+            name: of the evaluation.
+            callbacks: makes the callbacks that the model needs around an evaluation.
+        """
+        done = self.output_dir / "evaluation" / f"{name}.json"
+        if done.exists():
+            return read_json(done)
+        module = self._module()
+        trainer = self._trainer(callbacks())
+        figures = {}
+        for split, loader in (
+            ("val", self.data.val_dataloader()),
+            ("test", self.data.test_dataloader()),
+        ):
+            trainer.test(module, loader, verbose=False)
+            figures[split] = module.evaluator.compute()
+            if trainer.is_global_zero:
+                module.evaluator.write_parquet(
+                    self.output_dir / "ranks" / f"{name}_{split}.parquet"
+                )
+        if trainer.is_global_zero:
+            write_json(done, figures, indent=1)
+        return figures
+
+    def train(
+        self,
+        stage: str,
+        patience: int,
+        callbacks: Sequence[Callback] = (),
+        best_before: float | None = None,
+    ) -> dict[str, Any]:
+        """Train one stage, or what is left of it, and leave the model at its best epoch.
+
+        Args:
+            stage: its folder within the output folder.
+            patience: validations without gain before it ends.
+            callbacks: what the model needs around training.
+            best_before: validation metric that an earlier stage reached; only better counts.
+
+        Returns:
+            `best` (validation metric or None if never above `best_before`), `rows` (history),
+            `seconds`.
+        """
+        folder = self.output_dir / stage
+        done, last, best = folder / "done.json", folder / "last.ckpt", folder / "best.ckpt"
+        monitor = f"val/{self.args.metric}"
+        if done.exists():
+            result = read_json(done)
+        else:
+            stopper = EarlyStop(
+                monitor, patience=patience, mode="max", check_on_train_epoch_end=False
+            )
+            keeper = ModelCheckpoint(
+                folder, "best", monitor, mode="max", enable_version_counter=False,
+                save_on_train_epoch_end=False,
+            )  # fmt: skip
+            if best_before is not None:
+                stopper.best_score = torch.tensor(best_before)
+            saver = ModelCheckpoint(
+                folder, "last", enable_version_counter=False, save_on_train_epoch_end=True
+            )
+            history = History(folder, stage, self.args.metric)
+            around = [*callbacks, LastEpochIsValidated(), stopper, history, keeper, saver]
+            trainer = self._trainer(around)
+            started = time.monotonic()
+            resume = str(last) if last.exists() else None
+            if resume:
+                say(f"{stage}: continuing from {last}")
+            trainer.fit(self._module(), datamodule=self.data, ckpt_path=resume)
+            if trainer.interrupted:
+                raise KeyboardInterrupt
+            score = float(keeper.best_model_score)
+            result = {
+                "best": score if best_before is None or score > best_before else None,
+                "rows": history.rows,
+                "seconds": round(time.monotonic() - started, 1),
+            }
+            if trainer.is_global_zero:
+                write_json(done, result, indent=1)
+        if result["best"] is not None:
+            self._load_best(best)
+        return result
+
+    def _load_best(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        self.model.cpu().load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
+
+    def summary(self) -> dict[str, Any]:
+        """The rules that the figures of `metrics.json` were made by."""
+        args = self.args
+        return {
+            "ties": args.ties,
+            "filter_seen": args.filter_seen,
+            "split_hash": self.data.folder.split_hash,
+            "eval_users": args.eval_users,
+            "seed": args.seed,
+            "precision": self.precision,
+        }
+
+    def headline(self, figures: dict[str, float]) -> str:
+        """The rules in words, above a table of figures."""
+        seen = "filtered" if self.args.filter_seen else "kept"
+        return (
+            f"test, {figures['num_users']:,.0f} users, full ranking, ties {self.args.ties}, "
+            f"seen items {seen}"
+        )
+
+
+def format_table(rows: dict[str, dict[str, float]]) -> str:
+    """Rows of figures as an aligned text table; MRR at cut-offs is left to `metrics.json`."""
+    columns = [c for c in next(iter(rows.values())) if c != "num_users" and "MRR@" not in c]
+    width = max(len(name) for name in rows)
+    lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
+    for name, figures in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{figures[c]:>11.4f}" for c in columns))
+    return "\n".join(lines)
