@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -14,6 +14,7 @@ from baselines import evaluate
 from baselines.popularity import Popularity
 from baselines.text_neighbours import TextNeighbours
 from recformer.data.processed import ProcessedFolder
+from recformer.evaluation import detailed_figures, format_slices, format_table
 from recformer.files import UserError, exit_with_message, write_json
 from recformer.training.arguments import flag
 
@@ -50,7 +51,7 @@ class BaselineArguments:
     )
 
 
-def run(args: BaselineArguments) -> dict[str, float]:
+def run(args: BaselineArguments) -> dict[str, Any]:
     """Evaluate, print, and write what was asked for; returns the figures.
 
     Raises:
@@ -65,15 +66,14 @@ def run(args: BaselineArguments) -> dict[str, float]:
     folder = ProcessedFolder.load(args.data_path)
     baseline = MODELS[args.model](folder, **own)
     evaluator = evaluate(baseline, args.split, args.metric_ks, args.ties, args.filter_seen)
-    figures = evaluator.compute()
+    figures = detailed_figures(evaluator, folder, args.split)
     seen = "filtered" if args.filter_seen else "kept"
     print(
         f"{args.model}: {args.split}, {figures['num_users']:,} users, {folder.num_items:,} items, "
         f"full ranking, ties {args.ties}, seen items {seen}"
     )
-    for name, value in figures.items():
-        if name != "num_users":
-            print(f"  {name:<10}{value:.4f}")
+    print(format_table({args.model: figures}))
+    print(format_slices(figures, f"NDCG@{min(args.metric_ks)}"))
     if args.output_dir is not None:
         output_dir = Path(args.output_dir)
         evaluator.write_parquet(output_dir / f"ranks_{args.split}.parquet")

@@ -27,12 +27,13 @@ from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollat
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
+from recformer.evaluation import format_slices, format_table
 from recformer.files import UserError, atomic_write, exit_with_message, write_json
 from recformer.models import RecformerForSeqRec
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, RunArguments, flag, say
 from recformer.training.callbacks import ItemTable, draw_history
-from recformer.training.experiment import Experiment, format_table
+from recformer.training.experiment import Experiment
 from recformer.training.start import load_start_model, weights_hash
 from recformer.training.trainer import wandb_logger
 
@@ -157,7 +158,7 @@ class Run:
             model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
         return model, tokenizer
 
-    def evaluate(self, name: str) -> dict[str, dict[str, float]]:
+    def evaluate(self, name: str) -> dict[str, dict[str, Any]]:
         """Figures of the model as it stands, by split."""
         return self.experiment.evaluate(name, lambda: [ItemTable(self.store, every_epoch=False)])
 
@@ -219,6 +220,7 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
         write_json(metrics_path, result, indent=1)
         print("\n" + this.experiment.headline(result["test"]))
         print(format_table({name: entry["test"] for name, entry in evaluations.items()}))
+        print(format_slices(result["test"], args.metric))
         print(f"written to {this.output_dir}: metrics.json"
               + ("" if args.zero_shot else f", curves.png, {args.ckpt}"))  # fmt: skip
     return result

@@ -1,8 +1,8 @@
 """Uncertainty of figures that are means over users: bootstrap intervals and paired tests.
 
-Users are the unit that is drawn anew. A metric takes few different values over many users, so a
-bootstrap sample is a multinomial draw of how often each value occurs, and memory does not grow with
-users times samples.
+Users are the unit that is drawn anew. Where a metric takes few different values over many users, a
+bootstrap sample is a multinomial draw of how often each value occurs; otherwise the users
+themselves are drawn. Memory does not grow with users times samples.
 
 Shapes: U users, V different values, R resamples.
 """
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-DRAWS_AT_ONCE = 1 << 24  # values x resamples in memory
+DRAWS_AT_ONCE = 1 << 22  # values, or users, x resamples in memory
+COUNT_COST = 16  # drawing how often one value occurs takes as long as drawing so many users
 
 
 def _chunks(num_values: int, resamples: int) -> list[int]:
@@ -40,10 +41,18 @@ def bootstrap_interval(
     """
     distinct, counts = np.unique(values, return_counts=True)
     generator = np.random.default_rng(seed)
-    means = [
-        generator.multinomial(len(values), counts / len(values), size=size) @ distinct / len(values)
-        for size in _chunks(len(distinct), resamples)
-    ]
+    users = len(values)
+    if COUNT_COST * len(distinct) < users:
+        means = [
+            generator.multinomial(users, counts / users, size=size) @ distinct / users
+            for size in _chunks(len(distinct), resamples)
+        ]
+    else:
+        by_value = np.sort(values)  # so that the order of users does not matter
+        means = [
+            by_value[generator.integers(users, size=(size, users), dtype=np.int32)].mean(axis=1)
+            for size in _chunks(users, resamples)
+        ]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from recformer.evaluation import format_table
 from recformer.files import UserError, exit_with_message, read_json
-from recformer.finetune import format_table
 from recformer.metrics import TargetRanks, per_user_metrics
 
 

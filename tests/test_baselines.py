@@ -234,7 +234,7 @@ def test_the_command_writes_figures_and_ranks(
     assert "text_neighbours: test, 3 users, 6 items" in printed
     result = read_json(output / "metrics.json")
     figures = TextNeighbours(folder, decay=0).evaluate("test", metric_ks=(1, 3), ties="pessimistic")
-    assert result["test"] == figures
+    assert result["test"].items() > figures.items()
     assert figures["MRR"] == pytest.approx((1 / 6 + 1 / 2 + 1 / 6) / 3)  # by hand, above
     assert {k: result[k] for k in ("model", "decay", "ties", "filter_seen", "split_hash")} == {
         "model": "text_neighbours",
@@ -260,7 +260,8 @@ def test_the_command_on_validation_users(folder: ProcessedFolder, tmp_path: Path
         ]
     )
     result = read_json(output / "metrics.json")
-    assert result["validation"] == evaluate(Popularity(folder), "val", filter_seen=True).compute()
+    figures = evaluate(Popularity(folder), "val", filter_seen=True).compute()
+    assert result["validation"].items() > figures.items()
     assert result["filter_seen"] is True
     assert (output / "ranks_val.parquet").exists()
     assert "test" not in result

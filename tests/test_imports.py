@@ -16,7 +16,13 @@ LAYERS: list[tuple[str, ...]] = [
     ("recformer.files", "recformer.packing"),
     ("recformer.config",),
     ("recformer.tokenization", "recformer.data"),
-    ("recformer.models", "recformer.losses", "recformer.metrics", "recformer.statistics"),
+    (
+        "recformer.models",
+        "recformer.losses",
+        "recformer.metrics",
+        "recformer.statistics",
+        "recformer.evaluation",
+    ),
     (
         "recformer.checkpoint",
         "recformer.backbones",

@@ -11,6 +11,7 @@ from typing import Any
 
 from recformer.config import PAPER, RecformerConfig
 from recformer.files import UserError
+from recformer.metrics import TIES
 
 # A sequence holds <s> and an item, hence 2.
 LEAST = {"max_token_num": 2, "max_item_embeddings": 2, "max_attr_num": 1, "max_attr_length": 1}
@@ -97,7 +98,33 @@ def _like(example: Any, name: str, text: str) -> Any:
 
 
 @dataclass
-class RunArguments:
+class EvaluationArguments:
+    """How a model is judged: the same flags for every entry point that evaluates."""
+
+    metric_ks: list[int] = flag([10, 50], "cut-offs of NDCG and Recall")
+    ties: str = flag("expected", "rank of a target that ties with other items", choices=list(TIES))
+    filter_seen: bool = flag(False, "take items of the history out of the candidates")
+    eval_users: int | None = flag(None, "validate on a seeded sample of so many users")
+
+    @property
+    def metric(self) -> str:
+        """The metric that early stopping and the choice of the best model look at."""
+        return f"NDCG@{10 if 10 in self.metric_ks else min(self.metric_ks)}"
+
+    def check(self) -> None:
+        """Refuse values that would only fail later.
+
+        Raises:
+            UserError: names the flag, its value and what is allowed.
+        """
+        if not self.metric_ks or min(self.metric_ks) < 1:
+            raise UserError(f"--metric_ks {self.metric_ks}: cut-offs must be at least 1")
+        if self.eval_users is not None and self.eval_users < 1:
+            raise UserError(f"--eval_users {self.eval_users}: must be at least 1")
+
+
+@dataclass
+class RunArguments(EvaluationArguments):
     """What every training run on a processed folder is told, whatever its model."""
 
     data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
@@ -109,14 +136,6 @@ class RunArguments:
     weight_decay: float = flag(0.0, "of AdamW; none on biases and LayerNorm")
     warmup_steps: int = flag(100, "optimizer steps of linear warm-up, of each stage")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 for no clipping")
-    metric_ks: list[int] = flag([10, 50], "cut-offs of NDCG and Recall")
-    ties: str = flag(
-        "expected",
-        "rank of a target that ties with other items",
-        choices=["expected", "pessimistic", "optimistic"],
-    )
-    filter_seen: bool = flag(False, "take items of the history out of the candidates")
-    eval_users: int | None = flag(None, "validate on a seeded sample of so many users")
     verbose: int = flag(3, "epochs between validations; the last epoch is always validated")
     device: list[int] | None = flag(
         None, "GPU indices, -1 for the CPU; unset: the first GPU if there is one", nargs="+"
@@ -130,17 +149,13 @@ class RunArguments:
     overwrite_output_dir: bool = flag(False, "start anew where --output_dir holds another run")
     wandb: bool = flag(False, "log to Weights & Biases too (offline without an account)")
 
-    @property
-    def metric(self) -> str:
-        """The metric that early stopping and the choice of the best model look at."""
-        return f"NDCG@{10 if 10 in self.metric_ks else min(self.metric_ks)}"
-
     def check(self) -> None:
         """Refuse values that would only fail later.
 
         Raises:
             UserError: names the flag, its value and what is allowed.
         """
+        super().check()
         positive = ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "verbose")
         for name in (*positive, "num_processes"):
             if getattr(self, name) < 1:
@@ -150,10 +165,6 @@ class RunArguments:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         if not self.learning_rate > 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
-        if not self.metric_ks or min(self.metric_ks) < 1:
-            raise UserError(f"--metric_ks {self.metric_ks}: cut-offs must be at least 1")
-        if self.eval_users is not None and self.eval_users < 1:
-            raise UserError(f"--eval_users {self.eval_users}: must be at least 1")
         if self.num_processes > 1 and self.device not in (None, [-1]):
             raise UserError("--num_processes is for the CPU: with it, --device may only be -1")
 

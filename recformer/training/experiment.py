@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from recformer.data.datamodule import SeqRecDataModule
+from recformer.evaluation import SplitName, detailed_figures
 from recformer.files import UserError, read_json, write_json
 from recformer.training.arguments import RunArguments, say
 from recformer.training.callbacks import EarlyStop, History, LastEpochIsValidated
@@ -119,27 +120,31 @@ class Experiment:
 
     def evaluate(
         self, name: str, callbacks: Callable[[], Sequence[Callback]]
-    ) -> dict[str, dict[str, float]]:
-        """Rank all validation and test users with the model as it stands; figures by split.
+    ) -> dict[str, dict[str, Any]]:
+        """Rank all validation and test users with the model as it stands.
 
         Per-user ranks go to `ranks/<name>_<split>.parquet`; figures already on disk are read.
 
         Args:
             name: of the evaluation.
             callbacks: makes the callbacks that the model needs around an evaluation.
+
+        Returns:
+            `recformer.evaluation.detailed_figures` by split.
         """
         done = self.output_dir / "evaluation" / f"{name}.json"
         if done.exists():
-            return read_json(done)
+            figures = read_json(done)
+            if all("intervals" in entry for entry in figures.values()):
+                return figures  # else written before there were intervals
         module = self._module()
         trainer = self._trainer(callbacks())
         figures = {}
-        for split, loader in (
-            ("val", self.data.val_dataloader()),
-            ("test", self.data.test_dataloader()),
-        ):
+        splits: tuple[SplitName, ...] = ("val", "test")
+        for split in splits:
+            loader = self.data.val_dataloader() if split == "val" else self.data.test_dataloader()
             trainer.test(module, loader, verbose=False)
-            figures[split] = module.evaluator.compute()
+            figures[split] = detailed_figures(module.evaluator, self.data.folder, split)
             if trainer.is_global_zero:
                 module.evaluator.write_parquet(
                     self.output_dir / "ranks" / f"{name}_{split}.parquet"
@@ -223,20 +228,10 @@ class Experiment:
             "precision": self.precision,
         }
 
-    def headline(self, figures: dict[str, float]) -> str:
+    def headline(self, figures: dict[str, Any]) -> str:
         """The rules in words, above a table of figures."""
         seen = "filtered" if self.args.filter_seen else "kept"
         return (
             f"test, {figures['num_users']:,.0f} users, full ranking, ties {self.args.ties}, "
             f"seen items {seen}"
         )
-
-
-def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of figures as an aligned text table; MRR at cut-offs is left to `metrics.json`."""
-    columns = [c for c in next(iter(rows.values())) if c != "num_users" and "MRR@" not in c]
-    width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
-    for name, figures in rows.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{figures[c]:>11.4f}" for c in columns))
-    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""What an evaluation reports: figures, intervals, and the same for parts of the users.
+
+The `Evaluator` of `recformer.metrics` knows ranks alone. With the processed folder beside it,
+`detailed_figures` says how sure every figure is and for whom it holds. Every model's `metrics.json`
+holds what this function returns.
+
+Shapes: U evaluated users, N items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recformer.data.processed import ProcessedFolder
+from recformer.files import UserError
+from recformer.metrics import Evaluator, TargetRanks, per_user_metrics
+from recformer.statistics import bootstrap_interval
+
+SplitName = Literal["val", "test"]
+
+#: A target with at least so many training interactions is frequent, with fewer rare, with none
+#: cold. The usual data sets are 5-cores: their makers hold that an item needs five to be learned.
+FREQUENT = 5
+
+#: Most items of a history in each slice by length; the last slice has longer ones. Recformer reads
+#: the newest 50 items, so the last slice is what it does not see whole.
+LENGTHS = (5, 10, 20, 50)
+
+#: Of the intervals here. An end is then uncertain by a twelfth of a standard error;
+#: `recformer.compare` draws ten times as many.
+RESAMPLES = 1_000
+
+
+def detailed_figures(
+    evaluator: Evaluator, folder: ProcessedFolder, split: SplitName
+) -> dict[str, Any]:
+    """Figures of a split with 95 % bootstrap intervals, for all users and for slices of them.
+
+    Args:
+        evaluator: with the ranks of users of that split, all or some; in several processes gathered
+            before.
+        folder: the data they come from.
+        split: whose targets were ranked.
+
+    Returns:
+        `Evaluator.compute()`, with `intervals` ({metric: [low, high]}) and `slices` ({name:
+        {`num_users`, metrics, `intervals`}}, see `slices`). Slices without users are left out.
+
+    Raises:
+        UserError: there are no users, or they are not of this split.
+    """
+    state = evaluator.state()
+    ranks = TargetRanks(state["above"], state["tied"], state["num_candidates"])
+    figures: dict[str, Any] = dict(evaluator.compute())
+    values = per_user_metrics(ranks, evaluator.ks, evaluator.ties)
+    figures["intervals"] = intervals(values)
+    figures["slices"] = {}
+    for name, chosen in slices(folder, split, state["user_id"], state["target"]).items():
+        part = {metric: x[chosen] for metric, x in values.items()}
+        figures["slices"][name] = {
+            "num_users": int(chosen.sum()),
+            **{metric: float(x.mean()) for metric, x in part.items()},
+            "intervals": intervals(part),
+        }
+    return figures
+
+
+def intervals(values: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
+    """95 % bootstrap interval of the mean of every metric's values (U,), as [low, high]."""
+    return {name: list(bootstrap_interval(x, resamples=RESAMPLES)) for name, x in values.items()}
+
+
+def slices(
+    folder: ProcessedFolder,
+    split: SplitName,
+    user_ids: NDArray[np.int64],
+    targets: NDArray[np.int64],
+) -> dict[str, NDArray[np.bool_]]:
+    """Which users belong to which slice, bool (U,) each; three partitions of the users.
+
+    `cold target`, `rare target`, `frequent target`: by the target's training interactions, none,
+    fewer than `FREQUENT`, or more. `history 1-5` and so on: by the number of items before the
+    target. `first-time target`, `repeat target`: whether it is among them.
+
+    Args:
+        folder: the data.
+        split: "val" or "test".
+        user_ids, targets: (U,), users ascending.
+
+    Raises:
+        UserError: a user without this target in that split.
+    """
+    examples = folder.eval_examples(split)
+    rows = np.searchsorted(examples.user_ids, user_ids)
+    known = rows < len(examples)
+    known[known] = (examples.user_ids[rows[known]] == user_ids[known]) & (
+        examples.targets[rows[known]] == targets[known]
+    )
+    if not known.all():
+        user, target = user_ids[~known][0], targets[~known][0]
+        raise UserError(
+            f"user {user} was ranked for item {target}, which is not the {split} target of that "
+            f"user in {folder.path}: the ranks belong to another folder or split"
+        )
+    count = np.bincount(folder.train.items, minlength=folder.num_items)[targets]
+    found = {
+        "cold target": count == 0,
+        "rare target": (count > 0) & (count < FREQUENT),
+        "frequent target": count >= FREQUENT,
+    }
+    lengths = examples.histories.lengths[rows]
+    least = 1
+    for most in LENGTHS:
+        found[f"history {least}-{most}"] = (lengths >= least) & (lengths <= most)
+        least = most + 1
+    found[f"history {least}+"] = lengths >= least
+    of_row = examples.histories.rows
+    same = examples.histories.items == examples.targets[of_row]
+    repeat = np.bincount(of_row[same], minlength=len(examples))[rows] > 0
+    found |= {"first-time target": ~repeat, "repeat target": repeat}
+    return {name: chosen for name, chosen in found.items() if chosen.any()}
+
+
+def format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Figures, a row a model, as an aligned text table, under the last row its 95 % intervals.
+
+    MRR at cut-offs is left to `metrics.json`.
+    """
+    last = list(rows.values())[-1]
+    columns = [
+        name
+        for name, value in last.items()
+        if name != "num_users" and "MRR@" not in name and not isinstance(value, dict)
+    ]
+    lines = {name: [f"{figures[c]:.4f}" for c in columns] for name, figures in rows.items()}
+    for end, label in enumerate(("  95 % from", "  to")):
+        lines[label] = [
+            f"{last['intervals'][c][end]:.4f}" if c in last["intervals"] else "" for c in columns
+        ]
+    return _aligned(columns, lines)
+
+
+def format_slices(figures: Mapping[str, Any], metric: str) -> str:
+    """The slices of `detailed_figures` as an aligned text table: users, a metric with its 95 %
+    interval, and MRR."""
+    lines = {
+        name: [
+            f"{part['num_users']:,}",
+            f"{part[metric]:.4f}",
+            *(f"{end:.4f}" for end in part["intervals"][metric]),
+            f"{part['MRR']:.4f}",
+        ]
+        for name, part in figures["slices"].items()
+    }
+    return _aligned(["users", metric, "95 % from", "to", "MRR"], lines)
+
+
+def _aligned(columns: list[str], lines: Mapping[str, list[str]]) -> str:
+    width = max(map(len, lines))
+    rows = {" " * width: columns, **lines}
+    return "\n".join(
+        (f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells)).rstrip()
+        for name, cells in rows.items()
+    )
