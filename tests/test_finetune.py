@@ -204,6 +204,41 @@ def test_stages_train_apart(data, finished, tmp_path):
         assert len(seen) == 2 + 3  # once before training, then at the start of 3 epochs
 
 
+def test_a_second_stage_that_brings_nothing_leaves_the_first_ones_model(
+    data, tmp_path, monkeypatch
+):
+    train = entry.Run.train
+    # No figure is above 1, so stage 2 cannot improve on it.
+    monkeypatch.setattr(
+        entry.Run,
+        "train",
+        lambda self, stage, best: train(self, stage, best if stage == "stage1" else 1.0),
+    )
+    result = run(arguments(data, tmp_path, num_train_epochs=1))
+    assert result["stages"]["stage2"]["best"] is None
+    assert result["test"] == result["evaluations"]["stage1"]["test"]
+    best = torch.load(tmp_path / "stage1" / "best.ckpt", weights_only=True)["state_dict"]
+    saved = RecformerForSeqRec.from_pretrained(tmp_path / "best_model").state_dict()
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, best[f"model.{name}"]), name
+
+
+def test_a_second_stage_alone_that_is_cut_off_before_its_first_checkpoint(
+    data, tmp_path, monkeypatch
+):
+    settings = {"stages": "2", "num_train_epochs": 1}
+    whole = run(arguments(data, tmp_path / "whole", **settings))
+
+    def cut_off(*_):
+        raise RuntimeError("cut off")
+
+    monkeypatch.setattr(entry.Run, "train", cut_off)
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(arguments(data, tmp_path / "cut", **settings))
+    monkeypatch.undo()
+    assert figures(run(arguments(data, tmp_path / "cut", **settings))) == figures(whole)
+
+
 def test_zero_shot_only_evaluates(data, finished, tmp_path):
     result = run(arguments(data, tmp_path, zero_shot=True))
     assert result["evaluations"] == {"zero_shot": finished[1]["evaluations"]["zero_shot"]}

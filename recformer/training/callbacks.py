@@ -34,7 +34,7 @@ class ItemTable(Callback):
         module.model.init_item_embedding(table)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.every_epoch:
+        if self.every_epoch or pl_module.model.item_embedding is None:
             self._refresh(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -59,6 +59,7 @@ class Experiment:
             self.accelerator, self.devices = "cpu", args.num_processes
         self.precision = half_precision(self.accelerator) if args.fp16 else "32-true"
         self.logger: Logger | None = None
+        self._best: Path | None = None  # checkpoint of the best epoch of all stages
 
     def begin(self, model: torch.nn.Module, data: SeqRecDataModule, settings: dict) -> None:
         """Take model and data, and the output folder, or continue there if it holds this very run.
@@ -160,7 +161,7 @@ class Experiment:
         callbacks: Sequence[Callback] = (),
         best_before: float | None = None,
     ) -> dict[str, Any]:
-        """Train one stage, or what is left of it, and leave the model at its best epoch.
+        """Train one stage, or what is left of it, and leave the model at the best epoch so far.
 
         Args:
             stage: its folder within the output folder.
@@ -209,7 +210,10 @@ class Experiment:
             if trainer.is_global_zero:
                 write_json(done, result, indent=1)
         if result["best"] is not None:
-            self._load_best(best)
+            self._best = best
+        # A stage that brought nothing has changed the model all the same.
+        assert self._best is not None  # there was a stage before
+        self._load_best(self._best)
         return result
 
     def _load_best(self, path: Path) -> None:
