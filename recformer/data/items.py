@@ -45,9 +45,9 @@ CHUNK_SIZE = 8192
 ARRAYS = ("input_ids", "token_type_ids", "offsets")
 
 
-def cache_dir(data_dir: Path, output_dir: Path) -> Path:
+def cache_dir(data_dir: Path, output_dir: Path, kind: str = "tokenized") -> Path:
     """Where what is derived from data lies: beside it; in the output where that is read-only."""
-    return (data_dir if os.access(data_dir, os.W_OK) else output_dir) / "tokenized"
+    return (data_dir if os.access(data_dir, os.W_OK) else output_dir) / kind
 
 
 class DamagedStoreError(Exception):
