@@ -2,31 +2,26 @@
 
 A user is the sum of the vectors of the history's items, the newest with weight 1 and each older one
 with `decay` times the weight of the next; all items are ranked by cosine similarity. The text of an
-item is its attributes' values, joined by spaces. Vectors are TF-IDF, or the mean-pooled output of a
-sentence encoder.
+item is its attributes' values, joined by spaces. Vectors are TF-IDF, or those of a text encoder or
+a Recformer (`baselines.text_vectors`).
 
-Shapes: E evaluation examples, N items, V words, H hidden, B texts, L tokens of the longest.
+Shapes: E evaluation examples, N items, V words, H hidden.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import TfidfVectorizer
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 from baselines import evaluate, rank_in_chunks, seen_pairs
+from baselines.text_vectors import item_texts, text_vectors
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.files import UserError
 from recformer.metrics import TargetRanks, rank_by_vectors
-
-MAX_TOKENS = 96  # of an item's text, for a sentence encoder
-BATCH_SIZE = 64
 
 
 class TextNeighbours:
@@ -35,11 +30,11 @@ class TextNeighbours:
     Args:
         folder: the data.
         decay: weight of an item against the next newer one, from 0 (the last item alone) to 1.
-        text_encoder: folder or hub id of a sentence encoder; None for TF-IDF.
+        text_encoder: what `text_vectors` takes as its encoder; None for TF-IDF.
 
     Attributes:
         vectors: one row an item, of length 1, or 0 for an item without text; scipy sparse (N, V)
-            float64 for TF-IDF, float32 (N, H) for a sentence encoder.
+            float64 for TF-IDF, float32 (N, H) for a text encoder.
 
     Raises:
         UserError: `decay` is out of range, or no item has any text.
@@ -52,11 +47,11 @@ class TextNeighbours:
             raise UserError(f"decay is {decay}, expected a weight from 0 to 1")
         self.folder = folder
         self.decay = decay
-        texts = [" ".join(item.values()).strip() for item in folder.items]
+        texts = item_texts(folder)
         if not any(texts):
             raise UserError(f"no item of {folder.path} has any text, so none has neighbours")
         self.vectors: Any = (
-            tfidf_vectors(texts) if text_encoder is None else encode_texts(texts, text_encoder)
+            tfidf_vectors(texts) if text_encoder is None else text_vectors(folder, text_encoder)
         )
 
     def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
@@ -99,42 +94,3 @@ def tfidf_vectors(texts: list[str]) -> sparse.csr_matrix:
         return TfidfVectorizer().fit_transform(texts)
     except ValueError as error:  # one-letter words and signs are no words to it
         raise UserError(f"the items' texts hold no words to compare: {error}") from error
-
-
-@torch.no_grad()
-def encode_texts(texts: list[str], encoder: str | os.PathLike) -> np.ndarray:
-    """Mean over the tokens of a sentence encoder's last layer, of length 1; 0 for an empty text.
-
-    Args:
-        texts: N of them, cut to MAX_TOKENS tokens.
-        encoder: folder or hub id that transformers' AutoModel and AutoTokenizer read.
-
-    Returns:
-        float32 (N, H).
-
-    Raises:
-        UserError: no encoder can be read from there.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{encoder} gives no text encoder with its tokenizer: {error}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device, torch.float32).eval()
-    filled = sorted((row for row, text in enumerate(texts) if text), key=lambda r: len(texts[r]))
-    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
-    for start in tqdm(range(0, len(filled), BATCH_SIZE), desc="encoding texts", unit="batch"):
-        rows = filled[start : start + BATCH_SIZE]
-        batch = tokenizer(
-            [texts[row] for row in rows],
-            padding=True,
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        ).to(device)
-        hidden = model(**batch).last_hidden_state  # (B, L, H)
-        mask = batch["attention_mask"][..., None].float()  # (B, L, 1)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)  # (B, H)
-        vectors[rows] = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
-    return vectors

@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import baselines
 from baselines import evaluate, text_neighbours
 from baselines.__main__ import main
 from baselines.popularity import Popularity
-from baselines.text_neighbours import TextNeighbours, encode_texts
+from baselines.text_neighbours import TextNeighbours
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
 from recformer.metrics import TargetRanks
+from tests.tiny import tiny_bert
 
 
 def write_folder(
@@ -158,44 +157,7 @@ def test_options_that_make_no_sense(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of four hidden units a head, as a folder."""
-    path = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "alpha", "beta", "gamma"]
-    (path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizerFast(vocab_file=str(path / "vocab.txt"))
-    if len(tokenizer) != len(words):  # transformers 5 reads a vocabulary by another name
-        tokenizer = BertTokenizerFast(vocab={word: token for token, word in enumerate(words)})
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=128,
-        initializer_range=0.5,
-    )
-    BertModel(config).save_pretrained(path)
-    return path
-
-
-def test_encoded_texts_are_means_over_tokens(
-    encoder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = ["alpha beta gamma", "", "beta", "alpha " * 200]
-    monkeypatch.setattr(text_neighbours, "BATCH_SIZE", 2)  # "beta" is padded, the last is alone
-    vectors = encode_texts(texts, encoder)
-    model = BertModel.from_pretrained(encoder).eval()
-    ids = [[2, 5, 6, 7, 3], None, [2, 6, 3], [2] + 94 * [5] + [3]]
-    for vector, tokens in zip(vectors, ids, strict=True):
-        expected = np.zeros(8)
-        if tokens is not None:
-            with torch.no_grad():
-                hidden = model(torch.tensor([tokens])).last_hidden_state[0]
-            expected = hidden.mean(0).numpy()
-            expected /= np.linalg.norm(expected)
-        np.testing.assert_allclose(vector, expected, atol=1e-6)
+    return tiny_bert(tmp_path_factory.mktemp("encoder"), ["alpha", "beta", "gamma"])
 
 
 def test_neighbours_by_a_text_encoder(folder: ProcessedFolder, encoder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertModel, BertTokenizerFast, PreTrainedModel
 
 from recformer.config import RecformerConfig
 from recformer.models import RecformerForPretraining
@@ -59,3 +61,25 @@ def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def tiny_bert(path: Path, words: list[str]) -> Path:
+    """A random BERT of 8 hidden units that knows `words` (ids 5, 6, …), as a folder."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (path / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = BertTokenizerFast(vocab_file=str(path / "vocab.txt"))
+    if len(tokenizer) != len(vocabulary):  # transformers 5 reads a vocabulary by another name
+        tokenizer = BertTokenizerFast(vocab={word: row for row, word in enumerate(vocabulary)})
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+    )
+    BertModel(config).save_pretrained(path)
+    return path
