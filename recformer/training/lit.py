@@ -140,9 +140,12 @@ class LitWrapper(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.evaluator = Evaluator(self.metric_ks, self.ties)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
         ranks = self.recommender.rank(batch, filter_seen=self.filter_seen)
         self.evaluator.update(batch["user_ids"], batch["labels"], ranks)
+        return {
+            "ranks": ranks
+        }  # for callbacks: a model's ranks may say more than the evaluator asks
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")

@@ -1,0 +1,324 @@
+"""Recommendation as generation: items are written code by code, and only items can be written.
+
+A model gives log-probabilities of the next token for many beginnings of an item at once
+(`CodeRecommender.start`, `step`). Beam search follows the trie of all items, so that every beam is
+the beginning of an item and every result an item; one beam is greedy decoding. For small catalogues
+`score_items` scores every item by teacher forcing, each prefix once.
+
+What has been read of a user is kept once, not once a beam: a beam is one more query over the user's
+keys, and which keys it may look at is a row of a mask (the positions of a tree, not of a line).
+Going on from other beams moves rows of that mask and no keys.
+
+Shapes: B users, W beams, M children of a node, V tokens, N items, L codes of an item, P positions
+read so far, n items of the longest history of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from baselines.trie import CodeTrie
+from recformer.data.collators import EvalExample, eval_fields
+from recformer.files import UserError
+from recformer.metrics import TargetRanks, count_ranks
+
+START = 0  # token that an item is written after, and padding; codes have tokens from 1 on
+NO_ITEM = -1  # pads histories, and lists of generated items that have come to an end
+ITEMS_AT_ONCE = 128  # of `score_items`, for each user of the batch
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a decoder has read: the history's positions, if any, and a tree of written codes.
+
+    Attributes:
+        keys, values: of each layer, (B, heads, P, head size).
+        visible: bool (B, W, P), the positions that each beam continues.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    visible: Tensor
+
+    def grown(self, parents: Tensor) -> Tensor:
+        """`visible` of new beams, each seeing what its parent saw and itself, (B, W, P + W).
+
+        Args:
+            parents: int64 (B, W), the beam that each new one continues.
+        """
+        before = self.visible.gather(1, parents[..., None].expand(-1, -1, self.visible.shape[2]))
+        itself = torch.eye(parents.shape[1], dtype=torch.bool, device=parents.device)
+        return torch.cat([before, itself.expand(len(parents), -1, -1)], dim=2)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Items written for each user, the most likely first.
+
+    Attributes:
+        items: int64 (B, W), NO_ITEM where there are no more.
+        log_probs: float32 (B, W), log-probability of the item's codes; -inf where there is no item.
+    """
+
+    items: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class CodeRanks(TargetRanks):
+    """Ranks of the targets, and how far the codes of the best item agree with the target's.
+
+    Attributes:
+        codes_right: int64 (B,), 0 .. L: the first `codes_right` codes are the same.
+    """
+
+    codes_right: NDArray[np.int64]
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(B, W, heads * head size) -> (B, heads, W, head size)."""
+    return states.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(states: Tensor) -> Tensor:
+    """(B, heads, W, head size) -> (B, W, heads * head size)."""
+    return states.transpose(1, 2).flatten(2)
+
+
+class CodeRecommender(nn.Module):
+    """What models over item codes share; a subclass brings `start`, `step` and `training_loss`.
+
+    Args:
+        codes: integers (N, L), row i the codes of item i, all different.
+        codebook_size: L numbers, how many codes each level may have; there is a token for each, so
+            that items with other codes may be added later.
+        num_beams: items generated for a user; 1 is greedy decoding.
+        exact_rank: rank by the scores of all items in place of beam search.
+
+    Raises:
+        UserError: codes are not unique or beyond their level's size, or `num_beams` < 1; when
+            loading a state, items had other codes at its training.
+    """
+
+    item_tokens: Tensor
+
+    def __init__(
+        self,
+        codes: ArrayLike,
+        codebook_size: Sequence[int],
+        num_beams: int = 50,
+        exact_rank: bool = False,
+    ) -> None:
+        super().__init__()
+        array = np.asarray(codes)
+        self.trie = CodeTrie(array)
+        sizes, needed = np.array(codebook_size), array.max(axis=0) + 1
+        if sizes.shape != needed.shape or (sizes < needed).any():
+            raise UserError(
+                f"codebook_size is {sizes.tolist()}, but the items' codes need {needed.tolist()}"
+            )
+        if num_beams < 1:
+            raise UserError(f"num_beams is {num_beams}, expected at least 1")
+        self.num_beams = num_beams
+        self.exact_rank = exact_rank
+        first_tokens = START + 1 + np.cumsum(sizes) - sizes  # (L,)
+        self.num_tokens = START + 1 + int(sizes.sum())
+        tokens = torch.from_numpy(array.astype(np.int64) + first_tokens)
+        self.register_buffer("item_tokens", tokens)  # (N, L)
+        self.register_buffer("first_tokens", torch.from_numpy(first_tokens), persistent=False)
+
+    def start(self, batch: dict[str, Any]) -> tuple[Tensor, Read]:
+        """Logits of the first code, (B, 1, V), after the histories of an evaluation batch."""
+        raise NotImplementedError
+
+    def step(self, read: Read, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Read]:
+        """Logits of the next code, (B, W, V), of beams that add a token to one of those before.
+
+        Args:
+            read: of the step before; it is left as it is.
+            parents: int64 (B, W), the beam of the step before that each continues.
+            tokens: int64 (B, W), what each adds.
+        """
+        raise NotImplementedError
+
+    def history_tokens(self, items: Tensor) -> Tensor:
+        """Tokens of padded items, int64 (B, n) -> (B, n * L); START where there is no item."""
+        tokens = self.item_tokens[items.clamp(min=0)]  # (B, n, L)
+        return tokens.masked_fill(items[..., None] == NO_ITEM, START).flatten(1)
+
+    @torch.no_grad()
+    def generate(self, batch: dict[str, Any], excluded: Tensor | None = None) -> Generated:
+        """Beam search over the items.
+
+        Every beam is the beginning of at least one item. With as many beams as there are items the
+        result is the exact ranking.
+
+        Args:
+            batch: of the evaluation collator.
+            excluded: bool (B, N), items that must not come out.
+        """
+        trie = self.trie
+        logits, read = self.start(batch)
+        nodes = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)  # (B, 1)
+        scores = torch.zeros(nodes.shape, device=logits.device)
+        for level in range(trie.num_levels):
+            children, real = trie.children_of(nodes, level)  # (B, W, M)
+            tokens = trie.codes[children] + self.first_tokens[level]
+            longer = scores[..., None] + logits.float().log_softmax(-1).gather(2, tokens)
+            longer.masked_fill_(~real, -torch.inf)
+            last = level == trie.num_levels - 1
+            if last and excluded is not None:
+                items = trie.items_of(children)
+                out = excluded.gather(1, items.flatten(1)).view_as(items)
+                longer.masked_fill_(out, -torch.inf)
+            num_beams = min(self.num_beams, longer[0].numel(), trie.num_nodes(level + 1))
+            scores, place = longer.flatten(1).topk(num_beams)  # (B, W)
+            nodes = children.flatten(1).gather(1, place)
+            if not last:
+                tokens = tokens.flatten(1).gather(1, place)
+                logits, read = self.step(read, place // children.shape[2], tokens)
+        # With fewer items than beams, padding fills the rest.
+        return Generated(trie.items_of(nodes).masked_fill(scores == -torch.inf, NO_ITEM), scores)
+
+    @torch.no_grad()
+    def score_items(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probability of every item for every user, float32 (B, N), by teacher forcing.
+
+        Prefixes are read once for all items below them, some items at a time.
+        """
+        trie = self.trie
+        num_users, num_items = len(batch["labels"]), len(trie.items)
+        logits, root = self.start(batch)
+        first = logits.float().log_softmax(-1)
+        scores = torch.empty(num_users, num_items, device=logits.device)
+        ends = trie.level_starts[-1]
+        for begin in range(trie.level_starts[-2], ends, ITEMS_AT_ONCE):
+            path = [torch.arange(begin, min(begin + ITEMS_AT_ONCE, ends), device=scores.device)]
+            while len(path) < trie.num_levels:
+                path.append(trie.parents_of(path[-1]).unique())
+            above = torch.zeros(1, dtype=torch.int64, device=scores.device)  # the root
+            sums, log_probs, read = scores.new_zeros(num_users, 1), first, root
+            for level, nodes in enumerate(reversed(path)):  # nodes (W,) of level + 1
+                parents = torch.searchsorted(above, trie.parents_of(nodes))
+                tokens = trie.codes[nodes] + self.first_tokens[level]
+                sums = sums[:, parents] + log_probs[:, parents, tokens]  # (B, W)
+                if level < trie.num_levels - 1:
+                    logits, read = self.step(
+                        read, parents.expand(num_users, -1), tokens.expand(num_users, -1)
+                    )
+                    log_probs = logits.float().log_softmax(-1)
+                above = nodes
+            scores[:, trie.items_of(nodes)] = sums
+        return scores
+
+    @torch.no_grad()
+    def rank(self, batch: dict[str, Any], filter_seen: bool) -> CodeRanks:
+        """Where the targets stand among the generated items, or with `exact_rank` among all.
+
+        A target that is not generated has the last rank, the number of candidates. With
+        `filter_seen` items of the history are not generated, the target always may be.
+        """
+        labels = batch["labels"]
+        num_candidates = torch.full_like(labels, len(self.trie.items))
+        excluded = None
+        if filter_seen:
+            shape = len(labels), len(self.trie.items)
+            excluded = torch.zeros(shape, dtype=torch.bool, device=labels.device)
+            excluded[batch["seen"]] = True
+            excluded.scatter_(1, labels[:, None], False)
+            num_candidates -= excluded.sum(1)
+        if self.exact_rank:
+            scores = self.score_items(batch)
+            ranks = count_ranks(scores, labels, batch["seen"] if filter_seen else None)
+            if excluded is not None:
+                scores.masked_fill_(excluded, -torch.inf)
+            best = scores.argmax(1)
+        else:
+            generated = self.generate(batch, excluded)
+            ranks = ranks_among(generated, labels, num_candidates)
+            best = generated.items[:, 0]
+        agree = self.item_tokens[best] == self.item_tokens[labels]  # (B, L)
+        agree &= (best != NO_ITEM)[:, None]
+        codes_right = agree.cumprod(1).sum(1).cpu().numpy()
+        return CodeRanks(ranks.above, ranks.tied, ranks.num_candidates, codes_right)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "item_tokens")
+        if saved is not None:
+            # Items may have been added since; those that were there must not have moved.
+            if not torch.equal(self.item_tokens[: len(saved)].cpu(), saved.cpu()):
+                raise UserError(
+                    "the model was trained with other codes of the items: give the semantic ids of "
+                    "its training, to which new items may have been added at the end"
+                )
+            state_dict[prefix + "item_tokens"] = self.item_tokens
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def ranks_among(generated: Generated, targets: Tensor, num_candidates: Tensor) -> TargetRanks:
+    """Place of each target among the generated items, the last of all where it is not there.
+
+    Args:
+        targets: int64 (B,).
+        num_candidates: int64 (B,).
+    """
+    hit = generated.items == targets[:, None]  # (B, W)
+    found = hit.any(1)
+    score = generated.log_probs.masked_fill(~hit, -torch.inf).amax(1, keepdim=True)
+    above = torch.where(found, (generated.log_probs > score).sum(1), num_candidates - 1)
+    tied = torch.where(found, (generated.log_probs == score).sum(1) - 1, 0)
+    return TargetRanks(above.cpu().numpy(), tied.cpu().numpy(), num_candidates.cpu().numpy())
+
+
+def pad_items(sequences: Sequence[np.ndarray], max_items: int) -> Tensor:
+    """The newest `max_items` of each sequence, oldest first, filled with NO_ITEM: int64 (B, n)."""
+    kept = [torch.from_numpy(np.asarray(s[-max_items:], dtype=np.int64)) for s in sequences]
+    return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=NO_ITEM)
+
+
+class HistoryCollator:
+    """Evaluation batches of models over codes: `eval_fields` and `history`.
+
+    `history` holds the newest `max_items` of each history, oldest first, int64 (B, n), NO_ITEM at
+    the end of shorter ones.
+    """
+
+    def __init__(self, max_items: int) -> None:
+        self.max_items = max_items
+
+    def __call__(self, examples: Sequence[EvalExample]) -> dict[str, Any]:
+        history = pad_items([example.items for example in examples], self.max_items)
+        return {"history": history, **eval_fields(examples)}
+
+
+class CodeAccuracy(Callback):
+    """Logs, beside the figures of items, how often the first codes of the best item are right.
+
+    `val/codes_right@l` and `test/codes_right@l`, l = 1 .. L: share of users for whom the first l
+    codes of the item at rank 1 are those of the target. All L codes make the item: @L is Recall@1
+    where nothing ties.
+    """
+
+    def _log(self, module: LightningModule, split: str, ranks: CodeRanks) -> None:
+        for level in range(1, module.model.trie.num_levels + 1):
+            share = float((ranks.codes_right >= level).mean())
+            name = f"{split}/codes_right@{level}"
+            module.log(name, share, on_epoch=True, batch_size=len(ranks), sync_dist=True)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        self._log(pl_module, "val", outputs["ranks"])
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        self._log(pl_module, "test", outputs["ranks"])

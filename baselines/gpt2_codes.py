@@ -1,0 +1,145 @@
+"""GPT-2 over semantic ids: the codes of a user's items as one sequence, the next item written on.
+
+The model of the semantic-ID study: transformers' GPT-2, trained to predict every code of a sequence
+from the codes before it, items one after the other.
+
+Shapes: B users, n items, S tokens of the longest history, W beams, V tokens, P positions read,
+L codes of an item, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from baselines.generation import (
+    NO_ITEM,
+    START,
+    CodeRecommender,
+    Read,
+    join_heads,
+    pad_items,
+    split_heads,
+)
+from recformer.data.collators import TrainExample
+
+IGNORED = -100  # no loss at this label, in transformers
+
+
+class Gpt2CodesTrainCollator:
+    """Training batches: `labels`, the newest `max_items` + 1 items of each sequence, int64 (B, n).
+
+    Every item is to be predicted from those before it, so the last has a history of `max_items`, as
+    in evaluation. NO_ITEM stands at the end of shorter sequences.
+    """
+
+    def __init__(self, max_items: int) -> None:
+        self.max_items = max_items
+
+    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
+        return {"labels": pad_items([e.items for e in examples], self.max_items + 1)}
+
+
+@dataclass(frozen=True)
+class Gpt2Read(Read):
+    """Attributes:
+    lengths: int64 (B, 1), position of the token to be read next.
+    """
+
+    lengths: Tensor
+
+
+class Gpt2Codes(CodeRecommender):
+    """GPT-2 over code tokens.
+
+    Args:
+        codes, codebook_size, num_beams, exact_rank: as in `CodeRecommender`.
+        max_items: items of the longest history.
+        hidden_size, num_layers, num_heads, dropout: of GPT-2; its feed-forward layers are four
+            times as wide as `hidden_size`.
+    """
+
+    def __init__(
+        self,
+        codes: ArrayLike,
+        codebook_size: Sequence[int],
+        num_beams: int = 50,
+        exact_rank: bool = False,
+        max_items: int = 50,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        num_heads: int = 2,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(codes, codebook_size, num_beams, exact_rank)
+        self.gpt2 = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=self.num_tokens,
+                n_positions=1 + (max_items + 1) * self.trie.num_levels,
+                n_embd=hidden_size,
+                n_layer=num_layers,
+                n_head=num_heads,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
+                bos_token_id=START,
+                eos_token_id=None,
+            )
+        )
+
+    def input_ids(self, items: Tensor) -> Tensor:
+        """START and the codes of padded items, int64 (B, n) -> (B, 1 + n * L)."""
+        return F.pad(self.history_tokens(items), (1, 0), value=START)
+
+    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Mean cross-entropy of all codes of all items, each after everything before it."""
+        tokens = self.input_ids(batch["labels"])
+        # Padding is at the end, where no code of an item can look: it needs no mask.
+        labels = tokens.masked_fill(tokens == START, IGNORED)
+        return self.gpt2(input_ids=tokens, labels=labels).loss
+
+    def start(self, batch: dict[str, Any]) -> tuple[Tensor, Gpt2Read]:
+        """Read each history once; logits of the first code, (B, 1, V)."""
+        tokens = self.input_ids(batch["history"])  # (B, P)
+        place = torch.arange(tokens.shape[1], device=tokens.device)  # (P,)
+        causal = (place <= place[:, None]).expand(len(tokens), -1, -1)  # (B, P, P)
+        hidden, keys, values = self._read(tokens, place, causal, None)
+        items = (batch["history"] != NO_ITEM).sum(1, keepdim=True)  # (B, 1)
+        lengths = 1 + items * self.trie.num_levels
+        newest = (lengths - 1)[..., None].expand(-1, -1, hidden.shape[2])
+        logits = self.gpt2.lm_head(hidden.gather(1, newest))  # (B, 1, V)
+        return logits, Gpt2Read(keys, values, (place < lengths)[:, None], lengths)
+
+    def step(self, read: Read, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Gpt2Read]:
+        """One position of transformers' GPT-2 for every beam."""
+        assert isinstance(read, Gpt2Read)
+        visible = read.grown(parents)
+        hidden, keys, values = self._read(tokens, read.lengths, visible, read)
+        return self.gpt2.lm_head(hidden), Gpt2Read(keys, values, visible, read.lengths + 1)
+
+    def _read(
+        self, tokens: Tensor, positions: Tensor, visible: Tensor, before: Gpt2Read | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Hidden states (B, W, D) of tokens (B, W), and all keys and values with theirs."""
+        heads, body = self.gpt2.config.n_head, self.gpt2.transformer
+        hidden = body.wte(tokens) + body.wpe(positions)
+        keys, values = [], []
+        for index, block in enumerate(body.h):
+            states = block.attn.c_attn(block.ln_1(hidden)).chunk(3, dim=2)
+            query, key, value = (split_heads(part, heads) for part in states)
+            if before is not None:
+                key = torch.cat([before.keys[index], key], dim=2)
+                value = torch.cat([before.values[index], value], dim=2)
+            keys.append(key)
+            values.append(value)
+            context = F.scaled_dot_product_attention(query, key, value, visible[:, None])
+            hidden = hidden + block.attn.c_proj(join_heads(context))
+            hidden = hidden + block.mlp(block.ln_2(hidden))
+        return body.ln_f(hidden), keys, values

@@ -1,0 +1,381 @@
+"""Generation of items: search by hand and against scores of all items, TIGER and GPT-2 on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from baselines.code_embedding import CodeItemEmbedding
+from baselines.generation import (
+    NO_ITEM,
+    CodeAccuracy,
+    CodeRecommender,
+    Generated,
+    HistoryCollator,
+    Read,
+    pad_items,
+    ranks_among,
+)
+from baselines.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
+from baselines.tiger import Tiger, TigerTrainCollator
+from recformer.data.collators import EvalExample, TrainExample
+from recformer.files import UserError
+from recformer.training.lit import LitWrapper
+
+MAX_ITEMS = 4
+SIZES = [4, 4, 5]  # one code more at the last level than any item has
+
+
+def tiger(codes: np.ndarray, **options: Any) -> Tiger:
+    sizes = {"hidden_size": 16, "num_heads": 2, "head_size": 8, "intermediate_size": 32}
+    return Tiger(codes, SIZES, **(sizes | {"num_layers": 2} | options))
+
+
+def gpt2(codes: np.ndarray, **options: Any) -> Gpt2Codes:
+    return Gpt2Codes(codes, SIZES, max_items=MAX_ITEMS, **({"hidden_size": 16} | options))
+
+
+MODELS = pytest.mark.parametrize("make", [tiger, gpt2])
+Make = Callable[..., CodeRecommender]
+
+
+@pytest.fixture(scope="module")
+def codes() -> np.ndarray:
+    """Different codes of 40 items, in no order."""
+    every = np.stack(np.unravel_index(np.arange(64), (4, 4, 4)), axis=1)
+    return np.random.default_rng(0).permutation(every)[:40]
+
+
+def randomised(model: CodeRecommender) -> CodeRecommender:
+    """Weights so large that the model prefers some items clearly."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def examples(num_items: int, users: int = 6) -> list[EvalExample]:
+    """Histories of 1 to 7 items, some longer than MAX_ITEMS."""
+    draw = np.random.default_rng(2)
+    return [
+        EvalExample(u, draw.integers(0, num_items, 1 + u % 7), int(draw.integers(num_items)))
+        for u in range(users)
+    ]
+
+
+# By token: START, codes 0 and 1 of level 1, codes 0 and 1 of level 2.
+FIRST = (0.0, 0.6, 0.4, 0.0, 0.0)
+SECOND = {1: (0.0, 0.0, 0.0, 0.5, 0.5), 2: (0.0, 0.0, 0.0, 0.9, 0.1)}
+
+
+class TwoLevels(CodeRecommender):
+    """Items 0: (0, 0), 1: (0, 1), 2: (1, 0), and the probabilities above for every user.
+
+    The first code is 0 with .6 and 1 with .4. After 0 both second codes have .5. After 1, 0 has .9
+    and 1, which is no item, .1. So the items have .3, .3 and .36.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(np.array([[0, 0], [0, 1], [1, 0]]), [2, 2], **options)
+
+    def start(self, batch: dict[str, Any]) -> tuple[Tensor, Read]:
+        users = len(batch["labels"])
+        logits = torch.tensor(FIRST).log().expand(users, 1, -1)
+        return logits, Read([], [], torch.zeros(users, 1, 0, dtype=torch.bool))
+
+    def step(self, read: Read, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Read]:
+        assert (parents == 0).all()
+        return torch.tensor([[SECOND[t] for t in row] for row in tokens.tolist()]).log(), read
+
+
+ONE_USER = {"labels": torch.tensor([1]), "seen": (torch.tensor([0, 0]), torch.tensor([2, 1]))}
+
+
+def test_greedy_takes_the_best_code_and_misses_the_best_item() -> None:
+    greedy = TwoLevels(num_beams=1).generate(ONE_USER)
+    assert greedy.items.tolist() in ([[0]], [[1]])
+    assert greedy.log_probs.exp().tolist() == [[pytest.approx(0.3)]]
+    generated = TwoLevels(num_beams=2).generate(ONE_USER)
+    assert generated.items[0, 0] == 2
+    assert generated.log_probs.exp().tolist() == [[pytest.approx(0.36), pytest.approx(0.3)]]
+
+
+def test_no_more_beams_than_items() -> None:
+    generated = TwoLevels(num_beams=50).generate(ONE_USER)
+    assert sorted(generated.items[0].tolist()) == [0, 1, 2]  # and never (1, 1)
+
+
+def test_scores_by_hand() -> None:
+    scores = TwoLevels().score_items(ONE_USER)
+    assert scores.exp().tolist() == [[pytest.approx(p) for p in (0.3, 0.3, 0.36)]]
+
+
+@pytest.mark.parametrize("exact_rank", [False, True])
+def test_ranks_by_hand(exact_rank: bool) -> None:
+    model = TwoLevels(exact_rank=exact_rank)
+    ranks = model.rank(ONE_USER, filter_seen=False)
+    assert (ranks.above, ranks.tied, ranks.num_candidates) == (1, 1, 3)
+    assert ranks.codes_right == 0  # the best item is 2: (1, 0), the target 1: (0, 1)
+    # Items 1 and 2 were seen, but 1 is the target.
+    ranks = model.rank(ONE_USER, filter_seen=True)
+    assert (ranks.above, ranks.tied, ranks.num_candidates) == (0, 1, 2)
+    assert ranks.codes_right in (1, 2)  # 0: (0, 0) and 1: (0, 1) are equally likely
+
+
+def test_excluded_items_leave_their_places_to_others() -> None:
+    generated = TwoLevels(num_beams=2).generate(ONE_USER, torch.tensor([[True, False, True]]))
+    assert generated.items.tolist() == [[1, NO_ITEM]]
+    assert generated.log_probs.tolist() == [[pytest.approx(np.log(0.3)), -np.inf]]
+
+
+def test_ranks_among_generated_items() -> None:
+    generated = Generated(
+        torch.tensor([[4, 2, 7], [4, 2, 7], [4, 2, 7], [5, NO_ITEM, NO_ITEM]]),
+        torch.tensor([[-1.0, -2.0, -2.0]] * 3 + [[-1.0, -torch.inf, -torch.inf]]),
+    )
+    ranks = ranks_among(generated, torch.tensor([4, 7, 9, 9]), torch.tensor([10, 10, 10, 8]))
+    assert ranks.above.tolist() == [0, 1, 9, 7]  # not generated: the last of the candidates
+    assert ranks.tied.tolist() == [0, 1, 0, 0]
+
+
+@MODELS
+def test_a_beam_as_large_as_the_catalogue_is_the_exact_ranking(
+    make: Make, codes: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baselines.generation.ITEMS_AT_ONCE", 7)  # prefixes over the borders
+    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    model = randomised(make(codes, num_beams=len(codes)))
+    scores, generated = model.score_items(batch), model.generate(batch)
+    torch.testing.assert_close(generated.log_probs, scores.gather(1, generated.items))
+    assert [sorted(row) for row in generated.items.tolist()] == [list(range(40))] * 6
+    searched = model.rank(batch, filter_seen=True)
+    model.exact_rank = True
+    exact = model.rank(batch, filter_seen=True)
+    for name in ("above", "tied", "num_candidates", "codes_right"):
+        assert getattr(searched, name).tolist() == getattr(exact, name).tolist()
+
+
+@MODELS
+def test_scores_are_those_of_transformers_own_forward(make: Make, codes: np.ndarray) -> None:
+    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    model = randomised(make(codes))
+    scores = model.score_items(batch)
+    for user, history in enumerate(batch["history"]):
+        one = history[history != NO_ITEM][None].expand(len(codes), -1)  # no padding
+        with torch.no_grad():
+            if isinstance(model, Tiger):
+                inputs = model.history_tokens(one)
+                logits = model.t5(input_ids=inputs, labels=model.item_tokens).logits
+            else:
+                inputs = torch.cat([model.input_ids(one), model.item_tokens], dim=1)
+                logits = model.gpt2(input_ids=inputs).logits[:, -4:-1]
+        log_probs = logits.log_softmax(-1).gather(2, model.item_tokens[..., None])
+        torch.testing.assert_close(scores[user], log_probs.sum((1, 2)))
+
+
+@MODELS
+@pytest.mark.parametrize("num_beams", [1, 5])
+def test_beams_are_different_items_best_first(
+    make: Make, codes: np.ndarray, num_beams: int
+) -> None:
+    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    model = randomised(make(codes, num_beams=num_beams))
+    generated, scores = model.generate(batch), model.score_items(batch)
+    assert generated.items.shape == (6, num_beams)
+    assert all(len(set(row)) == num_beams for row in generated.items.tolist())
+    torch.testing.assert_close(generated.log_probs, scores.gather(1, generated.items))
+    assert (generated.log_probs.diff(dim=1) <= 0).all()
+
+
+@MODELS
+def test_greedy_is_a_walk_along_the_best_codes(make: Make, codes: np.ndarray) -> None:
+    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    model = randomised(make(codes, num_beams=1))
+    logits, _ = model.start(batch)
+    for user, item in enumerate(model.generate(batch).items[:, 0].tolist()):
+        first = {int(code) for code in codes[:, 0]}
+        token = model.item_tokens[item, 0].item()
+        assert token - 1 == max(first, key=lambda code: logits[user, 0, code + 1].item())
+
+
+@MODELS
+def test_neither_batch_nor_padding_moves_a_user(make: Make, codes: np.ndarray) -> None:
+    users = examples(len(codes))
+    model = randomised(make(codes, num_beams=8))
+    together = model.generate(HistoryCollator(MAX_ITEMS)(users))
+    for row, user in enumerate(users):
+        alone = model.generate(HistoryCollator(MAX_ITEMS)([user]))
+        assert together.items[row].tolist() == alone.items[0].tolist()
+        torch.testing.assert_close(together.log_probs[row], alone.log_probs[0])
+
+
+@MODELS
+def test_only_the_newest_items_are_read_in_their_order(make: Make, codes: np.ndarray) -> None:
+    def scores(*items: int) -> Tensor:
+        return model.score_items(HistoryCollator(MAX_ITEMS)([EvalExample(0, np.array(items), 0)]))
+
+    model = randomised(make(codes))
+    assert torch.equal(scores(9, 8, 1, 2, 3, 4), scores(1, 2, 3, 4))
+    assert not torch.allclose(scores(1, 2, 3, 4), scores(1, 2, 4, 3))
+
+
+@MODELS
+def test_the_target_is_never_read_in_evaluation(make: Make, codes: np.ndarray) -> None:
+    users = examples(len(codes))
+    other = [EvalExample(e.user_id, e.items, (e.target + 1) % len(codes)) for e in users]
+    model = randomised(make(codes))
+    one, two = (model.generate(HistoryCollator(MAX_ITEMS)(batch)) for batch in (users, other))
+    assert torch.equal(one.items, two.items)
+    assert torch.equal(one.log_probs, two.log_probs)
+
+
+def test_tiger_reads_what_is_before_the_target(codes: np.ndarray) -> None:
+    items = np.arange(20)  # an item's id is its place
+    collator = TigerTrainCollator(MAX_ITEMS)
+    batch = collator([TrainExample(0, items, seed) for seed in range(40)])
+    model = tiger(codes)
+    inputs = model.encoder_inputs(batch)
+    for label, history, row in zip(batch["labels"], batch["history"], inputs["input_ids"]):
+        expected = list(range(max(0, label - MAX_ITEMS), label))
+        assert history[history != NO_ITEM].tolist() == expected
+        assert row[row != 0].tolist() == model.item_tokens[expected].flatten().tolist()
+    assert len(set(batch["labels"].tolist())) > 10
+    assert (
+        inputs["attention_mask"].sum(1).tolist()
+        == (3 * (batch["history"] != NO_ITEM).sum(1)).tolist()
+    )
+
+
+def test_gpt2_cannot_look_ahead(codes: np.ndarray) -> None:
+    model = randomised(gpt2(codes))
+    tokens = model.input_ids(torch.tensor([[3, 1, 4, 1]]))
+    changed = model.input_ids(torch.tensor([[3, 1, 5, 9]]))
+    with torch.no_grad():
+        one, two = (model.gpt2(input_ids=ids).logits[0] for ids in (tokens, changed))
+    assert torch.equal(one[:7], two[:7])  # START and the codes of two items
+    assert not torch.allclose(one[-1], two[-1])
+
+
+def test_gpt2_learns_every_code_of_every_item(codes: np.ndarray) -> None:
+    model = randomised(gpt2(codes, dropout=0.0))
+    batch = Gpt2CodesTrainCollator(MAX_ITEMS)(
+        [TrainExample(0, np.array([7, 5, 3, 1, 2, 9]), 0), TrainExample(1, np.array([6, 8]), 0)]
+    )
+    assert batch["labels"].tolist() == [[5, 3, 1, 2, 9], [6, 8, *[NO_ITEM] * 3]]
+    # The chain rule: a sequence's log-probability is that of its items, one after another.
+    total = 0.0
+    for items in ([5, 3, 1, 2, 9], [6, 8]):
+        for place, item in enumerate(items):
+            history = torch.tensor([items[:place]], dtype=torch.int64)
+            scores = model.score_items({"history": history, "labels": torch.tensor([item])})
+            total += scores[0, item].item()
+    assert model.training_loss(batch).item() == pytest.approx(-total / (7 * 3), rel=1e-5)
+
+
+def test_tiger_learns_the_codes_of_the_target(codes: np.ndarray) -> None:
+    model = randomised(tiger(codes))
+    batch = {"history": torch.tensor([[1, 2, NO_ITEM], [3, 4, 5]]), "labels": torch.tensor([6, 7])}
+    scores = model.score_items(batch)
+    expected = -(scores[0, 6] + scores[1, 7]).item() / (2 * 3)
+    assert model.training_loss(batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+@MODELS
+def test_a_toy_grammar_is_learned(make: Make, codes: np.ndarray) -> None:
+    """The next of 12 items is the one 5 places on."""
+    sequences = [(np.arange(2 + start % 5) * 5 + start) % 12 for start in range(36)]
+    collator = {tiger: TigerTrainCollator, gpt2: Gpt2CodesTrainCollator}[make](MAX_ITEMS)
+    model = make(codes[:12], num_beams=3, dropout=0.0, hidden_size=32, num_layers=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    model.train()
+    for epoch in range(160):
+        batch = collator([TrainExample(0, items, epoch) for items in sequences])
+        loss = model.training_loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    users = [EvalExample(u, np.array([u, (u + 5) % 12]), (u + 10) % 12) for u in range(12)]
+    ranks = model.rank(HistoryCollator(MAX_ITEMS)(users), filter_seen=False)
+    assert ranks.above.tolist() == [0] * 12
+    assert ranks.codes_right.tolist() == [3] * 12
+
+
+@MODELS
+def test_saved_and_loaded_ranks_alike(make: Make, codes: np.ndarray, tmp_path: Any) -> None:
+    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    model = randomised(make(codes, num_beams=9))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    loaded = make(codes, num_beams=9).eval()
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded.generate(batch).log_probs, model.generate(batch).log_probs)
+    with pytest.raises(UserError, match="trained with other codes"):
+        make(codes[::-1]).load_state_dict(state)
+    # A new item gets a code of its own; those that were there keep their scores.
+    grown = make(np.concatenate([codes, [[0, 0, 4]]])).eval()
+    grown.load_state_dict(state)
+    torch.testing.assert_close(grown.score_items(batch)[:, :-1], model.score_items(batch))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook_size": [4, 3, 5]}, r"codebook_size is \[4, 3, 5\], but .* need \[4, 4, 4\]"),
+        ({"codebook_size": [4, 4]}, r"codebook_size is \[4, 4\]"),
+        ({"codebook_size": SIZES, "num_beams": 0}, "num_beams is 0"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], message: str, codes: np.ndarray) -> None:
+    with pytest.raises(UserError, match=message):
+        Gpt2Codes(codes, **options)
+
+
+def test_padding_of_items() -> None:
+    sequences: Sequence[np.ndarray] = [np.array([1, 2, 3]), np.array([4])]
+    assert pad_items(sequences, 2).tolist() == [[2, 3], [4, NO_ITEM]]
+
+
+def test_code_accuracy_is_logged_beside_the_figures_of_items(codes: np.ndarray) -> None:
+    model = randomised(tiger(codes))
+    users = examples(len(codes), users=10)
+    best = model.generate(HistoryCollator(MAX_ITEMS)(users)).items[:, 0].tolist()
+    near = [np.flatnonzero((codes[:, :2] == codes[item, :2]).all(1))[-1] for item in best]
+    targets = [*best[:3], *near[3:7], *[e.target for e in users[7:]]]
+    users = [EvalExample(e.user_id, e.items, int(t)) for e, t in zip(users, targets)]
+    ranks = model.rank(HistoryCollator(MAX_ITEMS)(users), filter_seen=False)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[CodeAccuracy()],
+    )
+    loader = DataLoader(users, batch_size=4, collate_fn=HistoryCollator(MAX_ITEMS))
+    (figures,) = trainer.test(LitWrapper(model), loader, verbose=False)
+    for level in (1, 2, 3):
+        expected = sum(right >= level for right in ranks.codes_right.tolist()) / 10
+        assert figures[f"test/codes_right@{level}"] == pytest.approx(expected)
+    assert figures["test/codes_right@2"] > 0.65 > figures["test/codes_right@3"] > 0.25
+    assert figures["test/Recall@10"] > 0.25
+
+
+def test_item_vectors_from_codes() -> None:
+    table = CodeItemEmbedding(np.array([[0, 1], [1, 1], [0, 0]]), [2, 2], hidden_size=2)
+    with torch.no_grad():
+        table.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 10.0], [0.0, 20.0]]))
+    vectors = table()
+    assert vectors.tolist() == [[1.0, 20.0], [2.0, 20.0], [1.0, 10.0]]
+    vectors[:2].sum().backward()
+    assert table.weight.grad.tolist() == [[1, 1], [1, 1], [0, 0], [2, 2]]
+    with pytest.raises(UserError, match=r"sizes are \[2, 1\]"):
+        CodeItemEmbedding(np.array([[0, 1]]), [2, 1], hidden_size=2)
