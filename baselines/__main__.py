@@ -1,102 +1,228 @@
-"""`python -m baselines --model NAME --data_path FOLDER`: figures of a baseline by full ranking."""
+"""Train and evaluate a baseline on a processed folder, as Recformer is.
+
+`python -m baselines --model sasrec --data_path FOLDER --output_dir DIR`
+
+The same command again continues a run that was cut off, and prints the results of a finished one.
+`--config FILE` reads flags from a YAML file (`baselines/configs/`); flags given beside it win.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
+import yaml
+from lightning import seed_everything
+from safetensors.torch import save
 from transformers import HfArgumentParser
 
-from baselines import evaluate
-from baselines.popularity import Popularity
-from baselines.text_neighbours import TextNeighbours
+from baselines.id_sequences import CausalCollator
+from baselines.models import MODELS, build, settings_of
+from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
-from recformer.evaluation import detailed_figures, format_slices, format_table
-from recformer.files import UserError, exit_with_message, write_json
-from recformer.training.arguments import flag
-
-MODELS = {"popularity": Popularity, "text_neighbours": TextNeighbours}
-# The flags that are one model's own, by its name.
-OWN_FLAGS = {"popularity": (), "text_neighbours": ("decay", "text_encoder")}
+from recformer.evaluation import format_slices, format_table
+from recformer.files import UserError, atomic_write, exit_with_message, write_json
+from recformer.training.arguments import RunArguments, flag, say
+from recformer.training.callbacks import draw_history
+from recformer.training.experiment import Experiment
+from recformer.training.trainer import wandb_logger
 
 
 @dataclass
-class BaselineArguments:
-    """Evaluate a baseline on a processed folder by full ranking."""
+class BaselineArguments(RunArguments):
+    """Train and evaluate a baseline on a processed folder by full ranking."""
 
-    model: str = flag("popularity", "which baseline", choices=list(MODELS))
-    data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
-    split: Literal["test", "val"] = flag("test", "whose targets are ranked")
-    output_dir: str | None = flag(
-        None, "folder for metrics.json and the ranks of all users (ranks_<split>.parquet)"
-    )
-    metric_ks: list[int] = flag([10, 50], "cut-offs of NDCG and Recall")
-    ties: str = flag(
-        "expected",
-        "rank of a target that ties with other items",
-        choices=["expected", "pessimistic", "optimistic"],
-    )
-    filter_seen: bool = flag(False, "take items of the history out of the candidates")
-    decay: float | None = flag(
+    model: str = flag("sasrec", "which baseline", choices=list(MODELS))
+    output_dir: str = flag("", "everything that is written goes there; unset: result/<model>")
+    num_train_epochs: int = flag(200, "epochs at most")
+    batch_size: int = flag(128, "users a process and step")
+    gradient_accumulation_steps: int = flag(1, "batches an optimizer step")
+    learning_rate: float = flag(1e-3, "learning rate of AdamW, constant")
+    warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
+    max_grad_norm: float = flag(0.0, "gradients are clipped to this norm; 0 for no clipping")
+    verbose: int = flag(1, "epochs between validations; the last epoch is always validated")
+    patience: int = flag(10, "validations without gain before training ends")
+    evaluate_only: bool = flag(False, "rank with the weights of --from_published, do not train")
+    # A model's own settings; unset, the model's defaults (baselines/models.py) stand.
+    hidden_size: int | None = flag(None, "size of item vectors and hidden states (128)")
+    num_layers: int | None = flag(None, "transformer layers (2)")
+    num_heads: int | None = flag(None, "attention heads (2)")
+    dropout: float | None = flag(None, "of embeddings, attention and feed-forward layers (0.2)")
+    max_length: int | None = flag(None, "newest items read of a sequence (50)")
+    loss: str | None = flag(
         None,
-        "text_neighbours: weight of an item against the next newer one, 0 for the last item alone; "
-        "unset: 0.6",
+        "softmax, sampled_softmax, bce, gbce, or in_batch: softmax over the batch's targets "
+        "(softmax; gsasrec: gbce)",
+    )
+    num_negatives: int | None = flag(None, "items sampled a prediction, uniformly (256)")
+    gbce_t: float | None = flag(None, "calibration t of gBCE, 0 to 1 (0.75)")
+    temperature: float | None = flag(None, "scores are divided by it (1)")
+    cosine: bool | None = flag(None, "scores are cosines, not dot products")
+    hard_negatives: int | None = flag(
+        None, "with --loss in_batch: so many of the texts most like the target's are candidates too"
+    )
+    separate_outputs: bool | None = flag(
+        None, "predictions are scored with item vectors of their own (gsasrec: yes)"
+    )
+    items: str | None = flag(
+        None,
+        "item vectors: id (learned), frozen (projected text vectors), init (learned, starting as "
+        "text vectors), add (learned plus projected text), codes (sums of the vectors of semantic "
+        "codes)",
     )
     text_encoder: str | None = flag(
         None,
-        "text_neighbours: folder or hub id of a sentence encoder, mean-pooled; unset: TF-IDF",
+        "folder or hub id of a sentence encoder, mean-pooled, or of a Recformer; text_neighbours "
+        "without it: TF-IDF",
     )
+    projection_layers: int | None = flag(None, "linear layers from text to item vectors (2)")
+    semantic_ids: str | None = flag(None, "semantic_ids.json, with --items codes")
+    arch: str | None = flag(None, "transformer, bert4rec: model type of transformers (gpt2, bert)")
+    objective: str | None = flag(None, "transformer: causal or masked")
+    mask_probability: float | None = flag(None, "masked: share of hidden items (0.2)")
+    decay: float | None = flag(
+        None,
+        "text_neighbours, cooccurrence: weight of an item against the next newer one, 0 for the "
+        "last item alone (0.6)",
+    )
+    from_published: str | None = flag(
+        None, "sasrec, gsasrec: weights of a published gSASRec file to start from"
+    )
+
+    def own(self) -> dict[str, Any]:
+        """The model's settings that were given."""
+        shared = {field.name for field in fields(RunArguments)}
+        shared |= {"model", "patience", "evaluate_only"}
+        values = {name: value for name, value in asdict(self).items() if name not in shared}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def run(args: BaselineArguments) -> dict[str, Any]:
-    """Evaluate, print, and write what was asked for; returns the figures.
+    """Train where there is something to train, evaluate, and write; returns `metrics.json`.
 
     Raises:
-        FileNotFoundError, UserError: as `ProcessedFolder.load`, or a flag the model does not have.
+        FileNotFoundError, UserError: as `ProcessedFolder.load`, a flag that the model does not
+            have, or values that do not go together.
     """
-    own = {name: getattr(args, name) for names in OWN_FLAGS.values() for name in names}
-    own = {name: value for name, value in own.items() if value is not None}
-    foreign = sorted(set(own) - set(OWN_FLAGS[args.model]))
-    if foreign:
-        raise UserError(f"--{foreign[0]} is no flag of --model {args.model}")
     started = time.monotonic()
+    args.output_dir = args.output_dir or f"result/{args.model}"
+    if args.patience < 1:
+        raise UserError(f"--patience {args.patience}: must be at least 1")
+    if args.evaluate_only and not args.from_published:
+        raise UserError("--evaluate_only goes with --from_published: else nothing was trained")
+    settings = settings_of(args.model, args.own())
+    experiment = Experiment(args, ["training"], schedule="constant")
     folder = ProcessedFolder.load(args.data_path)
-    baseline = MODELS[args.model](folder, **own)
-    evaluator = evaluate(baseline, args.split, args.metric_ks, args.ties, args.filter_seen)
-    figures = detailed_figures(evaluator, folder, args.split)
-    seen = "filtered" if args.filter_seen else "kept"
-    print(
-        f"{args.model}: {args.split}, {figures['num_users']:,} users, {folder.num_items:,} items, "
-        f"full ranking, ties {args.ties}, seen items {seen}"
+    say(
+        f"{args.data_path}: {folder.num_users:,} users, {folder.num_items:,} items, "
+        f"split {folder.split_hash[:12]}"
     )
-    print(format_table({args.model: figures}))
-    print(format_slices(figures, f"NDCG@{min(args.metric_ks)}"))
-    if args.output_dir is not None:
-        output_dir = Path(args.output_dir)
-        evaluator.write_parquet(output_dir / f"ranks_{args.split}.parquet")
-        result = {
-            "model": args.model,
-            **own,
-            "test" if args.split == "test" else "validation": figures,
-            "ties": args.ties,
-            "filter_seen": args.filter_seen,
-            "split_hash": folder.split_hash,
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        write_json(output_dir / "metrics.json", result, indent=1)  # last: names what is complete
-        print(f"written to {output_dir}: metrics.json, ranks_{args.split}.parquet")
-    return figures
+    seed_everything(args.seed, verbose=False)
+    built = build(args.model, settings, folder)
+    data = SeqRecDataModule(
+        folder,
+        built.train_collator or CausalCollator(1),
+        built.eval_collator,
+        args.batch_size,
+        args.dataloader_num_workers,
+        args.eval_users,
+        args.seed,
+    )
+    experiment.begin(
+        built.model,
+        data,
+        asdict(args) | settings | {"split_hash": folder.split_hash},
+    )
+    if args.wandb:
+        experiment.logger = wandb_logger(experiment.output_dir, args.model)
+    stages: dict[str, dict[str, Any]] = {}
+    name = "published" if args.evaluate_only else "untrained"
+    if built.train_collator is not None and not args.evaluate_only:
+        name = "trained"
+        stages["training"] = experiment.train("training", args.patience)
+    evaluations = {name: experiment.evaluate(name, tuple)}
+    weights = [p for p in built.model.parameters() if p.requires_grad]
+    result: dict[str, Any] = {
+        "model": args.model,
+        "settings": settings,
+        "test": evaluations[name]["test"],
+        "validation": evaluations[name]["val"],
+        "evaluations": evaluations,
+        "stages": stages,
+        **experiment.summary(),
+        "parameters": sum(p.numel() for p in weights),
+        "train_seconds": sum(row["seconds"] for row in stages["training"]["rows"])
+        if stages
+        else 0.0,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        written = "metrics.json, ranks"
+        if stages:
+            save_best(
+                experiment.output_dir / "best_model", built.model, args.model, settings, folder
+            )
+            rows = {stage: entry["rows"] for stage, entry in stages.items()}
+            draw_history(rows, experiment.output_dir / "curves.png", args.metric)
+            written += ", curves.png, best_model"
+        write_json(experiment.output_dir / "metrics.json", result, indent=1)
+        print("\n" + experiment.headline(result["test"]))
+        print(format_table({args.model: result["test"]}))
+        print(format_slices(result["test"], args.metric))
+        print(f"written to {experiment.output_dir}: {written}")
+    return result
+
+
+def save_best(
+    path: Path, model: torch.nn.Module, name: str, settings: dict[str, Any], folder: ProcessedFolder
+) -> None:
+    """The trained model as a folder that `baselines.models.load` reads."""
+    path.mkdir(parents=True, exist_ok=True)
+    state = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    with atomic_write(path / "model.safetensors", "wb") as handle:
+        handle.write(save(state))
+    write_json(path / "config.json", {"model": name, "settings": settings, "asins": folder.asins})
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Flags of a YAML file, checked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: not a YAML mapping, or a name that is no flag.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of flags to values")
+    unknown = sorted(set(values) - {field.name for field in fields(BaselineArguments)})
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]} is no flag of python -m baselines")
+    return values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
     parser = HfArgumentParser(
-        BaselineArguments, prog="python -m baselines", description=BaselineArguments.__doc__
+        BaselineArguments,
+        prog="python -m baselines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    parser.add_argument("--config", help="YAML file of flags; those given on the line win")
+    known, _ = parser.parse_known_args(argv)
+    if known.config is not None:
+        parser.set_defaults(**read_config(known.config))
+    args, _ = parser.parse_args_into_dataclasses(argv)
     run(args)
 
 

@@ -59,17 +59,13 @@ class RankedRun:
         path, _, evaluation = place.partition(":")
         folder = Path(path)
         metrics = read_json(folder / "metrics.json")
-        file = folder / "ranks_test.parquet"  # of a baseline
-        if "evaluations" in metrics:
-            evaluations = list(metrics["evaluations"])
-            if evaluation and evaluation not in evaluations:
-                raise UserError(f"{folder} has the evaluations {', '.join(evaluations)}; {text!r}?")
-            # A stage that brought nothing has no ranks of its own.
-            kept = [e for e in evaluations if (folder / "ranks" / f"{e}_test.parquet").exists()]
-            chosen = evaluation or (kept or evaluations)[-1]
-            file = folder / "ranks" / f"{chosen}_test.parquet"
-        elif evaluation:
-            raise UserError(f"{folder} has one evaluation, which has no name; {text!r}?")
+        evaluations = list(metrics.get("evaluations", ()))
+        if not evaluations or (evaluation and evaluation not in evaluations):
+            raise UserError(f"{folder} has the evaluations {', '.join(evaluations)}; {text!r}?")
+        # A stage that brought nothing has no ranks of its own.
+        kept = [e for e in evaluations if (folder / "ranks" / f"{e}_test.parquet").exists()]
+        chosen = evaluation or (kept or evaluations)[-1]
+        file = folder / "ranks" / f"{chosen}_test.parquet"
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} does not exist: the run was not evaluated on test users"

@@ -1,4 +1,4 @@
-"""Objectives over cosine similarities: full and sampled softmax over items, in-batch contrastive.
+"""Objectives over similarities: full and sampled softmax over items, (g)BCE, in-batch contrastive.
 
 Cosine similarity is computed as one product of normalised matrices, never broadcast to
 (B, N, H), and always in float32, whatever autocast says: divided by the published temperature of
@@ -44,6 +44,7 @@ def full_softmax_loss(
     labels: Tensor,
     temperature: float = 0.05,
     chunk_size: int | None = None,
+    cosine: bool = True,
 ) -> Tensor:
     """Mean cross-entropy of each user's target against all items (paper, section 2.3.2).
 
@@ -58,6 +59,7 @@ def full_softmax_loss(
         labels: item ids of the targets, int64 (B,).
         temperature: above 0.
         chunk_size: items a chunk; by default as many as make 64 MB, all at once if they fit in.
+        cosine: score by cosine similarity; otherwise by the dot product.
 
     Returns:
         The loss, a float32 scalar.
@@ -73,19 +75,27 @@ def full_softmax_loss(
     elif chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
     if chunk_size >= num_items:
-        return F.cross_entropy(cosine_scores(users, item_table, temperature), labels)
+        return F.cross_entropy(scores_of_all(users, item_table, temperature, cosine), labels)
     with torch.autocast(users.device.type, enabled=False):
-        users = _normalised(users)
+        users = _normalised(users) if cosine else users.float()
         losses: Tensor = _ChunkedCrossEntropy.apply(
-            users, item_table, labels, temperature, chunk_size
+            users, item_table, labels, temperature, chunk_size, cosine
         )
         return losses.mean()
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy (B,) of cosine scores / temperature, items in chunks.
+def scores_of_all(users: Tensor, items: Tensor, temperature: float, cosine: bool) -> Tensor:
+    """Cosine similarities or dot products, divided by the temperature, float32 (B, N)."""
+    if cosine:
+        return cosine_scores(users, items, temperature)
+    with torch.autocast(users.device.type, enabled=False):
+        return users.float() @ items.float().T * (1 / temperature)
 
-    users (B, H) float32 of length 1, item_table (N, H) of any norm and dtype.
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy (B,) of scores / temperature, items in chunks.
+
+    users (B, H) float32, of length 1 with `cosine`; item_table (N, H) of any norm and dtype.
     """
 
     @staticmethod
@@ -96,20 +106,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         temperature: float,
         chunk_size: int,
+        cosine: bool,
     ) -> Tensor:
         total = users.new_full((len(users),), -math.inf)  # log-sum-exp of the scores so far
         target = users.new_zeros(len(users))  # score of the label
-        inverse = users.new_empty(len(item_table))  # 1 / (norm * temperature)
+        # what products are multiplied by: 1 / (norm * temperature), or 1 / temperature
+        inverse = users.new_full((len(item_table),), 1 / temperature)
         for start in range(0, len(item_table), chunk_size):
             part = slice(start, start + chunk_size)
             items = item_table[part].float()  # (C, H)
-            inverse[part] = 1 / (_norms(items) * temperature)
+            if cosine:
+                inverse[part] /= _norms(items)
             scores = (users @ items.T).mul_(inverse[part])  # (B, C)
             total = torch.logaddexp(total, scores.logsumexp(dim=1))
             rows, columns = _inside(labels, start, len(items))
             target[rows] = scores[rows, columns]
         ctx.save_for_backward(users, item_table, labels, total, inverse)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.temperature, ctx.chunk_size, ctx.cosine = temperature, chunk_size, cosine
         return total - target
 
     @staticmethod
@@ -131,12 +144,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if user_grad is not None:
                     user_grad.addmm_(grad, items)
                 if item_grad is not None:
-                    # through item / norm: a step along the item changes its norm only
                     step = grad.T @ users  # (C, H)
-                    unit = items * (inverse[part] * ctx.temperature)[:, None]
-                    step.addcmul_((step * unit).sum(dim=1, keepdim=True), unit, value=-1)
+                    if ctx.cosine:  # through item / norm: a step along it changes its norm only
+                        unit = items * (inverse[part] * ctx.temperature)[:, None]
+                        step.addcmul_((step * unit).sum(dim=1, keepdim=True), unit, value=-1)
                     item_grad[part] = step.to(item_grad.dtype)
-        return user_grad, item_grad, None, None, None
+        return user_grad, item_grad, None, None, None, None
 
 
 def sampled_softmax_loss(
@@ -173,6 +186,109 @@ def sampled_softmax_loss(
         scores = (vectors @ _normalised(users)[:, :, None])[..., 0]  # (B, 1 + K)
         scores = scores / (_norms(vectors) * temperature)
         return F.cross_entropy(scores, torch.zeros_like(labels))
+
+
+def candidate_scores(users: Tensor, item_table: Tensor, candidates: Tensor) -> Tensor:
+    """Dot products of each user with its own candidates, float32 (B, K).
+
+    Gathering K vectors a user moves K x H numbers about, and their gradients back; where the
+    catalogue is not much larger than K, a matrix product with all of it and a gather of single
+    scores is an order of magnitude faster, at the same result. Neither keeps more than a chunk of
+    users beside the scores.
+
+    Args:
+        users: (B, H), any floating dtype.
+        item_table: (N, H), likewise.
+        candidates: item ids, int64 (B, K); an item may repeat.
+    """
+    with torch.autocast(users.device.type, enabled=False):
+        scores: Tensor = _CandidateScores.apply(users.float(), item_table.float(), candidates)
+        return scores
+
+
+class _CandidateScores(torch.autograd.Function):
+    """users (B, H) float32, table (N, H) float32, candidates (B, K) -> scores (B, K)."""
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
+        ctx.save_for_backward(users, table, candidates)
+        scores = users.new_empty(candidates.shape)
+        for part in _user_chunks(len(users), table, candidates):
+            if _all_items_pay(table, candidates):
+                scores[part] = (users[part] @ table.T).gather(1, candidates[part])
+            else:
+                vectors = F.embedding(candidates[part], table)  # (C, K, H)
+                scores[part] = torch.bmm(vectors, users[part, :, None])[..., 0]
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        users, table, candidates = ctx.saved_tensors
+        user_grad = torch.empty_like(users)
+        table_grad = torch.zeros_like(table)
+        upstream = upstream.float()
+        with torch.autocast(users.device.type, enabled=False):
+            for part in _user_chunks(len(users), table, candidates):
+                ids, grad = candidates[part], upstream[part]  # (C, K)
+                if _all_items_pay(table, candidates):
+                    dense = grad.new_zeros(len(ids), len(table)).scatter_add_(1, ids, grad)
+                    torch.mm(dense, table, out=user_grad[part])
+                    table_grad.addmm_(dense.T, users[part])
+                else:
+                    vectors = F.embedding(ids, table)
+                    user_grad[part] = torch.bmm(grad[:, None], vectors)[:, 0]
+                    steps = grad[..., None] * users[part, None]  # (C, K, H)
+                    table_grad.index_add_(0, ids.flatten(), steps.flatten(0, 1))
+        return user_grad, table_grad, None
+
+
+# Measured on CPU and assumed elsewhere: below this many items for each candidate, all items at once
+# (products at full speed) are faster than the candidates one by one (memory at random).
+ITEMS_PER_CANDIDATE = 32
+
+
+def _all_items_pay(table: Tensor, candidates: Tensor) -> bool:
+    return len(table) <= ITEMS_PER_CANDIDATE * candidates.shape[1]
+
+
+def _user_chunks(num_users: int, table: Tensor, candidates: Tensor) -> list[slice]:
+    """Users so many at a time that what they need beside the scores is 64 MB."""
+    width = len(table) if _all_items_pay(table, candidates) else candidates.shape[1] * len(table[0])
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    return [slice(start, start + step) for start in range(0, num_users, step)]
+
+
+def gbce_loss(
+    positive: Tensor, negatives: Tensor, num_items: int, calibration: float = 0.75
+) -> Tensor:
+    """Generalised binary cross-entropy (Petrov and Macdonald, RecSys 2023, section 5).
+
+    -(beta log sigma(s+) + sum log(1 - sigma(s-))) / (k + 1), mean over users, with
+    beta = a (t (1 - 1/a) + 1/a) and a = k / (N - 1). It is written with softplus, which needs no
+    clamping and no float64: the published code takes a power of a float64 sigmoid and clamps it.
+
+    Args:
+        positive: scores of the targets, (B,).
+        negatives: scores of k sampled items each, (B, k).
+        num_items: N, items that negatives were drawn from, the target among them.
+        calibration: t in [0, 1]; 0 gives plain binary cross-entropy, 1 calibrated probabilities.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        UserError: `calibration` outside [0, 1], no negatives, or a catalogue of one item.
+    """
+    if not 0 <= calibration <= 1:
+        raise UserError(f"the calibration t is {calibration}, expected a number from 0 to 1")
+    num_negatives = negatives.shape[1]
+    if num_negatives < 1 or num_items < 2:
+        raise UserError(f"{num_negatives} negatives of {num_items} items: both are needed")
+    alpha = num_negatives / (num_items - 1)
+    beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+    losses = beta * F.softplus(-positive.float()) + F.softplus(negatives.float()).sum(dim=1)
+    return losses.mean() / (num_negatives + 1)
 
 
 def sample_negatives(

@@ -55,7 +55,7 @@ def main() -> None:
         if {key: theirs.get(key) for key in rule} != rule:
             raise UserError(f"{folder} and {args.recformer} differ in split, ties or filter_seen")
         rows[name] = theirs["test"]
-        users, gains = ndcg_by_user(Path(folder) / "ranks_test.parquet", ours["ties"])
+        users, gains = ndcg_by_user(Path(folder) / "ranks" / "untrained_test.parquet", ours["ties"])
         if not np.array_equal(users, user_ids):
             raise UserError(f"{folder} and {args.recformer} ranked different users")
         verdicts.append(verdict(mine, gains, name))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import baselines
-from baselines import evaluate, text_neighbours
+from baselines import text_neighbours
 from baselines.__main__ import main
 from baselines.popularity import Popularity
 from baselines.text_neighbours import TextNeighbours
@@ -193,40 +193,24 @@ def test_the_command_writes_figures_and_ranks(
         ]
     )
     printed = capsys.readouterr().out
-    assert "text_neighbours: test, 3 users, 6 items" in printed
+    assert "test, 3 users, full ranking, ties pessimistic, seen items kept" in printed
     result = read_json(output / "metrics.json")
     figures = TextNeighbours(folder, decay=0).evaluate("test", metric_ks=(1, 3), ties="pessimistic")
     assert result["test"].items() > figures.items()
     assert figures["MRR"] == pytest.approx((1 / 6 + 1 / 2 + 1 / 6) / 3)  # by hand, above
-    assert {k: result[k] for k in ("model", "decay", "ties", "filter_seen", "split_hash")} == {
+    assert {k: result[k] for k in ("model", "settings", "ties", "filter_seen", "split_hash")} == {
         "model": "text_neighbours",
-        "decay": 0,
+        "settings": {"decay": 0, "text_encoder": None},
         "ties": "pessimistic",
         "filter_seen": False,
         "split_hash": folder.split_hash,
     }
-    ranks = pq.read_table(output / "ranks_test.parquet").to_pydict()
+    ranks = pq.read_table(output / "ranks" / "untrained_test.parquet").to_pydict()
     assert ranks["user_id"] == [0, 1, 2]
     assert ranks["target"] == [2, 1, 5]
     assert ranks["above"] == [1, 0, 2]
     assert ranks["tied"] == [4, 1, 3]
     assert ranks["num_candidates"] == [6, 6, 6]
-
-
-def test_the_command_on_validation_users(folder: ProcessedFolder, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    main(
-        [
-            *("--data_path", str(folder.path), "--split", "val", "--filter_seen"),
-            *("--model", "popularity", "--output_dir", str(output)),
-        ]
-    )
-    result = read_json(output / "metrics.json")
-    figures = evaluate(Popularity(folder), "val", filter_seen=True).compute()
-    assert result["validation"].items() > figures.items()
-    assert result["filter_seen"] is True
-    assert (output / "ranks_val.parquet").exists()
-    assert "test" not in result
 
 
 def test_a_flag_of_another_model_is_refused(folder: ProcessedFolder) -> None:

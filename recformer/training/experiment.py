@@ -60,6 +60,7 @@ class Experiment:
         self.precision = half_precision(self.accelerator) if args.fp16 else "32-true"
         self.logger: Logger | None = None
         self._best: Path | None = None  # checkpoint of the best epoch of all stages
+        self.seconds_a_user = 0.0  # of the last test evaluation, loading of batches included
 
     def begin(self, model: torch.nn.Module, data: SeqRecDataModule, settings: dict) -> None:
         """Take model and data, and the output folder, or continue there if it holds this very run.
@@ -136,7 +137,9 @@ class Experiment:
         done = self.output_dir / "evaluation" / f"{name}.json"
         if done.exists():
             figures = read_json(done)
+            seconds = figures.pop("seconds_a_user", 0.0)
             if all("intervals" in entry for entry in figures.values()):
+                self.seconds_a_user = seconds
                 return figures  # else written before there were intervals
         module = self._module()
         trainer = self._trainer(callbacks())
@@ -144,14 +147,17 @@ class Experiment:
         splits: tuple[SplitName, ...] = ("val", "test")
         for split in splits:
             loader = self.data.val_dataloader() if split == "val" else self.data.test_dataloader()
+            started = time.monotonic()
             trainer.test(module, loader, verbose=False)
+            seconds = time.monotonic() - started
             figures[split] = detailed_figures(module.evaluator, self.data.folder, split)
+            self.seconds_a_user = seconds / figures[split]["num_users"]
             if trainer.is_global_zero:
                 module.evaluator.write_parquet(
                     self.output_dir / "ranks" / f"{name}_{split}.parquet"
                 )
         if trainer.is_global_zero:
-            write_json(done, figures, indent=1)
+            write_json(done, figures | {"seconds_a_user": self.seconds_a_user}, indent=1)
         return figures
 
     def train(
@@ -230,6 +236,7 @@ class Experiment:
             "eval_users": args.eval_users,
             "seed": args.seed,
             "precision": self.precision,
+            "seconds_a_user": self.seconds_a_user,
         }
 
     def headline(self, figures: dict[str, Any]) -> str:

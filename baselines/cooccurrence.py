@@ -1,0 +1,68 @@
+"""Item co-occurrence: items that followed, in training, the items a user had last.
+
+The score of an item is the sum over the history's items of decay^age times how often it came after
+that item in a training sequence, the more the sooner (1 / distance, at most `WINDOW` steps apart),
+divided by the root of how often that item occurs, so that popular items do not speak for all.
+
+Shapes: E evaluation examples, N items.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from scipy import sparse  # type: ignore[import-untyped]
+
+from baselines import evaluate, rank_in_chunks
+from baselines.text_neighbours import history_weights
+from recformer.data.processed import EvalExamples, ProcessedFolder
+from recformer.files import UserError
+from recformer.metrics import TargetRanks
+
+WINDOW = 5  # steps between two items of a sequence that still count as together
+
+
+class Cooccurrence:
+    """Items by how often they followed the history's items.
+
+    Args:
+        folder: the data.
+        decay: weight of an item against the next newer one, from 0 (the last item alone) to 1.
+
+    Attributes:
+        follows: sparse (N, N) float64; row = the earlier item, column = the later one.
+
+    Raises:
+        UserError: `decay` is out of range.
+    """
+
+    def __init__(self, folder: ProcessedFolder, decay: float = 0.6) -> None:
+        if not 0 <= decay <= 1:
+            raise UserError(f"decay is {decay}, expected a weight from 0 to 1")
+        self.folder = folder
+        self.decay = decay
+        train, size = folder.train, (folder.num_items, folder.num_items)
+        rows = train.rows
+        follows = sparse.csr_array(size, dtype=np.float64)
+        for distance in range(1, WINDOW + 1):
+            together = rows[distance:] == rows[:-distance]  # of the same user
+            first = train.items[:-distance][together]
+            second = train.items[distance:][together]
+            weights = np.full(len(first), 1 / distance)
+            follows = follows + sparse.coo_array((weights, (first, second)), shape=size).tocsr()
+        counts = np.bincount(train.items, minlength=folder.num_items)
+        self.follows = sparse.diags_array(1 / np.sqrt(np.maximum(counts, 1))).tocsr() @ follows
+
+    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
+        """Place the target of every example; items that never followed tie at 0."""
+        users = history_weights(examples.histories, self.folder.num_items, self.decay)
+
+        def scores(chunk: slice) -> np.ndarray:
+            return (users[chunk] @ self.follows).toarray()
+
+        return rank_in_chunks(examples, self.folder.num_items, filter_seen, scores)
+
+    def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
+        """Figures of a split; `options` as in `baselines.evaluate`."""
+        return evaluate(self, split, **options).compute()

@@ -1,0 +1,126 @@
+"""Where a sequence model's item vectors come from: ids, texts, or both.
+
+    id        a learned vector an item
+    frozen    text vectors, projected; nothing is learned an item, so unseen items have vectors too
+    init      a learned vector an item that starts as its text vector, projected
+    add       a learned vector an item plus the projected text vector
+    codes     the sum of the learned vectors of the item's semantic codes
+
+Shapes: N items, H text vector, D hidden, L code levels, any shape S of item ids.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KINDS = ("id", "frozen", "init", "add", "codes")
+
+
+class ItemTable(nn.Module):
+    """Vectors of all items.
+
+    Args:
+        num_items: N.
+        hidden_size: D.
+        kind: one of `KINDS`.
+        text_vectors: (N, H), for `frozen`, `init` and `add`.
+        codes: int64 (N, L), for `codes`.
+        projection_layers: linear layers of the projection, GELU between them.
+    """
+
+    text_vectors: Tensor
+    codes: Tensor
+
+    def __init__(
+        self,
+        num_items: int,
+        hidden_size: int,
+        kind: str = "id",
+        text_vectors: np.ndarray | None = None,
+        codes: np.ndarray | None = None,
+        projection_layers: int = 2,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.num_items = num_items
+        self._kept: Tensor | None = None
+        if kind in ("id", "add"):
+            self.item_embedding = nn.Embedding(num_items, hidden_size)
+            nn.init.xavier_normal_(self.item_embedding.weight)
+        if kind in ("frozen", "init", "add"):
+            assert text_vectors is not None
+            vectors = torch.from_numpy(np.array(text_vectors, dtype=np.float32))
+            # Entries of about 1, as a LayerNorm gives them: of length 1 they would be a twentieth.
+            vectors = vectors * (vectors.shape[1] ** 0.5)
+            if kind == "init":
+                self.item_embedding = nn.Embedding.from_pretrained(vectors, freeze=False)
+            else:  # not in checkpoints: they are in the store, and may be gigabytes
+                self.register_buffer("text_vectors", vectors, persistent=False)
+            sizes = [vectors.shape[1], *[hidden_size] * projection_layers]
+            layers: list[nn.Module] = []
+            for into, out in pairwise(sizes):
+                layers += [nn.Linear(into, out), nn.GELU()]
+            self.projection = nn.Sequential(*layers[:-1])
+        if kind == "codes":
+            assert codes is not None
+            first = np.concatenate([[0], np.cumsum(codes.max(axis=0) + 1)])
+            self.register_buffer("codes", torch.from_numpy(codes + first[:-1]), persistent=False)
+            self.code_embedding = nn.Embedding(int(first[-1]), hidden_size)
+            nn.init.xavier_normal_(self.code_embedding.weight)
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """Vectors (S, D) of item ids (S)."""
+        if self.kind == "codes":
+            return self.code_embedding(self.codes[item_ids]).sum(dim=-2)
+        if self.kind == "id":
+            return self.item_embedding(item_ids)
+        if self.kind == "init":
+            return self.projection(self.item_embedding(item_ids))
+        projected = self.projection(self.text_vectors[item_ids])
+        return projected + self.item_embedding(item_ids) if self.kind == "add" else projected
+
+    def all(self) -> Tensor:
+        """Vectors (N, D) of all items in id order; without gradients computed once an evaluation.
+
+        What is kept is dropped as soon as the module goes into training mode.
+        """
+        if self.kind == "id":
+            return self.item_embedding.weight
+        if self.training or torch.is_grad_enabled():
+            return self(torch.arange(self.num_items, device=self._device()))
+        if self._kept is None:
+            ids = torch.arange(self.num_items, device=self._device())
+            self._kept = torch.cat([self(part) for part in ids.split(100_000)])
+        return self._kept
+
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def train(self, mode: bool = True) -> ItemTable:
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._kept = None  # it would stay on the old device
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args)
+
+
+def nearest_items(vectors: np.ndarray, count: int, chunk_size: int = 1024) -> np.ndarray:
+    """The `count` most similar other items of each item by cosine, int64 (N, count)."""
+    table = F.normalize(torch.from_numpy(np.array(vectors, dtype=np.float32)), dim=-1)
+    rows = []
+    for part in torch.arange(len(table)).split(chunk_size):
+        scores = table[part] @ table.T  # (C, N)
+        scores[torch.arange(len(part)), part] = -torch.inf
+        rows.append(scores.topk(count, dim=1).indices)
+    return torch.cat(rows).numpy()

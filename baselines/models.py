@@ -1,0 +1,278 @@
+"""From settings to models with their collators, and back from a saved folder.
+
+A model is an `nn.Module` that satisfies `recformer.training.lit.Recommender`. The models that train
+are made of a network (`baselines/sasrec.py`, `baselines/huggingface.py`), item vectors
+(`baselines/item_table.py`) and an objective (`baselines/recommender.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from baselines import Baseline
+from baselines.cooccurrence import Cooccurrence
+from baselines.huggingface import HuggingFaceNetwork
+from baselines.id_sequences import CausalCollator, HistoryCollator, MaskedCollator
+from baselines.item_table import KINDS, ItemTable, nearest_items
+from baselines.popularity import Popularity
+from baselines.recommender import Objective, SequenceRecommender
+from baselines.sasrec import SASRec
+from baselines.semantic_ids import SemanticIds
+from baselines.text_neighbours import TextNeighbours
+from baselines.text_vectors import text_vectors
+from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
+from recformer.files import UserError, read_json
+from recformer.metrics import TargetRanks
+
+SEQUENCE = {
+    "hidden_size": 128,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout": 0.2,
+    "max_length": 50,
+    "loss": "softmax",
+    "num_negatives": 256,
+    "gbce_t": 0.75,
+    "temperature": 1.0,
+    "cosine": False,
+    "hard_negatives": 0,
+    "separate_outputs": False,
+    "items": "id",
+    "text_encoder": None,
+    "projection_layers": 2,
+    "semantic_ids": None,
+}
+TRANSFORMER = SEQUENCE | {"arch": "gpt2", "objective": "causal", "mask_probability": 0.2}
+
+# Settings of each model and their defaults. A setting that a model does not have is refused.
+MODELS: dict[str, dict[str, Any]] = {
+    "popularity": {},
+    "text_neighbours": {"decay": 0.6, "text_encoder": None},
+    "cooccurrence": {"decay": 0.6},
+    "sasrec": SEQUENCE | {"from_published": None},
+    "gsasrec": SEQUENCE | {"loss": "gbce", "separate_outputs": True, "from_published": None},
+    "bert4rec": TRANSFORMER | {"arch": "bert", "objective": "masked"},
+    "transformer": TRANSFORMER,
+}
+UNTRAINED: dict[str, Callable[..., Baseline]] = {
+    "popularity": Popularity,
+    "text_neighbours": TextNeighbours,
+    "cooccurrence": Cooccurrence,
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model and how its batches are made; `train_collator` is None where nothing is trained."""
+
+    model: nn.Module
+    train_collator: Callable | None
+    eval_collator: Callable
+
+
+def settings_of(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a model: the given ones, and its defaults for the others.
+
+    Raises:
+        UserError: an unknown model, a setting that the model does not have, or values that do not
+            go together.
+    """
+    if model not in MODELS:
+        raise UserError(f"--model {model}: expected one of {', '.join(MODELS)}")
+    foreign = sorted(set(given) - set(MODELS[model]))
+    if foreign:
+        raise UserError(f"--{foreign[0]} is no flag of --model {model}")
+    settings = MODELS[model] | given
+    if model in UNTRAINED:
+        return settings
+    for name in ("hidden_size", "num_layers", "num_heads", "projection_layers"):
+        if settings[name] < 1:
+            raise UserError(f"--{name} {settings[name]}: must be at least 1")
+    if settings["max_length"] < 2:
+        raise UserError(f"--max_length {settings['max_length']}: must be at least 2")
+    if settings["hidden_size"] % settings["num_heads"]:
+        raise UserError(
+            f"--hidden_size {settings['hidden_size']} does not divide by --num_heads "
+            f"{settings['num_heads']}"
+        )
+    if not 0 <= settings["dropout"] < 1:
+        raise UserError(f"--dropout {settings['dropout']}: must be from 0 to below 1")
+    if not 0 < settings.get("mask_probability", 0.2) <= 1:
+        raise UserError(f"--mask_probability {settings['mask_probability']}: must be in (0, 1]")
+    if settings["items"] not in KINDS:
+        raise UserError(f"--items {settings['items']}: expected one of {', '.join(KINDS)}")
+    needs_text = settings["items"] in ("frozen", "init", "add") or settings["hard_negatives"] > 0
+    if needs_text != (settings["text_encoder"] is not None):
+        raise UserError(
+            "--text_encoder goes with --items frozen, init or add, or with --hard_negatives; got "
+            f"--items {settings['items']} and --text_encoder {settings['text_encoder']}"
+        )
+    if (settings["items"] == "codes") != (settings["semantic_ids"] is not None):
+        raise UserError("--items codes and --semantic_ids FILE go together")
+    _objective(settings)
+    return settings
+
+
+def build(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Built:
+    """A model with random weights (torch's global generator), or one without weights.
+
+    Args:
+        model: one of `MODELS`.
+        settings: as `settings_of` gives them.
+        folder: the data.
+
+    Raises:
+        UserError, FileNotFoundError: an encoder, codes or a published file that cannot be read or
+            do not fit the data.
+    """
+    if model in UNTRAINED:
+        baseline = Untrained(UNTRAINED[model](folder, **settings))
+        return Built(baseline, None, HistoryCollator(folder.num_items + folder.train.items.size))
+    vectors = codes = None
+    if settings["text_encoder"] is not None:
+        vectors = text_vectors(folder, settings["text_encoder"])
+    if settings["semantic_ids"] is not None:
+        codes = SemanticIds.load(settings["semantic_ids"], folder.asins).codes
+    hidden_size, max_length = settings["hidden_size"], settings["max_length"]
+    if model in ("sasrec", "gsasrec"):
+        network: nn.Module = SASRec(
+            hidden_size, settings["num_layers"], settings["num_heads"], max_length,
+            settings["dropout"],
+        )  # fmt: skip
+    else:
+        network = HuggingFaceNetwork(
+            settings["arch"], settings["objective"], hidden_size, settings["num_layers"],
+            settings["num_heads"], max_length, settings["dropout"],
+        )  # fmt: skip
+
+    def table() -> ItemTable:
+        return ItemTable(
+            folder.num_items, hidden_size, settings["items"], vectors, codes,
+            settings["projection_layers"],
+        )  # fmt: skip
+
+    similar = None
+    if settings["hard_negatives"]:
+        assert vectors is not None
+        similar = torch.from_numpy(nearest_items(vectors, settings["hard_negatives"]))
+    recommender = SequenceRecommender(
+        network,
+        table(),
+        _objective(settings),
+        hidden_size,
+        table() if settings["separate_outputs"] else None,
+        similar,
+    )
+    if settings.get("from_published"):
+        load_published(recommender, settings["from_published"], folder.asins)
+    if network.bidirectional:
+        return Built(
+            recommender,
+            MaskedCollator(max_length, folder.num_items, settings["mask_probability"]),
+            HistoryCollator(max_length, folder.num_items),
+        )
+    return Built(recommender, CausalCollator(max_length), HistoryCollator(max_length))
+
+
+def _objective(settings: dict[str, Any]) -> Objective:
+    return Objective(
+        settings["loss"],
+        settings["num_negatives"],
+        settings["gbce_t"],
+        settings["temperature"],
+        settings["cosine"],
+        settings["hard_negatives"],
+    )
+
+
+def load(path: str | os.PathLike, folder: ProcessedFolder) -> Built:
+    """A trained model from the `best_model` folder of a run, to rank on the data it was trained on.
+
+    Raises:
+        FileNotFoundError: the folder is not whole.
+        UserError: it was trained on other items.
+    """
+    saved = read_json(Path(path) / "config.json")
+    if saved["asins"] != folder.asins:
+        raise UserError(f"{path} was trained on other items than those of {folder.path}")
+    built = build(saved["model"], saved["settings"] | {"from_published": None}, folder)
+    built.model.load_state_dict(load_file(Path(path) / "model.safetensors"))
+    built.model.eval()
+    return built
+
+
+def load_published(model: SequenceRecommender, path: str | os.PathLike, asins: list[str]) -> None:
+    """Weights of a published gSASRec checkpoint (its PyTorch port), in place.
+
+    Its rows are those of items 1 to N, with one row before and one (the padding) behind; our items
+    are found by their key, which must be that number, as in the data it was trained on.
+
+    Args:
+        model: a SASRec of the same sizes.
+        path: file that `torch.save` wrote of the state dict.
+        asins: item keys in item id order.
+
+    Raises:
+        UserError: keys or shapes that are not those of a gSASRec of this size.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many kinds for files that are not its own
+        raise UserError(f"{path} is no file that torch.save wrote: {error}") from error
+    numbers = np.array([int(a) if a.isdecimal() else 0 for a in asins])
+    if sorted(numbers) != list(range(1, len(asins) + 1)):
+        raise UserError("--from_published: the items' keys must be the numbers 1 to N")
+    rows = torch.from_numpy(numbers)
+    ours: dict[str, torch.Tensor] = {}
+    for key, tensor in state.items():
+        if key in ("item_embedding.weight", "output_embedding.weight"):
+            if len(tensor) != len(asins) + 2:
+                raise UserError(
+                    f"{path}: {key} has {len(tensor)} rows, expected {len(asins)} items and 2"
+                )
+            side = "inputs" if key.startswith("item") else "outputs"
+            ours[f"{side}.item_embedding.weight"] = tensor[rows]
+        else:
+            ours[f"network.{key}"] = tensor
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in ours.items()}
+    different = sorted(k for k in expected | found if expected.get(k) != found.get(k))
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{path} is no gSASRec of this size: {key} is {found.get(key, 'missing')}, expected "
+            f"{expected.get(key, 'nothing')} ({len(different)} such); --hidden_size, --num_layers, "
+            "--max_length, --separate_outputs?"
+        )
+    model.load_state_dict(ours)
+
+
+class Untrained(nn.Module):
+    """A baseline without weights as a `recformer.training.lit.Recommender`."""
+
+    def __init__(self, baseline: Baseline) -> None:
+        super().__init__()
+        self.baseline = baseline
+        # Lightning asks every module for a device and an optimizer for something.
+        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)
+
+    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
+        """Where the targets of a batch of `HistoryCollator` stand among all items."""
+        histories = Sequences(
+            batch["offsets"].cpu().numpy(), batch["items"].cpu().numpy().astype(np.int32)
+        )
+        examples = EvalExamples(
+            batch["user_ids"].cpu().numpy(), histories, batch["labels"].cpu().numpy(), 0
+        )
+        return self.baseline.rank(examples, filter_seen)

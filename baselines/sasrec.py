@@ -1,0 +1,117 @@
+"""SASRec (Kang and McAuley, ICDM 2018), in the form of the published gSASRec.
+
+Pre-normed causal self-attention over item vectors and learned positions. Positions are counted from
+the end, as the published left padding does: the newest of L places is L - 1 for every user.
+
+Shapes: B sequences, T items laid end to end, L longest sequence, D hidden, A heads.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baselines.id_sequences import places
+
+
+class SelfAttention(nn.Module):
+    """Causal attention whose queries are normalised and whose keys and values are not.
+
+    published: there is no projection of the output, and keys and values are those before the norm.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query_proj = nn.Linear(hidden_size, hidden_size)
+        self.key_proj = nn.Linear(hidden_size, hidden_size)
+        self.val_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, normed: Tensor, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """normed and hidden (T, D), row and column (T,) the place of each item -> (T, D)."""
+        size = (int(row[-1]) + 1, int(column.max()) + 1)
+
+        def heads(values: Tensor) -> Tensor:  # (T, D) -> (B, A, L, D / A)
+            padded = values.new_zeros(*size, values.shape[1])
+            padded[row, column] = values
+            return padded.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+        # Padding stands behind, where the causal mask hides it from every real item.
+        mixed = F.scaled_dot_product_attention(
+            heads(self.query_proj(normed)),
+            heads(self.key_proj(hidden)),
+            heads(self.val_proj(hidden)),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+        )
+        return mixed.transpose(1, 2).flatten(2)[row, column]
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each with its residual.
+
+    published: the residuals start from the normalised input, not from the input.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.first_norm = nn.LayerNorm(hidden_size)
+        self.second_norm = nn.LayerNorm(hidden_size)
+        self.multihead_attention = SelfAttention(hidden_size, num_heads, dropout)
+        self.dense1 = nn.Linear(hidden_size, hidden_size)
+        self.dense2 = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        normed = self.first_norm(hidden)
+        attended = self.multihead_attention(normed, hidden, row, column) + normed
+        attended = self.second_norm(attended)
+        inner = self.dropout(F.relu(self.dense1(attended)))
+        return attended + self.dropout(self.dense2(inner))
+
+
+class SASRec(nn.Module):
+    """From item vectors to hidden states; see `baselines.recommender` for what is around it.
+
+    Args:
+        hidden_size: D.
+        num_layers: blocks.
+        num_heads: A.
+        max_length: longest sequence.
+        dropout: of embeddings, attention weights and feed-forward layers.
+    """
+
+    bidirectional = False
+
+    def __init__(
+        self, hidden_size: int, num_layers: int, num_heads: int, max_length: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.position_embedding = nn.Embedding(max_length, hidden_size)
+        self.embeddings_dropout = nn.Dropout(dropout)
+        self.transformer_blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, dropout) for _ in range(num_layers)
+        )
+        self.seq_norm = nn.LayerNorm(hidden_size)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.xavier_normal_(module.weight)
+
+    def forward(self, vectors: Tensor, offsets: Tensor) -> Tensor:
+        """Hidden states of every item.
+
+        Args:
+            vectors: (T, D) of items laid end to end, oldest first.
+            offsets: (B+1,) of the sequences, none longer than `max_length`.
+
+        Returns:
+            (T, D).
+        """
+        row, column, lengths = places(offsets)
+        position = self.max_length - lengths[row] + column
+        hidden = self.embeddings_dropout(vectors + self.position_embedding(position))
+        for block in self.transformer_blocks:
+            hidden = block(hidden, row, column)
+        return self.seq_norm(hidden)

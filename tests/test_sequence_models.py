@@ -1,0 +1,517 @@
+"""SASRec, gSASRec, BERT4Rec, their text-enhanced forms and Hugging Face networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+
+from baselines import models, recommender
+from baselines.__main__ import BaselineArguments, main, read_config, run
+from baselines.huggingface import HuggingFaceNetwork
+from baselines.id_sequences import CausalCollator, HistoryCollator, MaskedCollator
+from baselines.item_table import ItemTable, nearest_items
+from baselines.recommender import Objective, SequenceRecommender
+from baselines.sasrec import SASRec
+from recformer.data.collators import EvalExample, TrainExample
+from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.files import UserError, read_json
+from recformer.losses import candidate_scores
+
+GOLDEN = Path(__file__).parent / "golden"
+N, D = 12, 16
+
+
+def network(kind: str, **sizes) -> torch.nn.Module:
+    sizes = {"hidden_size": D, "num_layers": 2, "num_heads": 2, "max_length": 8} | sizes
+    torch.manual_seed(1)
+    if kind == "sasrec":
+        return SASRec(dropout=0.0, **sizes)
+    arch, objective = kind.split()
+    return HuggingFaceNetwork(arch, objective, dropout=0.0, **sizes)
+
+
+NETWORKS = ("sasrec", "gpt2 causal", "bert causal", "bert masked", "llama causal")
+
+
+def made(kind: str = "sasrec", items: str = "id", separate: bool = False, **objective):
+    torch.manual_seed(0)
+    vectors = np.random.default_rng(0).normal(size=(N, 5)).astype(np.float32)
+    codes = np.stack([np.arange(N) % 3, np.arange(N) // 3], axis=1)
+    table = [ItemTable(N, D, items, vectors, codes) for _ in range(2)]
+    return SequenceRecommender(
+        network(kind), table[0], Objective(**objective), D, table[1] if separate else None,
+        torch.from_numpy(nearest_items(vectors, 2)),
+    )  # fmt: skip
+
+
+def train_examples(*sequences: list[int]) -> list[TrainExample]:
+    return [TrainExample(u, np.array(s, dtype=np.int32), u) for u, s in enumerate(sequences)]
+
+
+def eval_examples(*histories: list[int]) -> list[EvalExample]:
+    return [EvalExample(u, np.array(h, dtype=np.int32), 1) for u, h in enumerate(histories)]
+
+
+# Collators
+
+
+def test_causal_batches_by_hand():
+    batch = CausalCollator(3)(train_examples([5, 6, 7, 8, 9], [1, 2]))
+    assert batch["items"].tolist() == [6, 7, 8, 1]
+    assert batch["labels"].tolist() == [7, 8, 9, 2]
+    assert batch["offsets"].tolist() == [0, 3, 4]
+    assert batch["predict"].tolist() == [0, 1, 2, 3]
+
+
+def test_masked_batches_hide_at_least_the_last_item():
+    batch = MaskedCollator(3, N, 1e-9)(train_examples([5, 6, 7, 8], [1, 2]))
+    assert batch["items"].tolist() == [6, 7, N, 1, N]
+    assert batch["labels"].tolist() == [8, 2]
+    assert batch["predict"].tolist() == [2, 4]
+    everything = MaskedCollator(3, N, 1.0)(train_examples([5, 6, 7, 8], [1, 2]))
+    assert everything["items"].tolist() == [N] * 5
+    assert everything["labels"].tolist() == [6, 7, 8, 1, 2]
+
+
+def test_masks_belong_to_the_example_not_to_the_batch():
+    examples = train_examples(*[list(range(8))] * 6)
+    collate = MaskedCollator(8, N, 0.3)
+    together = collate(examples)["items"].reshape(6, 8)
+    alone = [collate([example])["items"] for example in examples]
+    assert torch.equal(together, torch.stack(alone))
+    share = (together == N).float().mean()
+    assert 0.1 < share < 0.6
+
+
+def test_histories_by_hand():
+    batch = HistoryCollator(3)(eval_examples([5, 6, 7, 8], [2]))
+    assert batch["items"].tolist() == [6, 7, 8, 2]
+    assert batch["predict"].tolist() == [2, 3]
+    hidden = HistoryCollator(3, N)(eval_examples([5, 6, 7, 8], [2]))
+    assert hidden["items"].tolist() == [7, 8, N, 2, N]
+    assert hidden["predict"].tolist() == [2, 4]
+    assert batch["seen"][1].tolist() == [5, 6, 7, 8, 2]  # what is filtered is the whole history
+
+
+# Networks
+
+
+def test_golden_gsasrec():
+    """Hidden states, logits and losses of the published implementation, weights by its file."""
+    values, info = np.load(GOLDEN / "gsasrec_tiny.npz"), read_json(GOLDEN / "gsasrec_tiny.json")
+    n = info["num_items"]
+    model = SequenceRecommender(
+        SASRec(16, 2, 2, 12, 0.5), ItemTable(n, 16), Objective("gbce", 7), 16, ItemTable(n, 16)
+    ).eval()
+    models.load_published(model, GOLDEN / "gsasrec_tiny_ckpt.pt", [str(i + 1) for i in range(n)])
+    sequences = [row[row != n + 1] - 1 for row in values["positives"]]
+    batch = CausalCollator(12)(train_examples(*sequences))
+    hidden = model.predictions(batch)
+
+    def real(name: str, shift: int = 0) -> torch.Tensor:  # without the published left padding
+        rows = values[name][:, shift:]
+        parts = [row[len(row) - len(s) + 1 :] for row, s in zip(rows, sequences, strict=True)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    torch.testing.assert_close(hidden, real("hidden"), atol=1e-5, rtol=1e-5)
+    negatives = real("negatives", 1) - 1
+    candidates = torch.cat([batch["labels"][:, None], negatives], dim=1)
+    scores = candidate_scores(hidden, model.scored.all(), candidates)
+    torch.testing.assert_close(scores, real("logits"), atol=1e-5, rtol=1e-5)
+    for t, expected in info["losses"].items():
+        model.objective = Objective("gbce", 7, float(t))
+        loss = model.loss(hidden, batch["labels"], negatives)
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+    histories = [row[row != n + 1] - 1 for row in values["history"]]
+    last = model.predictions(HistoryCollator(12)(eval_examples(*histories)))
+    expected = torch.from_numpy(values["scores"])
+    torch.testing.assert_close(last @ model.scored.all().T, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_neighbours_in_the_batch_change_nothing(kind):
+    model = network(kind).eval()
+    vectors = torch.randn(11, D)
+    together = model(vectors, torch.tensor([0, 3, 4, 11]))
+    alone = [model(vectors[a:b], torch.tensor([0, b - a])) for a, b in ((0, 3), (3, 4), (4, 11))]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_future_cannot_leak(kind):
+    model = network(kind).eval()
+    vectors = torch.randn(7, D)
+    changed = vectors.clone()
+    changed[5:] = torch.randn(2, D)
+    before, after = model(vectors, torch.tensor([0, 7])), model(changed, torch.tensor([0, 7]))
+    moved = (before - after).abs().amax(dim=1) > 1e-6
+    expected = [True] * 7 if model.bidirectional else [False] * 5 + [True] * 2
+    assert moved.tolist() == expected
+
+
+def test_architectures_that_do_not_fit_are_refused_by_name():
+    sizes = {"hidden_size": D, "num_layers": 1, "num_heads": 2, "max_length": 8, "dropout": 0.0}
+    for arch, objective, message in (
+        ("nothing", "causal", "no model type"),
+        ("gpt2", "masked", "looks back only"),
+        ("gpt2", "sideways", "expected causal or masked"),
+        ("resnet", "causal", "--arch resnet"),
+    ):
+        with pytest.raises(UserError, match=message):
+            HuggingFaceNetwork(arch, objective, **sizes)
+
+
+# Item vectors
+
+
+@pytest.mark.parametrize("kind", ["id", "frozen", "init", "add", "codes"])
+def test_all_vectors_are_those_of_single_items(kind):
+    model = made(items=kind)
+    table = model.inputs
+    some = torch.tensor([[3, 0], [11, 3]])
+    torch.testing.assert_close(table(some), table.all()[some])
+    table.eval()
+    with torch.no_grad():
+        kept = table.all()
+        assert table.all() is kept or kind == "id"
+        for parameter in table.parameters():
+            parameter += 1
+        table.train()
+        table.eval()
+        assert not torch.equal(table.all(), kept) or kind == "id"
+
+
+def test_text_vectors_stay_and_learned_ones_move():
+    trained = {
+        kind: sum(p.numel() for p in made(items=kind).inputs.parameters())
+        for kind in ("id", "frozen", "init", "add", "codes")
+    }
+    projection = 5 * D + D + D * D + D
+    assert trained == {
+        "id": N * D,
+        "frozen": projection,
+        "init": N * 5 + projection,
+        "add": N * D + projection,
+        "codes": (3 + 4) * D,
+    }
+    assert not any("text_vectors" in key for key in made(items="frozen").state_dict())
+
+
+def test_codes_are_summed():
+    table = made(items="codes").inputs
+    weight = table.code_embedding.weight
+    # Item 7 has the codes (7 % 3, 7 // 3) = (1, 2); the second level starts at row 3.
+    torch.testing.assert_close(table(torch.tensor(7)), weight[1] + weight[3 + 2])
+
+
+def test_nearest_items_by_hand():
+    vectors = np.array([[1, 0], [2, 0.1], [0, 1], [0.1, 3]], dtype=np.float32)
+    assert nearest_items(vectors, 1, chunk_size=3)[:, 0].tolist() == [1, 0, 3, 2]
+
+
+# Objectives
+
+
+def test_sampled_softmax_over_all_other_items_is_the_full_softmax():
+    users, labels = torch.randn(4, D), torch.tensor([0, 5, 5, 11])
+    others = torch.tensor([[i for i in range(N) if i != label] for label in labels])
+    for cosine in (False, True):
+        sampled = made(loss="sampled_softmax", temperature=0.5, cosine=cosine)
+        full = made(loss="softmax", temperature=0.5, cosine=cosine)
+        torch.testing.assert_close(
+            sampled.loss(users, labels, others), full.loss(users, labels), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_gbce_without_calibration_is_binary_cross_entropy():
+    users, labels = torch.randn(3, D), torch.tensor([0, 5, 11])
+    negatives = torch.tensor([[1, 2], [3, 3], [4, 6]])
+    table = made().scored.all()
+    scores = torch.stack([table[labels], *table[negatives].unbind(1)], 1) @ users[..., None]
+    truth = torch.tensor([1.0, 0, 0]).expand(3, 3)
+    expected = F.binary_cross_entropy_with_logits(scores[..., 0], truth)
+    for options in ({"loss": "bce"}, {"loss": "gbce", "calibration": 0.0}):
+        loss = made(**options).loss(users, labels, negatives)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_in_batch_candidates_are_the_different_targets_and_their_hard_negatives():
+    users, labels = torch.randn(4, D), torch.tensor([2, 7, 2, 9])
+    model = made(loss="in_batch")
+    table = model.scored.all()[[2, 7, 9]]
+    expected = F.cross_entropy(users @ table.T, torch.tensor([0, 1, 0, 2]))
+    assert model.loss(users, labels).item() == pytest.approx(expected.item(), abs=1e-6)
+    hard = made(loss="in_batch", hard_negatives=2)
+    pool = sorted({2, 7, 9, *hard.similar_items[[2, 7, 9]].flatten().tolist()})
+    scores = users @ hard.scored.all()[pool].T
+    expected = F.cross_entropy(scores, torch.tensor([pool.index(i) for i in labels.tolist()]))
+    assert hard.loss(users, labels).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("all_items", [True, False])
+def test_negatives_of_a_large_catalogue_are_read_alone(monkeypatch, all_items):
+    """The same loss and gradients whether all items are scored or those drawn."""
+    monkeypatch.setattr(models.ItemTable, "num_items", N, raising=False)
+    users, labels = torch.randn(2, D, requires_grad=True), torch.tensor([0, 5])
+    negatives = torch.tensor([[1, 2], [3, 5]])
+    model = made("sasrec", "frozen", loss="sampled_softmax")
+    if not all_items:
+        monkeypatch.setattr(ItemTable, "all", lambda self: pytest.fail("all items were read"))
+    else:
+        model.scored.num_items = 3  # so that the candidates seem to be many
+        monkeypatch.setattr(ItemTable, "all", lambda self: self(torch.arange(N)))
+    loss = model.loss(users, labels, negatives)
+    scores = users[:, None] @ model.scored(torch.cat([labels[:, None], negatives], 1)).mT
+    expected = F.cross_entropy(scores[:, 0], torch.zeros(2, dtype=torch.long))
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("per_candidate", [0, 1000])
+def test_candidate_scores_and_gradients_either_way(monkeypatch, per_candidate):
+    import recformer.losses as losses
+
+    monkeypatch.setattr(losses, "ITEMS_PER_CANDIDATE", per_candidate)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 40)  # several chunks
+    users = torch.randn(5, 4, dtype=torch.float32, requires_grad=True)
+    table = torch.randn(9, 4, requires_grad=True)
+    candidates = torch.tensor([[0, 0, 8], [1, 2, 3], [8, 7, 8], [4, 4, 4], [5, 0, 6]])
+    upstream = torch.randn(5, 3)
+    scores = candidate_scores(users, table, candidates)
+    ours = torch.autograd.grad(scores, (users, table), upstream)
+    expected = (table[candidates] @ users[..., None])[..., 0]
+    torch.testing.assert_close(scores, expected)
+    for mine, right in zip(
+        ours, torch.autograd.grad(expected, (users, table), upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, right)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Every item is followed by the next one round a circle of six."""
+    path = tmp_path_factory.mktemp("data") / "folder"
+    sequences = [[(start + i) % 6 for i in range(6 + start)] for start in range(6)] * 3
+    write_processed(
+        path,
+        train=Sequences.from_lists([s[:-2] for s in sequences]),
+        val=Sequences.from_lists([s[-2:-1] for s in sequences]),
+        test=Sequences.from_lists([s[-1:] for s in sequences]),
+        user_names=[f"u{i}" for i in range(len(sequences))],
+        asins=[str(i + 1) for i in range(6)],
+        meta={str(i + 1): {"title": f"{'abcdef'[i] * 3} thing"} for i in range(6)},
+        dataset={},
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    """A sentence encoder with random weights."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    path = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "thing"] + [c * 3 for c in "abcdef"]
+    (path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(path / "vocab.txt")).save_pretrained(path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=128,
+    )  # fmt: skip
+    model = BertModel(config)
+    torch.nn.init.normal_(model.embeddings.word_embeddings.weight)  # words that differ clearly
+    model.save_pretrained(path)
+    return str(path)
+
+
+SMALL = {
+    "hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_length": 5, "dropout": 0.0,
+    "num_train_epochs": 30, "batch_size": 6, "learning_rate": 1e-2, "verbose": 10, "device": [-1],
+    "metric_ks": [1, 5],
+}  # fmt: skip
+LONGER = {
+    "num_train_epochs": 120, "verbose": 40, "mask_probability": 0.4, "learning_rate": 3e-3
+}  # fmt: skip  # a sixth of the labels
+MODELS: dict[str, dict] = {
+    "sasrec": {},
+    "sasrec sampled": {"model": "sasrec", "loss": "sampled_softmax", "num_negatives": 3},
+    "gsasrec": {"num_negatives": 4},
+    "bert4rec": LONGER,
+    "transformer": {},
+    "sasrec frozen": {"model": "sasrec", "items": "frozen"},
+    "sasrec init": {
+        "model": "sasrec", "items": "init", "cosine": True, "temperature": 0.2,
+        "num_train_epochs": 60,
+    },
+    "gsasrec add": {"model": "gsasrec", "items": "add", "num_negatives": 4},
+    "t4r": {
+        "model": "bert4rec", "items": "add", "loss": "in_batch", "hard_negatives": 2,
+        "cosine": True, "temperature": 0.3, **LONGER,
+    },
+}  # fmt: skip
+
+
+def arguments(data: Path, output: Path, name: str, encoder: str, **more) -> BaselineArguments:
+    own = dict(MODELS[name])
+    own.setdefault("model", name.split()[0])
+    if own.get("items", "id") != "id":
+        own["text_encoder"] = encoder
+    return BaselineArguments(data_path=str(data), output_dir=str(output), **SMALL | own | more)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_learns_a_circle_and_ranks_the_same_when_loaded(data, encoder, tmp_path, name):
+    result = run(arguments(data, tmp_path, name, encoder))
+    assert result["test"]["Recall@1"] == 1, name  # the next item is always ranked first
+    assert min(result["parameters"], result["train_seconds"]) > 0
+    folder = ProcessedFolder.load(data)
+    built = models.load(tmp_path / "best_model", folder)
+    examples = folder.eval_examples("test")
+    rows = [
+        EvalExample(int(u), examples.histories[i], int(t))
+        for i, (u, t) in enumerate(zip(examples.user_ids, examples.targets, strict=True))
+    ]
+    ranks = built.model.rank(built.eval_collator(rows), False)
+    import pyarrow.parquet as pq
+
+    written = pq.read_table(tmp_path / "ranks" / "trained_test.parquet")
+    assert ranks.above.tolist() == written["above"].to_pylist()
+    assert (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("name", ["popularity", "text_neighbours", "cooccurrence"])
+def test_models_without_training_go_the_same_way(data, tmp_path, name):
+    result = run(
+        BaselineArguments(data_path=str(data), output_dir=str(tmp_path), model=name, device=[-1])
+    )
+    assert (result["stages"], result["parameters"]) == ({}, 0)
+    assert result["test"] == read_json(tmp_path / "metrics.json")["test"]
+    if name == "cooccurrence":
+        assert result["test"]["MRR"] == 1
+
+
+def test_a_run_that_is_cut_off_ends_as_one_that_is_not(data, tmp_path, monkeypatch):
+    whole = run(arguments(data, tmp_path / "whole", "gsasrec", "", num_train_epochs=4, verbose=1))
+    step, count = SequenceRecommender.training_loss, 0
+
+    def failing(self, batch):
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise RuntimeError("cut off")
+        return step(self, batch)
+
+    cut = arguments(data, tmp_path / "cut", "gsasrec", "", num_train_epochs=4, verbose=1)
+    monkeypatch.setattr(SequenceRecommender, "training_loss", failing)
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(cut)
+    monkeypatch.setattr(SequenceRecommender, "training_loss", step)
+    again = run(cut)
+    assert again["test"] == whole["test"]
+    rows = [
+        [
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in r["stages"]["training"]["rows"]
+        ]
+        for r in (whole, again)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_gradients_do_not_depend_on_the_number_of_processes(monkeypatch):
+    """Processes average gradients; the loss is weighted so that it is the mean over predictions."""
+    model = made()
+    collate = CausalCollator(8)
+    examples = train_examples([0, 1, 2, 3, 4], [5, 6])
+    whole = model.training_loss(collate(examples))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.fill_(5.0))
+    parts = [model.training_loss(collate([example])) for example in examples]
+    assert sum(parts).item() / 2 == pytest.approx(whole.item(), abs=1e-6)
+
+
+def test_a_published_file_can_be_evaluated_and_wrong_ones_are_refused(data, tmp_path):
+    made_settings = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_length": 6}
+    settings = models.settings_of("gsasrec", made_settings)
+    folder = ProcessedFolder.load(data)
+    model = models.build("gsasrec", settings, folder).model
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.startswith("network."):
+            state[key.removeprefix("network.")] = value
+        else:
+            rows = torch.cat([torch.zeros(1, 16), value, torch.zeros(1, 16)])
+            side = {"inputs": "item", "outputs": "output"}[key.split(".")[0]]
+            state[f"{side}_embedding.weight"] = rows
+    torch.save(state, tmp_path / "published.pt")
+    flags = ["--model", "gsasrec", "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
+    flags += ["--hidden_size", "16", "--num_layers", "1", "--max_length", "6", "--device", "-1"]
+    main([*flags, "--from_published", str(tmp_path / "published.pt"), "--evaluate_only"])
+    assert list(read_json(tmp_path / "out" / "metrics.json")["evaluations"]) == ["published"]
+    fresh = models.build(
+        "gsasrec", settings | {"from_published": tmp_path / "published.pt"}, folder
+    )
+    assert torch.equal(fresh.model.outputs.item_embedding.weight, model.outputs.all())
+    with pytest.raises(UserError, match="no gSASRec of this size"):
+        models.load_published(
+            models.build("gsasrec", settings | {"num_layers": 2}, folder).model,
+            tmp_path / "published.pt", folder.asins,
+        )  # fmt: skip
+    with pytest.raises(UserError, match="numbers 1 to N"):
+        models.load_published(model, tmp_path / "published.pt", ["a"] * 6)
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match=r"no file that torch\.save wrote"):
+        models.load_published(model, tmp_path / "text.pt", folder.asins)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "sasrec", "--arch", "gpt2"], "--arch is no flag of --model sasrec"),
+        (["--model", "sasrec", "--loss", "nothing"], "--loss nothing"),
+        (["--hidden_size", "10", "--num_heads", "3"], "does not divide"),
+        (["--items", "frozen"], "--text_encoder goes with"),
+        (["--text_encoder", "x"], "--text_encoder goes with"),
+        (["--items", "codes"], "--semantic_ids FILE go together"),
+        (["--hard_negatives", "3", "--text_encoder", "x"], "--loss in_batch"),
+        (["--evaluate_only"], "--from_published"),
+        (["--patience", "0"], "--patience 0"),
+        (["--dropout", "1"], "--dropout 1"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(data, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        main(["--data_path", str(data), "--output_dir", str(tmp_path), *flags])
+    assert not list(tmp_path.iterdir())
+
+
+def test_configurations_that_ship_are_read_and_flags_win(data, tmp_path, repository, monkeypatch):
+    shipped = sorted((repository / "baselines" / "configs").glob("*.yaml"))
+    assert len(shipped) >= 4
+    for path in shipped:
+        values = read_config(str(path))
+        own = BaselineArguments(**values).own()
+        models.settings_of(values["model"], own)
+    seen = []
+    monkeypatch.setattr("baselines.__main__.run", seen.append)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"model": "gsasrec", "hidden_size": 32, "batch_size": 7}))
+    main(["--config", str(config), "--hidden_size", "64"])
+    assert (seen[0].model, seen[0].hidden_size, seen[0].batch_size) == ("gsasrec", 64, 7)
+    config.write_text("hiden_size: 3")
+    with pytest.raises(UserError, match="hiden_size is no flag"):
+        read_config(str(config))
+
+
+def test_names_of_losses_are_those_of_the_help():
+    text = BaselineArguments.__dataclass_fields__["loss"].metadata["help"]
+    assert all(name in text for name in recommender.LOSSES)
