@@ -202,8 +202,19 @@ def test_an_epoch_holds_every_sequence_once_in_an_order_of_its_own(files, tokeni
         rows = [row for batch in epochs[-1] for row, _ in batch]
         if max_tokens is None or epoch == 0:
             assert sorted(rows) == list(range(40))
-        assert len(epochs[-1]) <= len(batches)
     assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_epochs_by_tokens_have_equally_many_batches(files, tokenizer):
+    batches = sampler(files, tokenizer, max_tokens=170)
+    made = []
+    for epoch in range(8):
+        batches.set_epoch(epoch)
+        own = [rows.tolist() for rows in batches._global_batches(epoch, 1)]
+        made.append(len(own))
+        served = [[row for row, _ in batch] for batch in batches]
+        assert served == (own + own)[: len(batches)]
+    assert min(made) < len(batches)
 
 
 def test_batches_by_tokens_keep_the_budget_and_use_it(files, tokenizer):

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -351,8 +352,8 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         return self.num_batches(rank_and_world()[1])
 
     def num_batches(self, world: int) -> int:
-        """Batches an epoch with `world` processes; by tokens, of the first one, and no epoch has
-        more."""
+        """Batches an epoch with `world` processes; by tokens, of the first one: targets, and with
+        them the tokens, are others in every epoch, but all have equally many batches."""
         if self.max_tokens is None:
             full, rest = divmod(len(self.sequences), self.batch_size * world)
             return full + (rest >= world)
@@ -363,9 +364,9 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rank, world = rank_and_world()
         start = self.served
-        for number, rows in enumerate(self._global_batches(self.epoch, world)):
-            if number >= len(self):
-                return
+        # An epoch that makes fewer batches begins again; Lightning would leave out its validation.
+        batches = islice(cycle(self._global_batches(self.epoch, world)), len(self))
+        for number, rows in enumerate(batches):
             if number >= start:
                 rows = rows[rank::world]
                 seeds = pair_seeds(self.seed, self.epoch, rows)
