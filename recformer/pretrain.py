@@ -40,6 +40,8 @@ from recformer.training.trainer import build_trainer, half_precision, wandb_logg
 MONITOR = "val/accuracy"  # published: the best checkpoints are those of the best accuracy
 METRIC = "Recall@10"
 ABLATIONS = ("mlm", "contrast", "item_positions")
+# In the output folder, beside run.json.
+WRITTEN = ("checkpoints", "start", "history.csv", "curves.png", "metrics.json")
 
 
 @dataclass
@@ -282,27 +284,41 @@ class Run:
         settings |= {"data": self.data.key, "weights": weights_hash(self.model)}
         settings |= {"precision": self.precision, "accelerator": self.accelerator}
         path = self.output_dir / "run.json"
-        before = read_json(path) if path.exists() else settings
-        different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
-        if different and not self.args.overwrite_output_dir:
-            raise UserError(
-                f"{self.output_dir} holds another run (different: {', '.join(different)}); "
-                "choose another --output_dir, or give --overwrite_output_dir"
-            )
-        if not different:
+        other = self._other_run(settings, path)
+        if other:
+            if not self.args.overwrite_output_dir:
+                raise UserError(
+                    f"{self.output_dir} {other}; choose another --output_dir, or give "
+                    "--overwrite_output_dir"
+                )
+            if self.args.ckpt:
+                raise UserError(
+                    f"{self.output_dir} {other}: --ckpt goes on with a run and "
+                    "--overwrite_output_dir begins anew, give one of them or another --output_dir"
+                )
+        elif path.exists():
             self._resume = self._resume or newest_whole(last)
             if (self.output_dir / "metrics.json").exists():
                 self.finished = read_json(self.output_dir / "metrics.json")
-        if self._resume is None or different:
-            self._resume = None
-            for name in ("checkpoints", "start"):
-                shutil.rmtree(self.output_dir / name, ignore_errors=True)
-            for name in ("history.csv", "curves.png", "metrics.json"):
-                (self.output_dir / name).unlink(missing_ok=True)
+                return
+        if self._resume is None:
+            for name in WRITTEN:
+                written = self.output_dir / name
+                shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
+        write_json(path, settings, indent=1)
+        if newest_whole(last) is None:
             # What conversion needs: configuration, tokenizer, and weights that stay frozen.
             self.model.save_pretrained(self.output_dir / "start")
             self.tokenizer.save_pretrained(self.output_dir / "start")
-        write_json(path, settings, indent=1)
+
+    def _other_run(self, settings: dict[str, Any], path: Path) -> str:
+        """What `--output_dir` holds of another run than this one, in words; empty: nothing."""
+        if not path.exists():
+            found = [name for name in WRITTEN if (self.output_dir / name).exists()]
+            return f"has {', '.join(found)} and no run.json that says of which run" if found else ""
+        before = read_json(path)
+        different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
+        return f"holds another run (different: {', '.join(different)})" if different else ""
 
     def _batches_between_validations(self) -> int:
         """`--valid_step`, made to fit the epoch.

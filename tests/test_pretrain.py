@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,38 @@ def test_a_run_is_not_overwritten_or_mixed_up(inputs, tmp_path):
         Run(arguments(inputs, tmp_path / "out", learning_rate=2e-3, ckpt="last"))
     with pytest.raises(FileNotFoundError, match=r"--ckpt .*none.ckpt does not exist"):
         Run(arguments(inputs, tmp_path / "out", learning_rate=2e-3, ckpt="none.ckpt"))
+
+
+def test_files_of_nobody_knows_which_run_are_kept(inputs, tmp_path):
+    theirs = tmp_path / "out" / "checkpoints" / "mine.pt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"weeks of work")
+    with pytest.raises(ValueError, match="has checkpoints and no run.json"):
+        Run(arguments(inputs, tmp_path / "out"))
+    assert theirs.read_bytes() == b"weeks of work"
+    Run(arguments(inputs, tmp_path / "out", overwrite_output_dir=True))
+    assert not theirs.exists()
+
+
+def test_a_checkpoint_of_another_folder_goes_on_here(inputs, tmp_path):
+    Run(arguments(inputs, tmp_path / "one", num_train_epochs=1)).train()
+    last = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    here = Run(arguments(inputs, tmp_path / "two", ckpt=str(last)))
+    # convert_pretrain_ckpt.py looks for it beside the checkpoints.
+    assert (tmp_path / "two" / "start" / "model.safetensors").exists()
+    here.train()
+    assert curve(tmp_path / "two")[0] == curve(tmp_path / "one")[0]
+    flags = {"ckpt": str(last), "overwrite_output_dir": True, "learning_rate": 2e-3}
+    with pytest.raises(ValueError, match="--ckpt goes on with a run"):
+        Run(arguments(inputs, tmp_path / "two", **flags))
+
+
+def test_a_finished_run_without_its_checkpoints_keeps_the_rest(inputs, tmp_path):
+    result = Run(arguments(inputs, tmp_path, num_train_epochs=1)).train()
+    shutil.rmtree(tmp_path / "checkpoints")  # converted, and no longer needed
+    assert Run(arguments(inputs, tmp_path, num_train_epochs=1)).train() == result
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert {"start", "history.csv", "curves.png", "metrics.json"} <= kept
 
 
 def test_the_best_are_kept_and_the_worst_is_not(inputs, tmp_path):
