@@ -17,10 +17,6 @@ source scripts/environment.sh
 source scripts/sample.sh
 use_environment
 
-NUM_TRAIN_EPOCHS=${NUM_TRAIN_EPOCHS:-128}
-BATCH_SIZE=${BATCH_SIZE:-16}
-OUTPUT_DIR=${OUTPUT_DIR:-}
-
 if [ -z "${DATA_PATH:-}${PRETRAIN_CKPT:-}" ] && [ ! -e finetune_data/Scientific/train.json ] \
     && [ ! -e pretrain_ckpt/seqrec_pretrain_ckpt.bin ]; then
     echo "**** NO PUBLISHED FILES (finetune_data/Scientific, pretrain_ckpt/seqrec_pretrain_ckpt.bin):"
@@ -30,7 +26,9 @@ if [ -z "${DATA_PATH:-}${PRETRAIN_CKPT:-}" ] && [ ! -e finetune_data/Scientific/
     exec "$PYTHON" -m recformer.finetune --data_path "$RECFORMER_ROOT/$SAMPLE_DATA" \
         --tokenizer_name "$RECFORMER_ROOT/$SAMPLE_TOKENIZER" "${SMALL_MODEL[@]}" \
         "${SMALL_FINETUNING[@]}" \
-        --output_dir "${OUTPUT_DIR:-$RECFORMER_ROOT/quickstart_run/recformer}" \
+        ${NUM_TRAIN_EPOCHS:+--num_train_epochs "$NUM_TRAIN_EPOCHS"} \
+        ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} \
+        --output_dir "${OUTPUT_DIR:-$RECFORMER_ROOT/quickstart_run/finetune_run}" \
         --seed "${SEED:-0}" "$@"
 fi
 
@@ -39,8 +37,9 @@ exec "$PYTHON" -m recformer.finetune \
     --data_path "${DATA_PATH:-$RECFORMER_ROOT/finetune_data/Scientific}" \
     --pretrain_ckpt "${PRETRAIN_CKPT:-$RECFORMER_ROOT/pretrain_ckpt/seqrec_pretrain_ckpt.bin}" \
     --output_dir "${OUTPUT_DIR:-result}" \
-    --num_train_epochs "$NUM_TRAIN_EPOCHS" \
-    --batch_size "$BATCH_SIZE" \
+    --num_train_epochs "${NUM_TRAIN_EPOCHS:-128}" \
+    --batch_size "${BATCH_SIZE:-16}" \
+    ${SEED:+--seed "$SEED"} \
     --fp16 \
     --finetune_negative_sample_size -1 \
     "$@"

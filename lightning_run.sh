@@ -3,7 +3,7 @@
 # further flags are passed on (`python -m recformer.pretrain --help` lists them):
 #
 #   bash lightning_run.sh
-#   MODEL=sentence-transformers/all-MiniLM-L6-v2 LONGFORMER_CKPT= DEVICE=1 \
+#   MODEL=sentence-transformers/all-MiniLM-L6-v2 DEVICE=1 \
 #       bash lightning_run.sh --pooler_type avg --max_token_num 256
 #   bash lightning_run.sh --ckpt last          # go on with a run that was cut off
 #
@@ -32,15 +32,19 @@ if [ -z "${DATA_PATH:-}${MODEL:-}${LONGFORMER_CKPT:-}" ] && [ ! -e pretrain_data
         --item_attr_file "$RECFORMER_ROOT/$SAMPLE_PRETRAIN_DATA/meta_data.json" \
         --tokenizer_name "$RECFORMER_ROOT/$SAMPLE_TOKENIZER" \
         "${SMALL_MODEL[@]}" "${SMALL_PRETRAINING[@]}" \
+        ${NUM_TRAIN_EPOCHS:+--num_train_epochs "$NUM_TRAIN_EPOCHS"} \
+        ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} \
+        ${GRADIENT_ACCUMULATION_STEPS:+--gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"} \
+        ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} \
+        ${VALID_STEP:+--valid_step "$VALID_STEP"} \
         --device "${DEVICE:-1}" --strategy "$STRATEGY" \
         --output_dir "${OUTPUT_DIR:-$RECFORMER_ROOT/quickstart_run/lightning_run}" \
         --seed "${SEED:-0}" "$@"
 fi
 
 DATA_PATH=${DATA_PATH:-$RECFORMER_ROOT/pretrain_data}
-LONGFORMER_CKPT=${LONGFORMER_CKPT-$RECFORMER_ROOT/longformer_ckpt/longformer-base-4096.bin}
-if [ -n "${MODEL:-}" ] && [ ! -e "$LONGFORMER_CKPT" ]; then
-    LONGFORMER_CKPT= # another model's own weights are its start
+if [ -z "${MODEL:-}" ]; then # another model starts from its own weights
+    LONGFORMER_CKPT=${LONGFORMER_CKPT-$RECFORMER_ROOT/longformer_ckpt/longformer-base-4096.bin}
 fi
 cd "$START"
 exec "$PYTHON" -m recformer.pretrain \
@@ -55,6 +59,7 @@ exec "$PYTHON" -m recformer.pretrain \
     --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-8}" \
     --learning_rate "${LEARNING_RATE:-5e-5}" \
     --valid_step "${VALID_STEP:-2000}" \
+    ${SEED:+--seed "$SEED"} \
     --device "${DEVICE:-4}" \
     --strategy "$STRATEGY" \
     --fp16 \

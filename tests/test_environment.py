@@ -104,6 +104,64 @@ def test_an_absent_python_is_named(checkout: Path) -> None:
     assert "'python9' was not found; install Python 3.10 to 3.13" in result.stderr
 
 
+def flags_passed(checkout: Path, script: str, **environment: str) -> list[str]:
+    """Arguments of the last command of a shell script, one a line, with a stand-in Python."""
+    body = 'case "$*" in -m\\ recformer.*tune*|*recformer.pretrain*) printf "%s\\n" "$@" ;; esac'
+    python = stand_in(checkout, body)
+    result = bash(f"bash {script} --max_token_num 64", checkout, PYTHON=str(python), **environment)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-2:] == ["--max_token_num", "64"]
+    return lines[lines.index("-m") :]
+
+
+def last_value(flags: list[str], name: str) -> str:
+    """What argparse takes: the last one given."""
+    return flags[len(flags) - 1 - flags[::-1].index(name) + 1]
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "default"),
+    [
+        ("finetune.sh", {"NUM_TRAIN_EPOCHS": "2", "BATCH_SIZE": "3", "SEED": "5"}, "finetune_run"),
+        (
+            "lightning_run.sh",
+            {"NUM_TRAIN_EPOCHS": "2", "BATCH_SIZE": "3", "SEED": "5", "VALID_STEP": "7",
+             "LEARNING_RATE": "1e-4", "GRADIENT_ACCUMULATION_STEPS": "9"},
+            "lightning_run",
+        ),
+    ],
+)  # fmt: skip
+def test_variables_reach_the_command(
+    checkout: Path, repository: Path, script: str, variables: dict[str, str], default: str
+) -> None:
+    shutil.copy(repository / script, checkout / script)
+    sample = flags_passed(checkout, script, **variables)
+    published = flags_passed(checkout, script, **variables, DATA_PATH="my data")
+    for name, value in variables.items():
+        assert last_value(sample, f"--{name.lower()}") == value
+        assert last_value(published, f"--{name.lower()}") == value
+    # Not the folder of quickstart.sh, whose run is another one.
+    assert last_value(sample, "--output_dir") == f"{checkout}/quickstart_run/{default}"
+    assert any(flag.startswith("my data") for flag in published)
+    assert last_value(published, "--batch_size") == "3"
+    plain = flags_passed(checkout, script, DATA_PATH="my data")
+    assert last_value(plain, "--batch_size") == "16"
+    assert "--seed" not in plain
+
+
+def test_another_model_starts_from_its_own_weights(checkout: Path, repository: Path) -> None:
+    shutil.copy(repository / "lightning_run.sh", checkout / "lightning_run.sh")
+    weights = checkout / "longformer_ckpt" / "longformer-base-4096.bin"
+    weights.parent.mkdir()
+    weights.touch()
+    flags = flags_passed(checkout, "lightning_run.sh")
+    assert last_value(flags, "--longformer_ckpt") == str(weights)
+    assert "--longformer_ckpt" not in flags_passed(checkout, "lightning_run.sh", MODEL="minilm")
+    flags = flags_passed(checkout, "lightning_run.sh", MODEL="minilm", LONGFORMER_CKPT="mine.bin")
+    assert last_value(flags, "--longformer_ckpt") == "mine.bin"
+
+
 def test_check_environment_names_what_is_missing(checkout: Path) -> None:
     (checkout / "pyproject.toml").write_text(
         "[project]\n"
