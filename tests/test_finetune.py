@@ -20,6 +20,7 @@ from recformer.tokenization import train_tokenizer
 from recformer.training.experiment import Experiment
 from recformer.training.item_encoder import encode_items, token_budget_batches
 from recformer.training.lit import LitWrapper, parameter_groups
+from recformer.training.trainer import half_precision
 
 COLOURS = ("red", "green", "blue", "black")
 SMALL = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
@@ -314,6 +315,38 @@ def test_wrong_flags_are_refused_before_work(data, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         run(arguments(data, tmp_path / "out", **settings))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_a_users_error(data, finished, tmp_path):
+    folder = finished[0] / "best_model"
+    state = RecformerForSeqRec.from_pretrained(folder).state_dict()
+    words = "longformer.embeddings.word_embeddings.weight"
+    state[words] = torch.full_like(state[words], torch.nan)
+    torch.save(state, tmp_path / "model.bin")
+    settings = {"from_scratch": False, "tokenizer_name": None, "config_overrides": None}
+    settings |= {"zero_shot": True, "model_name_or_path": str(folder)}
+    settings |= {"pretrain_ckpt": str(tmp_path / "model.bin")}
+    with pytest.raises(UserError, match="item vectors that are not finite"):
+        run(arguments(data, tmp_path / "out", **settings))
+
+
+def test_a_loss_that_is_not_finite_is_a_users_error(data, tmp_path, monkeypatch):
+    def diverged(self, batch):
+        return self.longformer.embeddings.LayerNorm.weight.sum() * torch.nan
+
+    monkeypatch.setattr(RecformerForSeqRec, "training_loss", diverged)
+    with pytest.raises(UserError, match="the loss is nan at step 0: lower the learning rate"):
+        run(arguments(data, tmp_path, stages="1"))
+
+
+def test_half_precision_is_what_the_hardware_has(monkeypatch):
+    def turing(including_emulation: bool = True) -> bool:
+        return including_emulation  # older GPUs emulate bfloat16
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", turing)
+    assert half_precision("cuda") == "16-mixed"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert half_precision("cuda") == "bf16-mixed"
 
 
 def test_errors_of_the_command_line(tmp_path):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from recformer.data.collators import pack_sequences
 from recformer.data.items import TokenizedItems
-from recformer.files import sha256_of
+from recformer.files import UserError, sha256_of
 from recformer.item_vectors import Keys, Vectors, content_keys, open_or_build
 from recformer.models import RecformerForSeqRec, RecformerModel
 from recformer.training.start import weights_hash
@@ -136,7 +136,7 @@ def encode_items(
         (K, H) or (N, H) float32 on the model's device.
 
     Raises:
-        ValueError: the model gives NaN or infinite vectors.
+        UserError: the model gives NaN or infinite vectors.
     """
     rank, world = _processes()
     first, inverse = distinct_items(store)
@@ -154,7 +154,7 @@ def encode_items(
     if world > 1:
         torch.distributed.all_reduce(table)  # every row is non-zero on one process only
     if not torch.isfinite(table).all():
-        raise ValueError("the model gives item vectors that are not finite; are its weights sound?")
+        raise UserError("the model gives item vectors that are not finite; are its weights sound?")
     return table[torch.from_numpy(inverse).to(device)]  # from the order of the keys to that of ids
 
 
@@ -186,7 +186,7 @@ def catalogue_vectors(
         (N, H) float32, mapped into memory; see `open_or_build`.
 
     Raises:
-        ValueError: the model gives NaN or infinite vectors.
+        UserError: the model gives NaN or infinite vectors.
         OSError: not enough room on the disk.
     """
     rank, world = _processes()

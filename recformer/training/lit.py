@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from recformer.files import sha256_of
+from recformer.files import UserError, sha256_of
 from recformer.metrics import Evaluator, TargetRanks
 
 
@@ -126,7 +126,7 @@ class LitWrapper(lightning.LightningModule):
         parts = dict(losses) if isinstance(losses, dict) else {"loss": losses}
         loss = parts.pop("loss")
         if not torch.isfinite(loss):
-            raise ValueError(
+            raise UserError(
                 f"the loss is {loss.item()} at step {self.global_step}: lower the learning rate, "
                 "or train in float32"
             )

@@ -55,7 +55,9 @@ def half_precision(accelerator: str) -> str:
     bfloat16 where there is hardware for it, else float16 on a GPU, else float32 (said aloud).
     """
     if accelerator == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+        # Older GPUs emulate bfloat16, which is slow.
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if in_hardware else "16-mixed"
     if cpu_has_bfloat16():
         return "bf16-mixed"
     print("this CPU has no bfloat16 arithmetic: training in float32", flush=True)
