@@ -48,6 +48,8 @@ class CodeItemEmbedding(nn.Module):
         # The sum of L code vectors then varies as an item's own vector of this deviation would.
         nn.init.normal_(self.weight, std=0.02 / len(sizes) ** 0.5)
 
-    def forward(self) -> Tensor:
-        """The vectors of all items, (N, D)."""
-        return F.embedding_bag(self.rows, self.weight, mode="sum")
+    def forward(self, item_ids: Tensor | None = None) -> Tensor:
+        """The vectors of items, (S, D) for ids of any shape S; None: of all, (N, D)."""
+        rows = self.rows if item_ids is None else self.rows[item_ids]  # (S, L)
+        vectors = F.embedding_bag(rows.flatten(0, -2), self.weight, mode="sum")
+        return vectors.unflatten(0, rows.shape[:-1])

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.code_embedding import CodeItemEmbedding
+
 KINDS = ("id", "frozen", "init", "add", "codes")
 
 
@@ -35,7 +37,6 @@ class ItemTable(nn.Module):
     """
 
     text_vectors: Tensor
-    codes: Tensor
 
     def __init__(
         self,
@@ -69,15 +70,12 @@ class ItemTable(nn.Module):
             self.projection = nn.Sequential(*layers[:-1])
         if kind == "codes":
             assert codes is not None
-            first = np.concatenate([[0], np.cumsum(codes.max(axis=0) + 1)])
-            self.register_buffer("codes", torch.from_numpy(codes + first[:-1]), persistent=False)
-            self.code_embedding = nn.Embedding(int(first[-1]), hidden_size)
-            nn.init.xavier_normal_(self.code_embedding.weight)
+            self.code_embedding = CodeItemEmbedding(codes, codes.max(axis=0) + 1, hidden_size)
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Vectors (S, D) of item ids (S)."""
         if self.kind == "codes":
-            return self.code_embedding(self.codes[item_ids]).sum(dim=-2)
+            return self.code_embedding(item_ids)
         if self.kind == "id":
             return self.item_embedding(item_ids)
         if self.kind == "init":

@@ -12,73 +12,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from recformer.files import UserError, atomic_write, exit_with_message, read_json, write_json
-from recformer.metrics import TargetRanks, per_user_metrics
+from recformer.files import UserError, atomic_write, exit_with_message, write_json
+from recformer.metrics import per_user_metrics
+from recformer.runs import RULE, RankedRun
 from recformer.statistics import LEVEL, bootstrap_interval, holm, permutation_p
 
-RULE = ("split_hash", "ties", "filter_seen")
 METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
-
-
-@dataclass(frozen=True)
-class RankedRun:
-    """Ranks of one evaluation on the test users.
-
-    Attributes:
-        name: in tables.
-        rule: split hash, tie rule and `filter_seen`.
-        user_ids, targets: (U,) int64.
-        ranks: (U,) each.
-    """
-
-    name: str
-    rule: dict[str, Any]
-    user_ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    ranks: TargetRanks
-
-    @classmethod
-    def load(cls, text: str) -> RankedRun:
-        """Read `[NAME=]FOLDER[:EVALUATION]`.
-
-        Raises:
-            FileNotFoundError: no such folder, metrics or ranks.
-            UserError: the run has no such evaluation.
-        """
-        import pyarrow.parquet as pq
-
-        given, _, place = text.rpartition("=")
-        path, _, evaluation = place.partition(":")
-        folder = Path(path)
-        metrics = read_json(folder / "metrics.json")
-        evaluations = list(metrics.get("evaluations", ()))
-        if not evaluations or (evaluation and evaluation not in evaluations):
-            raise UserError(f"{folder} has the evaluations {', '.join(evaluations)}; {text!r}?")
-        # A stage that brought nothing has no ranks of its own.
-        kept = [e for e in evaluations if (folder / "ranks" / f"{e}_test.parquet").exists()]
-        chosen = evaluation or (kept or evaluations)[-1]
-        file = folder / "ranks" / f"{chosen}_test.parquet"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} does not exist: the run was not evaluated on test users"
-            )
-        table = pq.read_table(file)
-        columns = {name: table[name].to_numpy() for name in table.column_names}
-        return cls(
-            name=given or (f"{folder.name}:{evaluation}" if evaluation else folder.name),
-            rule={name: metrics.get(name) for name in RULE},
-            user_ids=columns["user_id"],
-            targets=columns["target"],
-            ranks=TargetRanks(columns["above"], columns["tied"], columns["num_candidates"]),
-        )
 
 
 def compare(

@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, ...]] = [
         "recformer.metrics",
         "recformer.statistics",
         "recformer.evaluation",
+        "recformer.runs",
     ),
     (
         "recformer.checkpoint",
@@ -42,6 +43,7 @@ ENTRY_POINTS = (
     "recformer.finetune",
     "recformer.compare",
     "baselines.__main__",
+    "baselines.leaderboard",
 )
 
 # The package's face: hands names on lazily, so it stands outside the layers.

@@ -1,0 +1,243 @@
+"""All runs of a folder in one table: figures, intervals, paired tests, slices, cost.
+
+`python -m baselines.leaderboard FOLDER` collects every run under FOLDER: output folders of
+`python -m baselines` and of `recformer.finetune` (its last evaluation; zero-shot as a row of its
+own). With `--data_path` and `--models` it first runs those that are not there yet, each into
+FOLDER/NAME; a model is a name (`sasrec`) or a file of flags (`baselines/configs/t4r.yaml`). Flags
+that are not its own it hands to `python -m baselines`. `--data_path` also gives slices to runs that
+were written before there were any.
+
+Runs that differ in split, tie rule or `filter_seen` get tables of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from baselines.models import UNTRAINED
+from recformer.data.processed import ProcessedFolder
+from recformer.evaluation import slices
+from recformer.files import UserError, atomic_write, exit_with_message, read_json, write_json
+from recformer.metrics import per_user_metrics
+from recformer.runs import RULE, RankedRun
+from recformer.statistics import bootstrap_interval, holm, permutation_p
+
+METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in a table.
+
+    Attributes:
+        run: its ranks.
+        figures: metric -> [value, low, high].
+        slices: slice -> [users, value of the first metric].
+        parameters: trained ones, None where the run does not say.
+        train_seconds: of all epochs, validation included; 0 for what is not trained.
+        milliseconds_a_user: of ranking a test user, loading of batches included.
+        p: of the paired permutation test against the best row, corrected by Holm; None for it.
+    """
+
+    run: RankedRun
+    figures: dict[str, list[float]]
+    slices: dict[str, list[float]]
+    parameters: int | None
+    train_seconds: float | None
+    milliseconds_a_user: float | None
+    p: float | None = None
+
+
+def find_runs(folder: Path) -> list[str]:
+    """What `RankedRun.load` takes, for every run right under `folder` or in it, by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = []
+    for path in sorted(p.parent for p in folder.glob("*/metrics.json")):
+        evaluations = list(read_json(path / "metrics.json").get("evaluations", ()))
+        if "zero_shot" in evaluations and len(evaluations) > 1:
+            found.append(f"{path.name}, zero-shot={path}:zero_shot")
+        found.append(f"{path.name}={path}")
+    if not found:
+        raise UserError(f"no folder in {folder} holds a metrics.json")
+    return found
+
+
+def row_of(text: str, folder: ProcessedFolder | None = None) -> Row:
+    """Read one run; see `RankedRun.load`. The data give slices to a run that has none."""
+    run = RankedRun.load(text)
+    _, _, place = text.rpartition("=")
+    path, _, evaluation = place.partition(":")
+    metrics = read_json(Path(path) / "metrics.json")
+    figures = metrics["evaluations"][evaluation]["test"] if evaluation else metrics["test"]
+    values = per_user_metrics(run.ranks, (10, 50), run.rule["ties"])
+    intervals = {name: bootstrap_interval(values[name]) for name in METRICS}
+    seconds: float | None = 0.0
+    if evaluation != "zero_shot":
+        rows = [row for stage in metrics["stages"].values() for row in stage["rows"]]
+        seconds = float(sum(row["seconds"] for row in rows))
+    parts = {n: [p["num_users"], p[METRICS[0]]] for n, p in figures.get("slices", {}).items()}
+    if not parts and folder is not None and run.rule["split_hash"] == folder.split_hash:
+        for name, chosen in slices(folder, "test", run.user_ids, run.targets).items():
+            parts[name] = [int(chosen.sum()), float(values[METRICS[0]][chosen].mean())]
+    return Row(
+        run,
+        {name: [float(values[name].mean()), *intervals[name]] for name in METRICS},
+        parts,
+        metrics.get("parameters"),
+        seconds,
+        1000 * metrics["seconds_a_user"] if metrics.get("seconds_a_user") else None,
+    )
+
+
+def tables(rows: Sequence[Row], metric: str = METRICS[0]) -> list[list[Row]]:
+    """Rows that may stand together, best first, each tested against the best of its table.
+
+    Runs stand together if they share split, ties, `filter_seen`, users and targets.
+    """
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        rule = tuple(row.run.rule[name] for name in RULE)
+        users = (row.run.user_ids.tobytes(), row.run.targets.tobytes())
+        groups.setdefault((*rule, *users), []).append(row)
+    result = []
+    for group in groups.values():
+        group.sort(key=lambda row: (-row.figures[metric][0], row.run.name))
+        ties, k = group[0].run.rule["ties"], int(metric.partition("@")[2])
+        values = [per_user_metrics(row.run.ranks, (k,), ties)[metric] for row in group]
+        p_values = holm([permutation_p(values[0] - other) for other in values[1:]])
+        result.append(
+            [
+                group[0],
+                *(Row(**{**vars(row), "p": p}) for row, p in zip(group[1:], p_values, strict=True)),
+            ]
+        )
+    return sorted(result, key=len, reverse=True)
+
+
+def markdown(group: Sequence[Row], metric: str = METRICS[0]) -> str:
+    """One table of figures, and one of slices."""
+    rule = group[0].run.rule
+    seen = "filtered" if rule["filter_seen"] else "kept"
+    lines = [
+        f"Split {str(rule['split_hash'])[:12]}, {len(group[0].run.user_ids):,} test users, full "
+        f"ranking, ties {rule['ties']}, seen items {seen}. 95 % bootstrap intervals over users; p: "
+        f"paired permutation test of {metric} against the first row, corrected by Holm.",
+        "",
+        f"| |{'|'.join(METRICS)}|p|parameters|training|ms a user|",
+        "|---|" + "---|" * (len(METRICS) + 4),
+    ]
+    for row in group:
+        cells = [f"{v:.4f} [{low:.4f}, {high:.4f}]" for v, low, high in row.figures.values()]
+        cells.append("" if row.p is None else f"{row.p:.4f}")
+        cells.append("" if row.parameters is None else f"{row.parameters:,}")
+        cells.append("" if not row.train_seconds else f"{row.train_seconds / 60:.1f} min")
+        cells.append("" if row.milliseconds_a_user is None else f"{row.milliseconds_a_user:.1f}")
+        lines.append(f"|{row.run.name}|" + "|".join(cells) + "|")
+    names = list(dict.fromkeys(name for row in group for name in row.slices))
+    if names:
+        users = {name: next(r.slices[name][0] for r in group if name in r.slices) for name in names}
+        heads = "|".join(f"{name} ({users[name]:,.0f})" for name in names)
+        lines += ["", f"{metric} by slice of the test users", "", f"| |{heads}|"]
+        lines.append("|---|" + "---|" * len(names))
+        for row in group:
+            cells = [f"{row.slices[n][1]:.4f}" if n in row.slices else "" for n in names]
+            lines.append(f"|{row.run.name}|" + "|".join(cells) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def draw(groups: Sequence[Sequence[Row]], path: Path, metric: str = METRICS[0]) -> None:
+    """PNG: the metric of every row with its interval, a panel a table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heights = [len(group) + 1 for group in groups]
+    figure, axes = pyplot.subplots(
+        len(groups), 1, figsize=(8, 1 + 0.4 * sum(heights)), squeeze=False,
+        height_ratios=heights, constrained_layout=True,
+    )  # fmt: skip
+    for axis, group in zip(axes[:, 0], groups, strict=True):
+        for place, row in enumerate(group):
+            value, low, high = row.figures[metric]
+            trained = "C7" if row.run.name in UNTRAINED else "C0"
+            axis.plot([low, high], [place, place], color=trained)
+            axis.plot(value, place, "o", color=trained)
+        axis.set_yticks(range(len(group)), [row.run.name for row in group])
+        axis.invert_yaxis()
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(f"split {str(group[0].run.rule['split_hash'])[:12]}", fontsize=9, loc="left")
+    axes[-1, 0].set_xlabel(f"{metric}, test, 95 % interval over users")
+    with atomic_write(path, "wb") as handle:
+        figure.savefig(handle, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def run_models(folder: Path, data_path: str, models: Sequence[str], flags: Sequence[str]) -> None:
+    """Run those models that FOLDER has no finished run of; an unfinished one goes on.
+
+    Each runs in a process of its own, so that it gives its memory back.
+
+    Raises:
+        UserError: a run failed.
+    """
+    for model in models:
+        is_file = model.endswith((".yaml", ".yml"))
+        name = Path(model).stem if is_file else model
+        if (folder / name / "metrics.json").exists():
+            continue
+        print(f"== {name}", flush=True)
+        command = [sys.executable, "-m", "baselines", *(["--config"] if is_file else ["--model"])]
+        command += [model, "--data_path", data_path, "--output_dir", str(folder / name)]
+        if name not in UNTRAINED:
+            command += flags
+        if subprocess.run(command, check=False).returncode != 0:
+            raise UserError(f"{name} failed: {' '.join(command)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, run what is missing, print, write and draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m baselines.leaderboard",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="holds the runs; the table is written there")
+    parser.add_argument("--data_path", help="processed folder of the runs")
+    parser.add_argument("--models", nargs="+", default=[], help="names or YAML files to run")
+    args, flags = parser.parse_known_args(argv)
+    if args.models and not args.data_path:
+        raise UserError("--models needs --data_path, the processed folder to run them on")
+    if flags and not args.models:
+        raise UserError(f"{flags[0]}: flags of models need --models")
+    data = ProcessedFolder.load(args.data_path) if args.data_path else None
+    run_models(args.folder, args.data_path, args.models, flags)
+    groups = tables([row_of(text, data) for text in find_runs(args.folder)])
+    text = "\n".join(markdown(group) for group in groups)
+    print(text, end="")
+    with atomic_write(args.folder / "leaderboard.md") as handle:
+        handle.write(text)
+    rows = [
+        [
+            {"name": row.run.name, "rule": row.run.rule}
+            | {name: value for name, value in vars(row).items() if name != "run"}
+            for row in group
+        ]
+        for group in groups
+    ]
+    write_json(args.folder / "leaderboard.json", rows, indent=1)
+    draw(groups, args.folder / "leaderboard.png")
+    print(f"written to {args.folder}: leaderboard.md, leaderboard.json, leaderboard.png")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,146 @@
+"""The leaderboard: what it collects, what it never mixes, what it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from baselines import leaderboard
+from baselines.leaderboard import find_runs, main, markdown, row_of, tables
+from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.files import UserError, read_json
+from recformer.metrics import Evaluator, TargetRanks
+
+
+def write_run(
+    folder: Path, above: list[int], evaluations: tuple[str, ...] = ("trained",), **rule
+) -> None:
+    evaluator = Evaluator((10, 50))
+    count = len(above)
+    ranks = TargetRanks(np.array(above), np.zeros(count, int), np.full(count, 100))
+    evaluator.update(torch.arange(count), torch.arange(count), ranks)
+    part = {"num_users": 2, "NDCG@10": 0.25}
+    metrics = {
+        "split_hash": "abc",
+        "ties": "expected",
+        "filter_seen": False,
+        "evaluations": {name: {"test": {"slices": {}}} for name in evaluations},
+        "test": {"slices": {"cold target": part}},
+        "stages": {"training": {"rows": [{"seconds": 40.0}, {"seconds": 50.0}]}},
+        "parameters": 1234,
+        "seconds_a_user": 0.002,
+    }
+    for name in evaluations:
+        evaluator.write_parquet(folder / "ranks" / f"{name}_test.parquet")
+    (folder / "metrics.json").write_text(json.dumps(metrics | rule))
+
+
+def test_a_table_by_hand(tmp_path, capsys):
+    write_run(tmp_path / "good", [0] * 8)
+    write_run(tmp_path / "bad", [0, 1] + [90] * 6)
+    write_run(tmp_path / "ours", [0, 1, 0, 1, 0, 1, 0, 1], ("zero_shot", "stage1"))
+    main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert (tmp_path / "leaderboard.md").read_text() in printed
+    assert (tmp_path / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+    (rows,) = read_json(tmp_path / "leaderboard.json")
+    assert [row["name"] for row in rows] == ["good", "ours", "ours, zero-shot", "bad"]
+    second = 1 / np.log2(3)
+    assert rows[0]["figures"]["NDCG@10"] == [1, 1, 1]
+    assert rows[1]["figures"]["NDCG@10"][0] == pytest.approx((4 + 4 * second) / 8)
+    assert rows[3]["figures"]["Recall@10"][0] == 2 / 8
+    assert rows[3]["figures"]["MRR"][0] == pytest.approx((1 + 1 / 2 + 6 / 91) / 8)
+    assert rows[0]["p"] is None
+    # Seven users differ, all in one direction: 2 of 2**7 sign flips are as extreme; the least of
+    # three p-values is multiplied by three, and no later one is below it.
+    assert rows[3]["p"] == pytest.approx(3 * 2 / 128, abs=0.01)
+    # Four users differ: 2 of 16, times three or less, and the smaller is not below the larger.
+    assert rows[1]["p"] == rows[2]["p"] == pytest.approx(2 * 2 / 16, abs=0.03)
+    assert rows[0]["train_seconds"] == 90
+    assert rows[2]["train_seconds"] == 0
+    assert "|good|1.0000 [1.0000, 1.0000]|" in printed
+    assert "|1,234|1.5 min|2.0|" in printed
+    assert "|cold target (2)|" in printed
+    assert "|good|0.2500|" in printed
+
+
+@pytest.mark.parametrize(
+    "rule", [{"split_hash": "other"}, {"ties": "pessimistic"}, {"filter_seen": True}]
+)
+def test_runs_by_other_rules_never_share_a_table(tmp_path, rule):
+    write_run(tmp_path / "one", [0, 1])
+    write_run(tmp_path / "two", [1, 1])
+    write_run(tmp_path / "three", [0, 0], **rule)
+    groups = tables([row_of(text) for text in find_runs(tmp_path)])
+    assert [[row.run.name for row in group] for group in groups] == [["one", "two"], ["three"]]
+    assert "three" not in markdown(groups[0])
+
+
+def test_runs_of_other_users_never_share_a_table(tmp_path):
+    write_run(tmp_path / "one", [0, 1])
+    write_run(tmp_path / "two", [1, 1, 1])
+    assert len(tables([row_of(text) for text in find_runs(tmp_path)])) == 2
+
+
+def test_slices_of_runs_without_any_come_from_the_data(tmp_path):
+    path = tmp_path / "folder"
+    write_processed(
+        path,
+        train=Sequences.from_lists([[1, 1], [0, 2, 3, 4, 4, 4, 1]]),
+        val=Sequences.from_lists([[1], [1]]),
+        test=Sequences.from_lists([[0], [1]]),
+        user_names=["a", "b"],
+        asins=[f"A{i}" for i in range(100)],
+        meta={},
+        dataset={},
+    )
+    folder = ProcessedFolder.load(path)
+    write_run(tmp_path / "run", [0, 1], test={}, split_hash=folder.split_hash)
+    (text,) = find_runs(tmp_path)
+    assert row_of(text).slices == {}
+    found = row_of(text, folder).slices
+    assert found["first-time target"] == [1, 1.0]
+    assert found["repeat target"] == [1, pytest.approx(1 / np.log2(3))]
+
+
+def test_what_is_missing_is_run_and_what_is_there_is_not(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "popularity", [0, 1])
+    commands = []
+
+    class Done:
+        returncode = 0
+
+    def pretend(command, check):
+        commands.append(command[3:])
+        write_run(Path(command[command.index("--output_dir") + 1]), [1, 0])
+        return Done
+
+    monkeypatch.setattr(leaderboard.subprocess, "run", pretend)
+    monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: None)
+    models = ["popularity", "cooccurrence", "sasrec", "baselines/configs/t4r.yaml"]
+    main([str(tmp_path), "--data_path", "D", "--num_train_epochs", "3", "--models", *models])
+    output = str(tmp_path)
+    assert commands == [
+        ["--model", "cooccurrence", "--data_path", "D", "--output_dir", f"{output}/cooccurrence"],
+        ["--model", "sasrec", "--data_path", "D", "--output_dir", f"{output}/sasrec",
+         "--num_train_epochs", "3"],
+        ["--config", models[3], "--data_path", "D", "--output_dir", f"{output}/t4r",
+         "--num_train_epochs", "3"],
+    ]  # fmt: skip
+    assert "|t4r|" in capsys.readouterr().out
+    Done.returncode = 1
+    with pytest.raises(UserError, match="gsasrec failed"):
+        main([str(tmp_path), "--data_path", "D", "--models", "gsasrec"])
+
+
+def test_flags_that_make_no_sense_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds a metrics.json"):
+        main([str(tmp_path)])
+    with pytest.raises(UserError, match="--models needs --data_path"):
+        main([str(tmp_path), "--models", "sasrec"])
+    with pytest.raises(UserError, match="--loss: flags of models need --models"):
+        main([str(tmp_path), "--loss", "bce"])
