@@ -51,5 +51,5 @@ class CodeItemEmbedding(nn.Module):
     def forward(self, item_ids: Tensor | None = None) -> Tensor:
         """The vectors of items, (S, D) for ids of any shape S; None: of all, (N, D)."""
         rows = self.rows if item_ids is None else self.rows[item_ids]  # (S, L)
-        vectors = F.embedding_bag(rows.flatten(0, -2), self.weight, mode="sum")
-        return vectors.unflatten(0, rows.shape[:-1])
+        vectors = F.embedding_bag(rows.reshape(-1, rows.shape[-1]), self.weight, mode="sum")
+        return vectors.reshape(*rows.shape[:-1], -1)
