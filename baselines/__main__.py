@@ -26,7 +26,7 @@ from baselines.id_sequences import CausalCollator
 from baselines.models import MODELS, build, settings_of
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
-from recformer.evaluation import format_slices, format_table
+from recformer.evaluation import report
 from recformer.files import UserError, atomic_write, exit_with_message, write_json
 from recformer.training.arguments import RunArguments, flag, say
 from recformer.training.callbacks import draw_history
@@ -173,8 +173,7 @@ def run(args: BaselineArguments) -> dict[str, Any]:
             written += ", curves.png, best_model"
         write_json(experiment.output_dir / "metrics.json", result, indent=1)
         print("\n" + experiment.headline(result["test"]))
-        print(format_table({args.model: result["test"]}))
-        print(format_slices(result["test"], args.metric))
+        print(report({args.model: result["test"]}, args.metric))
         print(f"written to {experiment.output_dir}: {written}")
     return result
 

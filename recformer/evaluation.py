@@ -36,27 +36,33 @@ RESAMPLES = 1_000
 
 
 def detailed_figures(
-    evaluator: Evaluator, folder: ProcessedFolder, split: SplitName
+    evaluator: Evaluator,
+    folder: ProcessedFolder,
+    split: SplitName,
+    sampled: Evaluator | None = None,
 ) -> dict[str, Any]:
     """Figures of a split with 95 % bootstrap intervals, for all users and for slices of them.
+
+    Coverage and Gini have no intervals: they are no means over users.
 
     Args:
         evaluator: with the ranks of users of that split, all or some; in several processes gathered
             before.
         folder: the data they come from.
         split: whose targets were ranked.
+        sampled: with the ranks of the same targets among sampled negatives.
 
     Returns:
         `Evaluator.compute()`, with `intervals` ({metric: [low, high]}) and `slices` ({name:
         {`num_users`, metrics, `intervals`}}, see `slices`). Slices without users are left out.
+        With `sampled` also `sampled`: metrics and `intervals`, every name with its label, as in
+        "NDCG@10 (100 sampled)".
 
     Raises:
         UserError: there are no users, or they are not of this split.
     """
-    state = evaluator.state()
-    ranks = TargetRanks(state["above"], state["tied"], state["num_candidates"])
+    state, values = evaluator.state(), per_user(evaluator)
     figures: dict[str, Any] = dict(evaluator.compute())
-    values = per_user_metrics(ranks, evaluator.ks, evaluator.ties)
     figures["intervals"] = intervals(values)
     figures["slices"] = {}
     for name, chosen in slices(folder, split, state["user_id"], state["target"]).items():
@@ -66,7 +72,37 @@ def detailed_figures(
             **{metric: float(x.mean()) for metric, x in part.items()},
             "intervals": intervals(part),
         }
+    if sampled is not None:
+        label = f"({sampled.state()['num_candidates'][0] - 1} sampled)"
+        values = {f"{name} {label}": x for name, x in per_user(sampled).items()}
+        figures["sampled"] = {name: float(x.mean()) for name, x in values.items()}
+        figures["sampled"]["intervals"] = intervals(values)
     return figures
+
+
+def per_user(evaluator: Evaluator) -> dict[str, NDArray[np.float64]]:
+    """Figures of every user by ascending id, (U,) each."""
+    state = evaluator.state()
+    ranks = TargetRanks(state["above"], state["tied"], state["num_candidates"])
+    return per_user_metrics(ranks, evaluator.ks, evaluator.ties)
+
+
+def check_sampled_negatives(folder: ProcessedFolder, count: int) -> None:
+    """Refuse more sampled negatives than some user leaves, before any long work.
+
+    Raises:
+        UserError: names the user and the largest possible number.
+    """
+    splits: tuple[SplitName, ...] = ("val", "test")
+    for split in splits:
+        examples = folder.eval_examples(split)
+        for row, user in enumerate(examples.user_ids):
+            met = np.union1d(examples.histories[row], examples.targets[row])
+            if (left := folder.num_items - len(met)) < count:
+                raise UserError(
+                    f"--sampled_negatives {count}: user {user} has met all but {left} of "
+                    f"{folder.num_items} items; ask for at most {left}"
+                )
 
 
 def intervals(values: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
@@ -125,23 +161,63 @@ def slices(
     return {name: chosen for name, chosen in found.items() if chosen.any()}
 
 
+def report(rows: Mapping[str, Mapping[str, Any]], metric: str) -> str:
+    """What is printed at the end of a run.
+
+    Args:
+        rows: name of a model -> `detailed_figures`; the last one is looked at closely.
+        metric: shown for slices.
+
+    Returns:
+        A table of all rows with intervals of the last, what the last one recommends, its slices,
+        and under a heading of its own what sampled negatives give.
+    """
+    last = list(rows.values())[-1]
+    parts = [format_table(rows)]
+    if any(name.startswith("Coverage") for name in last):
+        parts.append(format_recommended(last))
+    parts.append(format_slices(last, metric))
+    if "sampled" in last:
+        parts += [SAMPLED_HEADING, format_sampled({n: row["sampled"] for n, row in rows.items()})]
+    return "\n".join(parts)
+
+
+SAMPLED_HEADING = (
+    "\namong sampled negatives: NOT comparable with the full ranking above, nor with other numbers "
+    "of negatives"
+)
+
+
 def format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Figures, a row a model, as an aligned text table, under the last row its 95 % intervals.
 
-    MRR at cut-offs is left to `metrics.json`.
+    MRR at cut-offs, coverage and Gini are left out.
     """
     last = list(rows.values())[-1]
-    columns = [
-        name
-        for name, value in last.items()
-        if name != "num_users" and "MRR@" not in name and not isinstance(value, dict)
-    ]
+    columns = [name for name in last if name in last["intervals"] and "MRR@" not in name]
+    columns.append("tie_rate")
     lines = {name: [f"{figures[c]:.4f}" for c in columns] for name, figures in rows.items()}
     for end, label in enumerate(("  95 % from", "  to")):
-        lines[label] = [
-            f"{last['intervals'][c][end]:.4f}" if c in last["intervals"] else "" for c in columns
-        ]
+        lines[label] = [f"{last['intervals'][c][end]:.4f}" for c in columns[:-1]]
     return _aligned(columns, lines)
+
+
+def format_recommended(figures: Mapping[str, Any]) -> str:
+    """Coverage and Gini of `detailed_figures`, one line."""
+    names = [name for name in figures if name.startswith(("Coverage@", "Gini@"))]
+    return "recommended: " + ", ".join(f"{name} {figures[name]:.4f}" for name in names)
+
+
+def format_sampled(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Figures among sampled negatives, a line a metric, with 95 % intervals of the last row."""
+    last = list(rows.values())[-1]
+    lines = {
+        metric: [f"{figures[metric]:.4f}" for figures in rows.values()]
+        + [f"{end:.4f}" for end in ends]
+        for metric, ends in last["intervals"].items()
+        if "MRR@" not in metric
+    }
+    return _aligned([*rows, "95 % from", "to"], lines)
 
 
 def format_slices(figures: Mapping[str, Any], metric: str) -> str:

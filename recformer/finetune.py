@@ -27,7 +27,7 @@ from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollat
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
-from recformer.evaluation import format_slices, format_table
+from recformer.evaluation import report
 from recformer.files import UserError, atomic_write, exit_with_message, write_json
 from recformer.models import RecformerForSeqRec
 from recformer.tokenization import RecformerTokenizer
@@ -219,8 +219,8 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
             )
         write_json(metrics_path, result, indent=1)
         print("\n" + this.experiment.headline(result["test"]))
-        print(format_table({name: entry["test"] for name, entry in evaluations.items()}))
-        print(format_slices(result["test"], args.metric))
+        rows = {name: entry["test"] for name, entry in evaluations.items()}
+        print(report(rows, args.metric))
         print(f"written to {this.output_dir}: metrics.json"
               + ("" if args.zero_shot else f", curves.png, {args.ckpt}"))  # fmt: skip
     return result

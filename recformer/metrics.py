@@ -6,7 +6,11 @@ target and how many are tied with it. The `Evaluator` keeps these counts, one ro
 them into figures as sums over users divided by their number, so that batch size, order and number
 of processes cannot change a figure.
 
-Shapes: B users, N items, C items of a chunk, H hidden size, P pairs (user, item), K rank cut-offs.
+What is recommended (`top_items`, `top_items_by_vectors`) and ranks among a few sampled items
+(`sample_negatives`, `count_ranks_among`, `rank_among_by_vectors`) follow the same scores.
+
+Shapes: B users, N items, C items of a chunk or candidates of a user, H hidden size, P pairs (user,
+item), K rank cut-offs, k items recommended.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ MAX_NORM = 1e37  # beyond it products in float32 could overflow
 USER_BLOCK = 1024  # users scored against one chunk of items at a time
 CHUNK_ELEMENTS = 2**21  # of a chunk of items, and of users x items: 8 MB in float32
 PAIR_ELEMENTS = 2**21  # of the pairs compared one by one at a time: 16 MB in float64
+NEGATIVES_SEED = 0  # the same for all runs, which would else be ranked among different items
 DENSE_SHARE = 1 / 32  # above this share of undecided items a matrix product beats single pairs
 
 Pairs = tuple[ArrayLike, ArrayLike]
@@ -96,17 +101,11 @@ def count_ranks(scores: Vectors, targets: ArrayLike, seen: Pairs | None = None) 
     Raises:
         UserError: wrong shapes, ids out of range, or a NaN among the scores.
     """
-    scores = torch.as_tensor(scores)
-    if scores.ndim != 2:
-        raise UserError(f"scores have shape {tuple(scores.shape)}, expected (users, items)")
+    scores = _checked_scores(scores)
     device, (num_users, num_items) = scores.device, scores.shape
     target_ids = _ids(targets, "targets", num_items)
     _same_length("targets", len(target_ids), num_users)
     rows, cols, num_candidates = _not_compared(seen, target_ids, num_items)
-    if scores.is_floating_point():
-        bad = scores.isnan().any(dim=1).nonzero()
-        if len(bad):
-            raise UserError(f"the scores of row {int(bad[0])} hold NaN: they cannot be ranked")
     best = scores.gather(1, torch.from_numpy(target_ids).to(device)[:, None])  # (B, 1)
     pairs = torch.from_numpy(rows).to(device), torch.from_numpy(cols).to(device)
     above = scores > best  # (B, N)
@@ -151,27 +150,18 @@ def rank_by_vectors(
     Raises:
         UserError: wrong shapes, ids out of range, a vector that is not finite, `chunk_size` < 1.
     """
-    users = torch.as_tensor(user_vectors)
-    if users.ndim != 2 or item_vectors.ndim != 2 or users.shape[1] != item_vectors.shape[1]:
-        raise UserError(
-            f"user vectors have shape {tuple(users.shape)} and item vectors "
-            f"{tuple(item_vectors.shape)}, expected (users, hidden) and (items, hidden)"
-        )
-    device, (num_users, hidden) = users.device, users.shape
-    num_items = item_vectors.shape[0]
+    users = _checked_users(user_vectors, item_vectors)
+    device, num_users, num_items = users.device, len(users), item_vectors.shape[0]
     target_ids = _ids(targets, "targets", num_items)
     _same_length("targets", len(target_ids), num_users)
-    if chunk_size is None:
-        chunk_size = max(1, CHUNK_ELEMENTS // max(hidden, min(num_users, USER_BLOCK), 1))
-    elif chunk_size < 1:
-        raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
+    chunk_size = _checked_chunk_size(chunk_size, users)
     rows, cols, num_candidates = _not_compared(seen, target_ids, num_items)
     by_item = np.argsort(cols, kind="stable")  # the pairs of a chunk become one slice
     rows, cols = rows[by_item], cols[by_item]
 
     above = torch.zeros(num_users, dtype=torch.int64, device=device)
     tied = torch.zeros_like(above)
-    blocks = [slice(i, min(i + USER_BLOCK, num_users)) for i in range(0, num_users, USER_BLOCK)]
+    blocks = _user_blocks(num_users)
     with _full_float32(device):
         sides = [
             _UserSide.of(users[block], item_vectors, target_ids[block], block.start, cosine)
@@ -183,15 +173,247 @@ def rank_by_vectors(
             norms = _checked_norms(items, "item", start)
             low, high = np.searchsorted(cols, (start, stop))
             for block, side in zip(blocks, sides, strict=True):
-                mine = (rows[low:high] >= block.start) & (rows[low:high] < block.stop)
-                pairs = (
-                    torch.from_numpy(rows[low:high][mine] - block.start).to(device),
-                    torch.from_numpy(cols[low:high][mine] - start).to(device),
-                )
+                pairs = _pairs_of(block, rows[low:high], cols[low:high] - start, device)
                 more_above, more_tied = _compare(side, items, norms, pairs)
                 above[block] += more_above
                 tied[block] += more_tied
     return TargetRanks(_to_numpy(above), _to_numpy(tied), num_candidates)
+
+
+@torch.no_grad()
+def rank_among_by_vectors(
+    user_vectors: Vectors,
+    item_vectors: Vectors,
+    targets: ArrayLike,
+    candidates: ArrayLike,
+    cosine: bool = True,
+) -> TargetRanks:
+    """Rank each user's target among a few items of that user's own, by the rules of
+    `rank_by_vectors`.
+
+    Args:
+        user_vectors, item_vectors, targets, cosine: as in `rank_by_vectors`.
+        candidates: (B, C) item ids, without the target and without repetition in a row.
+
+    Raises:
+        UserError: as `rank_by_vectors`, or candidates of another shape.
+    """
+    users = _checked_users(user_vectors, item_vectors)
+    target_ids, ids = _checked_candidates(targets, candidates, len(users), item_vectors.shape[0])
+    num_candidates = ids.shape[1]
+    above = np.zeros(len(users), dtype=np.int64)
+    tied = np.zeros_like(above)
+    step = max(1, PAIR_ELEMENTS // max(num_candidates * users.shape[1], 1))  # users at a time
+    for first in range(0, len(users), step):
+        block = slice(first, first + step)
+        side = _UserSide.of(users[block], item_vectors, target_ids[block], first, cosine)
+        items = _read(item_vectors, ids[block].reshape(-1), users.device)  # (P, H)
+        _checked_norms(items, "candidate's item", first * num_candidates)
+        vectors = side.vectors.repeat_interleave(num_candidates, dim=0)
+        apart = _pair_scores(vectors, items, cosine).reshape(-1, num_candidates)
+        apart -= side.target_scores[:, None]
+        tolerance = (side.scale * TIE_TOLERANCE)[:, None]
+        above[block] = _to_numpy((apart > tolerance).sum(dim=1))
+        tied[block] = _to_numpy((apart.abs() <= tolerance).sum(dim=1))
+    return TargetRanks(above, tied, np.full_like(above, num_candidates + 1))
+
+
+def count_ranks_among(scores: Vectors, targets: ArrayLike, candidates: ArrayLike) -> TargetRanks:
+    """Rank each user's target among a few items of that user's own, by the rules of `count_ranks`.
+
+    Args:
+        scores, targets: as in `count_ranks`.
+        candidates: (B, C) item ids, without the target and without repetition in a row.
+    """
+    scores = torch.as_tensor(scores)
+    target_ids, ids = _checked_candidates(targets, candidates, *scores.shape)
+    columns = np.concatenate([target_ids[:, None], ids], axis=1)  # (B, 1 + C)
+    chosen = scores.gather(1, torch.from_numpy(columns).to(scores.device))
+    return count_ranks(chosen, np.zeros_like(target_ids))
+
+
+def sample_negatives(
+    user_ids: ArrayLike,
+    targets: ArrayLike,
+    seen: Pairs,
+    num_items: int,
+    count: int,
+    seed: int = NEGATIVES_SEED,
+) -> NDArray[np.int64]:
+    """Draw items that are neither a user's target nor in the user's history.
+
+    The draw depends on seed, user, history and target alone: not on the batch, the process or the
+    model, so that every model is ranked among the same items.
+
+    Args:
+        user_ids, targets: (B,).
+        seen: (rows, cols), the items of the histories as in `count_ranks`.
+        num_items: N.
+        count: of items a user, all different and equally likely.
+        seed: of the draws.
+
+    Returns:
+        int64 (B, count).
+
+    Raises:
+        UserError: a user has met so many items that fewer than `count` are left.
+    """
+    users, items = _int64(user_ids, "user_ids"), _ids(targets, "targets", num_items)
+    rows, cols, num_left = _not_compared(seen, items, num_items)
+    offsets = np.searchsorted(rows, np.arange(len(users) + 1))
+    drawn = np.empty((len(users), count), dtype=np.int64)
+    for row, user in enumerate(users):
+        left = int(num_left[row]) - 1  # without the target
+        if left < count:
+            raise UserError(
+                f"user {user} leaves {left} of {num_items} items to sample from, which is fewer "
+                f"than {count}: ask for at most {left} sampled negatives"
+            )
+        places = np.random.default_rng([seed, user]).choice(left, count, replace=False)
+        taken = cols[offsets[row] : offsets[row + 1]]  # ascending
+        # the j-th item that is not taken comes after all taken ones with fewer than j + 1 before
+        drawn[row] = places + np.searchsorted(taken - np.arange(len(taken)), places, side="right")
+    return drawn
+
+
+@torch.no_grad()
+def top_items_by_vectors(
+    user_vectors: Vectors,
+    item_vectors: Vectors,
+    k: int,
+    seen: Pairs | None = None,
+    chunk_size: int | None = None,
+    cosine: bool = True,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The k items of highest similarity for each user.
+
+    Ordered by exact scores (float64 sums of a fixed order); of items with equal scores the one
+    with the lower id comes first. So the answer depends on the vectors alone, as that of
+    `rank_by_vectors`, and memory is that of a few chunks.
+
+    Args:
+        user_vectors, item_vectors, chunk_size, cosine: as in `rank_by_vectors`.
+        k: items a user, at least 1.
+        seen: (rows, cols): item `cols[j]` is not recommended to the user in row `rows[j]`.
+
+    Returns:
+        Item ids, best first, int64 (B, k), and their scores, float64 (B, k); -1 and -inf where a
+        user has fewer than k candidates.
+
+    Raises:
+        UserError: as `rank_by_vectors`.
+    """
+    users = _checked_users(user_vectors, item_vectors)
+    device, num_users, num_items = users.device, len(users), item_vectors.shape[0]
+    chunk_size = _checked_chunk_size(chunk_size, users)
+    rows, cols = _seen_pairs(seen, num_users, num_items)
+    by_item = np.argsort(cols, kind="stable")
+    rows, cols = rows[by_item], cols[by_item]
+    best = _Best(num_users, k)
+    lengths = np.ones(num_users)
+    step = max(1, PAIR_ELEMENTS // max(users.shape[1], 1))
+    blocks = _user_blocks(num_users)
+    with _full_float32(device):
+        sides = [_of_length_one(users[block], block.start) for block in blocks]
+        for start in range(0, num_items, chunk_size):
+            stop = min(start + chunk_size, num_items)
+            items = _read(item_vectors, slice(start, stop), device)  # (C, H)
+            norms = _checked_norms(items, "item", start)
+            low, high = np.searchsorted(cols, (start, stop))
+            error = _rounding(items.shape[1], 2.0**-53) * (1.0 if cosine else float(norms.max()))
+            for block, (vectors, length) in zip(blocks, sides, strict=True):
+                if not cosine:
+                    lengths[block] = _to_numpy(length)
+                scores = vectors @ items.double().T  # (B, C)
+                if cosine:
+                    scores /= norms.clamp(min=MIN_NORM)
+                pairs = _pairs_of(block, rows[low:high], cols[low:high] - start, device)
+                scores[pairs] = -torch.inf
+                row, col = _may_be_best(scores, k, best.least[block], 4 * error)  # (P,)
+                exact = [
+                    _pair_scores(vectors[r], items[c], cosine)
+                    for r, c in zip(row.split(step), col.split(step), strict=True)
+                ]
+                best.offer(
+                    _to_numpy(row) + block.start,
+                    _to_numpy(col) + start,
+                    _to_numpy(torch.cat(exact)),
+                )
+    return best.items, best.scores * lengths[:, None]
+
+
+def top_items(
+    scores: Vectors, k: int, seen: Pairs | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The k items of highest score for each user; of equal scores the lower id comes first.
+
+    Args:
+        scores: (B, N), any real dtype; an item with -inf is never recommended.
+        k, seen: as in `top_items_by_vectors`.
+
+    Returns:
+        As `top_items_by_vectors`.
+
+    Raises:
+        UserError: wrong shapes, ids out of range, or a NaN among the scores.
+    """
+    scores = _checked_scores(scores).double()
+    rows, cols = _seen_pairs(seen, *scores.shape)
+    scores = scores.index_put(
+        (torch.from_numpy(rows).to(scores.device), torch.from_numpy(cols).to(scores.device)),
+        torch.tensor(-torch.inf, dtype=scores.dtype, device=scores.device),
+    )
+    best = _Best(len(scores), k)
+    row, col = _may_be_best(scores, k, best.least, 0.0)
+    best.offer(_to_numpy(row), _to_numpy(col), _to_numpy(scores[row, col]))
+    return best.items, best.scores
+
+
+class _Best:
+    """The k best items of each user among those offered so far.
+
+    Attributes:
+        items: int64 (B, k), best first, -1 where there is none.
+        scores: float64 (B, k), -inf where there is none.
+    """
+
+    def __init__(self, num_users: int, k: int) -> None:
+        if k < 1:
+            raise UserError(f"k is {k}, expected at least one item a user")
+        self.items = np.full((num_users, k), -1, dtype=np.int64)
+        self.scores = np.full((num_users, k), -np.inf)
+
+    @property
+    def least(self) -> NDArray[np.float64]:
+        """What an item must at least score to be among the best, (B,)."""
+        return self.scores[:, -1]
+
+    def offer(self, rows: NDArray, items: NDArray, scores: NDArray) -> None:
+        """Take the pairs (P,) that are better than what there is; none may be offered twice."""
+        old_rows, places = (self.items >= 0).nonzero()
+        rows = np.concatenate([old_rows, rows])
+        items = np.concatenate([self.items[old_rows, places], items])
+        scores = np.concatenate([self.scores[old_rows, places], scores])
+        order = np.lexsort((items, -scores, rows))
+        rows, items, scores = rows[order], items[order], scores[order]
+        places = np.arange(len(rows)) - np.searchsorted(rows, rows)  # 0, 1, … within a user
+        kept = places < self.items.shape[1]
+        self.items[rows[kept], places[kept]] = items[kept]
+        self.scores[rows[kept], places[kept]] = scores[kept]
+
+
+def _may_be_best(
+    scores: torch.Tensor, k: int, least: NDArray, margin: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs (rows, cols) whose exact score may be among a user's k best.
+
+    Scores (B, C) are off by half of `margin` at most; `least` (B,) is the k-th best so far.
+    """
+    if not scores.shape[1]:
+        return _where(scores > 0)
+    last = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1]
+    floor = torch.maximum(last, torch.from_numpy(least).to(last)) - margin
+    return _where((scores >= floor[:, None]) & (scores > -torch.inf))
 
 
 @dataclass(frozen=True)
@@ -212,11 +434,7 @@ class _UserSide:
     def of(
         cls, users: torch.Tensor, items: Vectors, targets: NDArray, first: int, cosine: bool
     ) -> _UserSide:
-        users = users.to(torch.float32)
-        _checked_norms(users, "user", first)
-        vectors = users.double()
-        tiny = torch.finfo(torch.float64).tiny  # a zero vector stays zero: all its items tie
-        vectors = vectors / _ordered_norm(vectors).clamp(min=tiny)[:, None]
+        vectors, _ = _of_length_one(users, first)
         target_vectors = _read(items, targets, users.device)
         _checked_norms(target_vectors, "target's item", first)
         scale = _ordered_norm(target_vectors.double())
@@ -317,6 +535,19 @@ def _pair_scores(users: torch.Tensor, items: torch.Tensor, cosine: bool) -> torc
     return scores / _ordered_norm(items).clamp(min=MIN_NORM) if cosine else scores
 
 
+def _of_length_one(users: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors (B, H) float64 of length 1, and the lengths (B,) they had.
+
+    `first` is the row of the first one, for messages.
+    """
+    users = users.to(torch.float32)
+    _checked_norms(users, "user", first)
+    vectors = users.double()
+    lengths = _ordered_norm(vectors)
+    tiny = torch.finfo(torch.float64).tiny  # a zero vector stays zero: all its items tie
+    return vectors / lengths.clamp(min=tiny)[:, None], lengths
+
+
 def _ordered_norm(vectors: torch.Tensor) -> torch.Tensor:
     return _ordered_sum(vectors * vectors).sqrt()
 
@@ -382,6 +613,70 @@ def _checked_norms(vectors: torch.Tensor, what: str, first: int) -> torch.Tensor
     return norms
 
 
+def _checked_users(user_vectors: Vectors, item_vectors: Vectors) -> torch.Tensor:
+    users = torch.as_tensor(user_vectors)
+    if users.ndim != 2 or item_vectors.ndim != 2 or users.shape[1] != item_vectors.shape[1]:
+        raise UserError(
+            f"user vectors have shape {tuple(users.shape)} and item vectors "
+            f"{tuple(item_vectors.shape)}, expected (users, hidden) and (items, hidden)"
+        )
+    return users
+
+
+def _checked_chunk_size(chunk_size: int | None, users: torch.Tensor) -> int:
+    if chunk_size is None:
+        return max(1, CHUNK_ELEMENTS // max(users.shape[1], min(len(users), USER_BLOCK), 1))
+    if chunk_size < 1:
+        raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
+    return chunk_size
+
+
+def _checked_scores(scores: Vectors) -> torch.Tensor:
+    scores = torch.as_tensor(scores)
+    if scores.ndim != 2:
+        raise UserError(f"scores have shape {tuple(scores.shape)}, expected (users, items)")
+    if scores.is_floating_point():
+        bad = scores.isnan().any(dim=1).nonzero()
+        if len(bad):
+            raise UserError(f"the scores of row {int(bad[0])} hold NaN: they cannot be ranked")
+    return scores
+
+
+def _checked_candidates(
+    targets: ArrayLike, candidates: ArrayLike, num_users: int, num_items: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    target_ids, ids = _ids(targets, "targets", num_items), np.asarray(candidates)
+    _same_length("targets", len(target_ids), num_users)
+    if ids.ndim != 2 or len(ids) != num_users:
+        raise UserError(f"candidates have shape {ids.shape}, expected ({num_users}, candidates)")
+    return target_ids, _ids(ids.reshape(-1), "candidates", num_items).reshape(ids.shape)
+
+
+def _user_blocks(num_users: int) -> list[slice]:
+    return [slice(i, min(i + USER_BLOCK, num_users)) for i in range(0, num_users, USER_BLOCK)]
+
+
+def _pairs_of(
+    block: slice, rows: NDArray, cols: NDArray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs of a block of users, rows counted from its first user."""
+    mine = (rows >= block.start) & (rows < block.stop)
+    return (
+        torch.from_numpy(rows[mine] - block.start).to(device),
+        torch.from_numpy(cols[mine]).to(device),
+    )
+
+
+def _seen_pairs(seen: Pairs | None, num_users: int, num_items: int) -> tuple[NDArray, NDArray]:
+    """Checked pairs (rows, cols), int64."""
+    if seen is None:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    rows = _ids(seen[0], "rows of seen", num_users)
+    cols = _ids(seen[1], "cols of seen", num_items)
+    _same_length("cols of seen", len(cols), len(rows))
+    return rows, cols
+
+
 def _not_compared(
     seen: Pairs | None, targets: NDArray, num_items: int
 ) -> tuple[NDArray, NDArray, NDArray]:
@@ -390,9 +685,7 @@ def _not_compared(
     rows, cols = np.arange(num_users), targets
     if seen is None:
         return rows, cols, np.full(num_users, num_items, dtype=np.int64)
-    seen_rows = _ids(seen[0], "rows of seen", num_users)
-    seen_cols = _ids(seen[1], "cols of seen", num_items)
-    _same_length("cols of seen", len(seen_cols), len(seen_rows))
+    seen_rows, seen_cols = _seen_pairs(seen, num_users, num_items)
     all_rows, all_cols = np.concatenate([rows, seen_rows]), np.concatenate([cols, seen_cols])
     rows, cols = np.divmod(np.unique(all_rows * num_items + all_cols), max(num_items, 1))
     return rows, cols, num_items + 1 - np.bincount(rows, minlength=num_users)
@@ -450,6 +743,19 @@ def _mean_gain(
     return np.where(first == last, np.where(first < k, gain(first + 1), 0.0), mean)
 
 
+def coverage(counts: NDArray[np.int64]) -> float:
+    """Share of N items that are recommended to anybody; counts (N,) of their recommendations."""
+    return int(np.count_nonzero(counts)) / len(counts)
+
+
+def gini(counts: NDArray[np.int64]) -> float:
+    """Gini coefficient of counts (N,): 0 where all N items are recommended equally often, 1 - 1/N
+    where every recommendation is of one item."""
+    total, number = int(counts.sum()), len(counts)
+    places = np.arange(1, number + 1)
+    return float((2 * places - number - 1) @ np.sort(counts)) / (number * total) if total else 0.0
+
+
 class Evaluator:
     """Collects the rank of every user's target and computes figures over users.
 
@@ -457,8 +763,11 @@ class Evaluator:
     of a distributed sampler) are dropped by user id. Figures are sums over users in the order of
     their ids: the same to the last bit for any batch size, order and number of processes.
 
+    Of what is recommended (`count_recommended`) it keeps how often each item is among the first k:
+    no rows, so these users must not come twice.
+
     Args:
-        ks: cut-offs of NDCG, Recall and MRR.
+        ks: cut-offs of NDCG, Recall and MRR, and of what is recommended.
         ties: "expected" (mean over the positions of a tie), "pessimistic" or "optimistic".
 
     Raises:
@@ -472,6 +781,7 @@ class Evaluator:
         self.ks = tuple(ks)
         self.ties = ties
         self._parts: list[NDArray[np.int64]] = []  # each (5, n), rows in the order of COLUMNS
+        self._recommended: NDArray[np.int64] | None = None  # (K, N)
 
     def update(self, user_ids: ArrayLike, targets: ArrayLike, ranks: TargetRanks) -> None:
         """Add users: their ids (B,), the item ids of their targets (B,) and where these stand."""
@@ -479,6 +789,20 @@ class Evaluator:
         _same_length("user_ids", len(users), len(ranks))
         _same_length("targets", len(items), len(ranks))
         self._parts.append(np.stack([users, items, ranks.above, ranks.tied, ranks.num_candidates]))
+
+    def count_recommended(self, items: NDArray[np.int64], num_items: int) -> None:
+        """Count what is recommended to users.
+
+        Args:
+            items: ids of the items, best first, int64 (B, max(ks)); -1 where there is none.
+            num_items: N.
+        """
+        if items.shape[1:] != (max(self.ks),):
+            raise UserError(f"items have shape {items.shape}, expected (users, {max(self.ks)})")
+        first = [items[:, :k] for k in self.ks]
+        counts = [np.bincount(part[part >= 0], minlength=num_items) for part in first]
+        before = 0 if self._recommended is None else self._recommended
+        self._recommended = before + np.stack(counts)
 
     def state(self) -> dict[str, NDArray[np.int64]]:
         """One row a user by ascending id: columns user_id, target, above, tied, num_candidates."""
@@ -498,12 +822,18 @@ class Evaluator:
         if not (dist.is_available() and dist.is_initialized()):
             return
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self._rows())
-        self._parts = parts  # by process, so every process keeps the same row of a repeated user
+        dist.all_gather_object(parts, (self._rows(), self._recommended))
+        # by process, so every process keeps the same row of a repeated user
+        self._parts = [rows for rows, _ in parts]
+        counted = [counts for _, counts in parts if counts is not None]
+        self._recommended = np.sum(counted, axis=0) if counted else None
 
     def compute(self) -> dict[str, float]:
         """Means over users of `per_user_metrics`, with `tie_rate` (the share of users whose target
         is tied with another item) and `num_users`. In several processes call `gather` first.
+
+        Where recommendations were counted also `Coverage@k`, the share of the catalogue that is
+        recommended to anybody, and `Gini@k` over the catalogue.
 
         Raises:
             UserError: there are no users, or one user has two different targets.
@@ -515,6 +845,9 @@ class Evaluator:
         means: dict[str, float] = {name: float(x.sum()) / len(ranks) for name, x in figures.items()}
         means["tie_rate"] = int((ranks.tied > 0).sum()) / len(ranks)
         means["num_users"] = len(ranks)
+        if self._recommended is not None:
+            for k, counts in zip(self.ks, self._recommended, strict=True):
+                means |= {f"Coverage@{k}": coverage(counts), f"Gini@{k}": gini(counts)}
         return means
 
     def write_parquet(self, path: str | os.PathLike) -> None:

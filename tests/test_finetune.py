@@ -100,6 +100,12 @@ def test_a_run_writes_what_it_promises(data, finished):
     assert read_json(output / "metrics.json")["test"] == result["test"]
     assert list(result["evaluations"]) == ["zero_shot", "stage1", "stage2"]
     assert result["test"]["num_users"] == 40
+    assert 5 / 24 <= result["test"]["Coverage@5"] <= 1
+    assert 0 <= result["test"]["Gini@10"] < 1
+    low, high = result["test"]["intervals"]["NDCG@10"]
+    assert low < result["test"]["NDCG@10"] < high
+    users = [part["num_users"] for part in result["test"]["slices"].values()]
+    assert sum(users) == 3 * 40  # by frequency, length and repetition
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     # Validation at epoch 2 (--verbose 2) and at the last epoch.
     header, *rows = (output / "stage1" / "history.csv").read_text().splitlines()
@@ -254,10 +260,43 @@ def test_training_learns_the_order_of_things(data, tmp_path):
     assert after["Recall@5"] > 0.8 > 0.5 > before["Recall@5"]
 
 
+def flat(figures: dict, prefix: str = "") -> dict[str, float]:
+    """All numbers of nested figures by their path."""
+    numbers: dict[str, float] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            numbers |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            numbers |= {f"{prefix}{name}/{end}": x for end, x in enumerate(value)}
+        else:
+            numbers[prefix + name] = value
+    return numbers
+
+
+def test_sampled_negatives_stand_apart(data, finished, tmp_path, capsys):
+    settings = {"zero_shot": True, "metric_ks": [1, 5]}
+    with pytest.raises(UserError, match=r"--sampled_negatives 24: user \d+ has met all but"):
+        run(arguments(data, tmp_path, sampled_negatives=24, **settings))
+    result = run(arguments(data, tmp_path, sampled_negatives=10, **settings))
+    assert result["sampled_negatives"] == 10
+    plain = {name: x for name, x in result["test"].items() if name != "sampled"}
+    assert not [name for name in flat(plain) if "sampled" in name]
+    sampled = result["test"]["sampled"]
+    assert all(name.endswith("(10 sampled)") for name in sampled if name != "intervals")
+    assert set(sampled["intervals"]) == set(sampled) - {"intervals"}
+    # Among 10 of the 23 other items a target stands higher: on average 10/23 of those above it.
+    assert sampled["Recall@5 (10 sampled)"] > result["test"]["Recall@5"]
+    assert sampled["AUC (10 sampled)"] == pytest.approx(result["test"]["AUC"], abs=0.1)
+    printed = capsys.readouterr().out
+    heading = printed.index("NOT comparable with the full ranking")
+    assert "(10 sampled)" not in printed[:heading]
+    assert "NDCG@5 (10 sampled)" in printed[heading:]
+
+
 def test_two_processes_equal_one(data, tmp_path):
     dropout = "hidden_dropout_prob=0,attention_probs_dropout_prob=0"
     quiet = {"config_overrides": f"{SMALL},{dropout}", "num_train_epochs": 2, "stages": "1"}
-    quiet |= {"verbose": 1}
+    quiet |= {"verbose": 1, "sampled_negatives": 10}
     one = run(arguments(data, tmp_path / "one", batch_size=10, **quiet))
     args = arguments(data, tmp_path / "two", batch_size=5, num_processes=2, **quiet)
     argv = []
@@ -275,9 +314,10 @@ def test_two_processes_equal_one(data, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     two = read_json(tmp_path / "two" / "metrics.json")
-    for name, row in one["evaluations"].items():
-        for metric, value in row["test"].items():
-            assert two["evaluations"][name]["test"][metric] == pytest.approx(value, abs=1e-6)
+    for name in one["evaluations"]:
+        mine, theirs = (flat(run["evaluations"][name]["test"]) for run in (one, two))
+        assert theirs == pytest.approx(mine, abs=1e-6)
+        assert {"Coverage@5", "sampled/NDCG@5 (10 sampled)", "slices/rare target/MRR"} <= set(mine)
     for mine, theirs in zip(
         one["stages"]["stage1"]["rows"], two["stages"]["stage1"]["rows"], strict=True
     ):

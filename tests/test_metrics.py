@@ -19,8 +19,15 @@ from recformer.metrics import (
     Evaluator,
     TargetRanks,
     count_ranks,
+    count_ranks_among,
+    coverage,
+    gini,
     per_user_metrics,
+    rank_among_by_vectors,
     rank_by_vectors,
+    sample_negatives,
+    top_items,
+    top_items_by_vectors,
 )
 
 
@@ -500,6 +507,12 @@ def test_per_user_ranks_as_parquet(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ranks.parquet"]
 
 
+def recommended() -> np.ndarray:
+    """50 different items of 200 for each of 101 users."""
+    generator = np.random.default_rng(3)
+    return np.stack([generator.permutation(200)[:50] for _ in range(101)])
+
+
 def run_process(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
@@ -509,11 +522,13 @@ def run_process(rank: int, world_size: int, folder: str) -> None:
     rows = np.resize(np.arange(101), 102)[rank::world_size]
     evaluator = Evaluator()
     evaluator.update(*part_of(users, rows))
+    evaluator.count_recommended(recommended()[rank::world_size], 200)  # each user once
     evaluator.gather()
     torch.save(evaluator.compute(), f"{folder}/{rank}.pt")
     alone = Evaluator()  # one process may have no users
     if rank == 1:
         alone.update(*users)
+        alone.count_recommended(recommended(), 200)
     alone.gather()
     torch.save(alone.compute(), f"{folder}/{rank}_alone.pt")
     dist.destroy_process_group()
@@ -522,11 +537,175 @@ def run_process(rank: int, world_size: int, folder: str) -> None:
 def test_two_processes_equal_one(tmp_path):
     evaluator = Evaluator()
     evaluator.update(*many_users(count=101))
+    evaluator.count_recommended(recommended(), 200)
     evaluator.gather()  # a single process: nothing to do
     expected = evaluator.compute()
     mp.spawn(run_process, args=(2, str(tmp_path)), nprocs=2)
     for name in ("0", "1", "0_alone", "1_alone"):
         assert torch.load(tmp_path / f"{name}.pt") == expected
+
+
+# What is recommended
+
+
+def test_top_items_by_hand():
+    scores = torch.tensor([[1, 5, 5, 0, 7], [2, 2, 2, 2, 2], [0, 9, 8, 7, 6]])
+    items, values = top_items(scores, 3)
+    assert items.tolist() == [[4, 1, 2], [0, 1, 2], [1, 2, 3]]  # of equal scores the lower id
+    assert values.tolist() == [[7, 5, 5], [2, 2, 2], [9, 8, 7]]
+    seen = ([0, 0, 1, 2, 2, 2], [4, 1, 0, 1, 2, 4])
+    assert top_items(scores, 3, seen)[0].tolist() == [[2, 0, 3], [1, 2, 3], [3, 0, -1]]
+    items, values = top_items(torch.tensor([[0.5, -math.inf, math.inf]]), 5)
+    assert items.tolist() == [[2, 0, -1, -1, -1]]
+    assert values.tolist() == [[math.inf, 0.5, -math.inf, -math.inf, -math.inf]]
+    with pytest.raises(ValueError, match="row 0 hold NaN"):
+        top_items(torch.tensor([[math.nan]]), 1)
+    with pytest.raises(ValueError, match="k is 0"):
+        top_items(scores, 0)
+
+
+def exact_top(users, items, k, seen, cosine) -> list[list[int]]:
+    """The definition in `top_items_by_vectors`: sums that are exact, then item ids."""
+    users, items = users.double(), items.double()
+    best = []
+    for row, user in enumerate(users):
+        scores = []
+        for item, vector in enumerate(items):
+            length = float(vector.norm()) if cosine else 1.0
+            # copies score the same however sums are rounded; others are further apart than that
+            score = math.fsum((user * vector).tolist()) / length / float(user.norm())
+            scores.append((-round(score, 13), item))
+        gone = {c for r, c in zip(*seen, strict=True) if r == row}
+        best.append([item for _, item in sorted(scores) if item not in gone][:k])
+    return best
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_top_items_by_vectors_follow_their_definition(monkeypatch, cosine):
+    users, items, _ = catalogue(num_users=10)
+    users[0] = items[7]  # its copies are the best: the lowest ids of them
+    rng = np.random.default_rng(0)
+    seen = (rng.integers(0, 10, 600), rng.integers(0, 300, 600))
+    expected = exact_top(users, items, 20, seen, cosine)
+    got, values = top_items_by_vectors(users, items, 20, seen, cosine=cosine)
+    assert got.tolist() == expected
+    lengths = items[got].norm(dim=2) * users.norm(dim=1)[:, None] if cosine else torch.ones(10, 20)
+    products = (items[got] * users[:, None]).sum(dim=2)
+    torch.testing.assert_close(torch.from_numpy(values).float(), products / lengths)
+    if cosine:
+        gone = {c for r, c in zip(*seen, strict=True) if r == 0}
+        copies = [i for i in [7, *range(100, 150)] if i not in gone]
+        assert got[0].tolist() == copies[:20]
+
+    for chunk_size in (1, 7, 20, 299, 5000):
+        again, _ = top_items_by_vectors(users, items, 20, seen, chunk_size, cosine)
+        assert again.tolist() == expected
+    monkeypatch.setattr(metrics, "USER_BLOCK", 3)
+    monkeypatch.setattr(metrics, "PAIR_ELEMENTS", 96 * 7)
+    assert top_items_by_vectors(users, items, 20, seen, 90, cosine)[0].tolist() == expected
+    for row in range(10):
+        mine = [c for r, c in zip(*seen, strict=True) if r == row]
+        alone = users[[row]], items.numpy(), 20, ([0] * len(mine), mine)
+        assert top_items_by_vectors(*alone, cosine=cosine)[0].tolist() == [expected[row]]
+
+
+def test_top_items_of_a_collapsed_encoder():
+    items = torch.ones(200, 64)
+    got, values = top_items_by_vectors(torch.randn(3, 64), items, 4, ([0, 1], [0, 2]), 30)
+    assert got.tolist() == [[1, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3]]
+    assert (values == values[:, :1]).all()
+    got, _ = top_items_by_vectors(torch.zeros(1, 64), items, 300)
+    assert got.tolist() == [[*range(200), *[-1] * 100]]
+
+
+def test_memory_of_top_items_is_that_of_a_chunk():
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randn(20_000, 32, generator=generator)
+    users = torch.randn(50, 32, generator=generator)
+    with LargestTensor() as seen:
+        top_items_by_vectors(users, items, 10, None, 400)
+    # the first chunk's best of all users are looked at one by one; table: 640,000
+    assert seen.elements <= max(400 * 50, 50 * 11 * 32)
+
+
+def test_coverage_and_gini_by_hand():
+    assert coverage(np.array([0, 0, 0, 1, 3])) == 2 / 5
+    # (2i - n - 1) c_i over n times the sum: (2 * 1 + 4 * 3) / (5 * 4)
+    assert gini(np.array([3, 0, 0, 1, 0])) == 14 / 20
+    assert gini(np.array([2, 2, 2])) == 0
+    assert gini(np.array([0, 0, 0, 9])) == 3 / 4
+    assert gini(np.zeros(3, dtype=np.int64)) == 0
+
+
+def test_coverage_is_that_of_all_users():
+    evaluator = Evaluator((1, 3))
+    evaluator.update([0, 1], [0, 1], ranks_of([0, 0]))
+    assert "Coverage@1" not in evaluator.compute()
+    evaluator.count_recommended(np.array([[3, 1, 2]]), 5)
+    evaluator.count_recommended(np.array([[3, 1, -1]]), 5)
+    figures = evaluator.compute()
+    assert figures["Coverage@1"] == 1 / 5
+    assert figures["Coverage@3"] == 3 / 5
+    assert figures["Gini@1"] == 4 / 5
+    assert figures["Gini@3"] == (0 * 1 + 2 * 2 + 4 * 2) / (5 * 5)  # counts 0, 0, 1, 2, 2
+    with pytest.raises(ValueError, match=r"shape \(1, 2\), expected \(users, 3\)"):
+        evaluator.count_recommended(np.array([[3, 1]]), 5)
+
+
+# Sampled negatives
+
+
+def test_negatives_are_neither_target_nor_history():
+    seen = ([0, 0, 1], [1, 2, 5])
+    drawn = sample_negatives([7, 8], [4, 5], seen, 6, 3)
+    assert sorted(drawn[0].tolist()) == [0, 3, 5]
+    assert len(set(drawn[1].tolist())) == 3
+    assert set(drawn[1].tolist()) <= {0, 1, 2, 3, 4}  # the target stands in the history
+    with pytest.raises(ValueError, match="user 7 leaves 3 of 6 items .* at most 3"):
+        sample_negatives([7, 8], [4, 5], seen, 6, 4)
+
+
+def test_negatives_are_drawn_evenly_and_by_user_alone():
+    users, targets = np.arange(3000), np.full(3000, 2)
+    seen = (np.repeat(users, 2), np.tile([0, 5], 3000))
+    drawn = sample_negatives(users, targets, seen, 10, 3)
+    counts = np.bincount(drawn.ravel(), minlength=10)
+    assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
+    expected = 9000 / 7
+    assert np.abs(counts[[1, 3, 4, 6, 7, 8, 9]] - expected).max() < 4 * expected**0.5
+    rows = np.array([2999, 5, 17])
+    alone = sample_negatives(rows, targets[rows], ([0, 0, 1, 1, 2, 2], [5, 0] * 3), 10, 3)
+    assert alone.tolist() == drawn[rows].tolist()
+    other = sample_negatives(rows, targets[rows], ([0, 0, 1, 1, 2, 2], [5, 0] * 3), 10, 3, seed=1)
+    assert other.tolist() != alone.tolist()
+
+
+def test_ranks_among_a_few_items_by_hand():
+    scores = torch.tensor([[1, 5, 5, 0, 7], [2, 2, 2, 3, 2]])
+    candidates = [[0, 2, 3], [0, 3, 4]]
+    assert as_lists(count_ranks_among(scores, [1, 1], candidates)) == [[0, 1], [1, 2], [4, 4]]
+    items = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0], [3.0, 3.0], [-1.0, 0.0]])
+    users = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    # cosines of user 0: 1, .7, 0, .7, -1; of user 1: 0, .7, 1, .7, 0
+    ranks = rank_among_by_vectors(users, items, [1, 0], [[0, 2, 3], [4, 1, 2]])
+    assert as_lists(ranks) == [[1, 2], [1, 1], [4, 4]]
+    ranks = rank_among_by_vectors(users, items, [1, 0], [[0, 2, 3], [4, 1, 2]], cosine=False)
+    assert as_lists(ranks) == [[2, 2], [0, 1], [4, 4]]
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_all_other_items_as_negatives_are_the_full_ranking(monkeypatch, cosine):
+    users, items, targets = catalogue()
+    others = [np.delete(np.arange(300), target) for target in targets.tolist()]
+    expected = as_lists(rank_by_vectors(users, items, targets, cosine=cosine))
+    got = rank_among_by_vectors(users, items.numpy(), targets, np.stack(others), cosine)
+    assert as_lists(got) == expected
+    monkeypatch.setattr(metrics, "PAIR_ELEMENTS", 299 * 96 * 5)
+    again = rank_among_by_vectors(users, items, targets, np.stack(others), cosine)
+    assert as_lists(again) == expected
+    scores = users @ items.T
+    among = count_ranks_among(scores, targets, np.stack(others))
+    assert as_lists(among) == as_lists(count_ranks(scores, targets))
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recformer.config import RecformerConfig
 from recformer.files import UserError
 from recformer.losses import cosine_scores, full_softmax_loss, sampled_softmax_loss
-from recformer.metrics import TargetRanks, rank_by_vectors
+from recformer.metrics import (
+    TargetRanks,
+    rank_among_by_vectors,
+    rank_by_vectors,
+    top_items_by_vectors,
+)
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.packing import PackedTokens
 
@@ -167,9 +174,25 @@ class RecformerForSeqRec(RecformerPreTrainedModel):
 
     def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
         """Where the targets of a batch of `RecformerEvalCollator` stand among all items."""
-        users = self.encode(batch["history"])
         seen = batch["seen"] if filter_seen else None
-        return rank_by_vectors(users, self._item_vectors(), batch["labels"], seen)
+        return rank_by_vectors(self._users(batch), self._item_vectors(), batch["labels"], seen)
+
+    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> NDArray[np.int64]:
+        """The k best items for each user of a batch, best first, int64 (B, k)."""
+        seen = batch["seen"] if filter_seen else None
+        return top_items_by_vectors(self._users(batch), self._item_vectors(), k, seen)[0]
+
+    def rank_among(self, batch: dict[str, Any], candidates: NDArray[np.int64]) -> TargetRanks:
+        """Where the targets of a batch stand among items (B, K) of each user's own."""
+        users = self._users(batch)
+        return rank_among_by_vectors(users, self._item_vectors(), batch["labels"], candidates)
+
+    def encode_users(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `users`, the vectors (B, H) of its histories."""
+        return {**batch, "users": self.encode(batch["history"])}
+
+    def _users(self, batch: dict[str, Any]) -> Tensor:
+        return batch["users"] if "users" in batch else self.encode(batch["history"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A finetuned file brings its item vectors along, however many: the table is made for them.

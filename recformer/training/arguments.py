@@ -105,6 +105,11 @@ class EvaluationArguments:
     ties: str = flag("expected", "rank of a target that ties with other items", choices=list(TIES))
     filter_seen: bool = flag(False, "take items of the history out of the candidates")
     eval_users: int | None = flag(None, "validate on a seeded sample of so many users")
+    sampled_negatives: int | None = flag(
+        None,
+        "rank test targets also among so many sampled items that the user never met; such figures "
+        "are not comparable with those of the full ranking and are named so",
+    )
 
     @property
     def metric(self) -> str:
@@ -121,6 +126,8 @@ class EvaluationArguments:
             raise UserError(f"--metric_ks {self.metric_ks}: cut-offs must be at least 1")
         if self.eval_users is not None and self.eval_users < 1:
             raise UserError(f"--eval_users {self.eval_users}: must be at least 1")
+        if self.sampled_negatives is not None and self.sampled_negatives < 1:
+            raise UserError(f"--sampled_negatives {self.sampled_negatives}: must be at least 1")
 
 
 @dataclass

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from recformer.data.datamodule import SeqRecDataModule
-from recformer.evaluation import SplitName, detailed_figures
+from recformer.evaluation import SplitName, check_sampled_negatives, detailed_figures
 from recformer.files import UserError, read_json, write_json
 from recformer.training.arguments import RunArguments, say
 from recformer.training.callbacks import EarlyStop, History, LastEpochIsValidated
@@ -69,9 +69,12 @@ class Experiment:
             settings: everything that figures depend on.
 
         Raises:
-            UserError: the folder holds another run and may not be overwritten.
+            UserError: the folder holds another run and may not be overwritten, or users have met
+                too many items to sample negatives for them.
         """
         self.model, self.data = model, data
+        if self.args.sampled_negatives is not None:
+            check_sampled_negatives(data.folder, self.args.sampled_negatives)
         settings = {name: value for name, value in settings.items() if name not in IGNORED}
         settings |= {"precision": self.precision}
         path = self.output_dir / "run.json"
@@ -100,6 +103,8 @@ class Experiment:
             metric_ks=tuple(args.metric_ks),
             ties=args.ties,
             filter_seen=args.filter_seen,
+            num_items=self.data.folder.num_items,
+            sampled_negatives=args.sampled_negatives,
             seed=args.seed,
         )
 
@@ -150,7 +155,9 @@ class Experiment:
             started = time.monotonic()
             trainer.test(module, loader, verbose=False)
             seconds = time.monotonic() - started
-            figures[split] = detailed_figures(module.evaluator, self.data.folder, split)
+            figures[split] = detailed_figures(
+                module.evaluator, self.data.folder, split, module.sampled
+            )
             self.seconds_a_user = seconds / figures[split]["num_users"]
             if trainer.is_global_zero:
                 module.evaluator.write_parquet(
@@ -234,6 +241,7 @@ class Experiment:
             "filter_seen": args.filter_seen,
             "split_hash": self.data.folder.split_hash,
             "eval_users": args.eval_users,
+            "sampled_negatives": args.sampled_negatives,
             "seed": args.seed,
             "precision": self.precision,
             "seconds_a_user": self.seconds_a_user,

@@ -11,11 +11,20 @@ from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from recformer.files import UserError, sha256_of
-from recformer.metrics import Evaluator, TargetRanks
+from recformer.metrics import Evaluator, TargetRanks, sample_negatives
 
 
 class Recommender(Protocol):
-    """What a model brings to `LitWrapper` (besides being an `nn.Module`)."""
+    """What a model brings to `LitWrapper` (besides being an `nn.Module`).
+
+    A test also calls, where a model has them,
+
+    - `encode_users(batch)`, first: the batch with what the others would compute again each;
+    - `recommend(batch, k, filter_seen)`: item ids, best first, int64 (B, k), -1 where there is
+      none, for coverage and Gini of what is recommended;
+    - `rank_among(batch, candidates)`: where the labels stand among items (B, C) of each user's own,
+      for sampled negatives.
+    """
 
     def training_loss(self, batch: dict[str, Any]) -> Tensor | dict[str, Tensor]:
         """Scalar loss of a batch of its training collator, or a dict of `loss` and its parts."""
@@ -44,7 +53,8 @@ class LitWrapper(lightning.LightningModule):
 
     AdamW, its learning rate warmed up over `warmup_steps` optimizer steps. Validation logs
     `val/<metric>`, test logs `test/<metric>` (see `recformer.metrics.Evaluator`); the evaluator of
-    the last evaluation stays at `self.evaluator`, so that ranks can be written.
+    the last evaluation stays at `self.evaluator`, so that ranks can be written. A test counts what
+    is recommended too, and keeps ranks among sampled negatives at `self.sampled`.
 
     Args:
         model: a `Recommender`.
@@ -53,8 +63,13 @@ class LitWrapper(lightning.LightningModule):
         metric_ks: cut-offs of NDCG and Recall.
         ties: `expected`, `pessimistic` or `optimistic`.
         filter_seen: take items of the history out of the candidates (never the target).
+        num_items: size of the catalogue, for coverage, Gini and sampled negatives.
+        sampled_negatives: rank the targets of a test also among so many sampled items.
         seed: dropout of each step depends on it, epoch, step and process alone, so that a resumed
             run goes on as the uninterrupted one would have.
+
+    Raises:
+        UserError: sampled negatives for a model that has no `rank_among`.
     """
 
     def __init__(
@@ -67,6 +82,8 @@ class LitWrapper(lightning.LightningModule):
         metric_ks: tuple[int, ...] = (10, 50),
         ties: str = "expected",
         filter_seen: bool = False,
+        num_items: int = 0,
+        sampled_negatives: int | None = None,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -78,8 +95,15 @@ class LitWrapper(lightning.LightningModule):
         self.metric_ks = tuple(metric_ks)
         self.ties = ties
         self.filter_seen = filter_seen
+        self.num_items = num_items
+        self.sampled_negatives = sampled_negatives
         self.seed = seed
         self.evaluator = Evaluator(self.metric_ks, self.ties)
+        self.sampled: Evaluator | None = None
+        if sampled_negatives is not None and not hasattr(model, "rank_among"):
+            raise UserError(
+                f"--sampled_negatives: {type(model).__name__} cannot rank among sampled items"
+            )
 
     @property
     def recommender(self) -> Recommender:
@@ -150,11 +174,31 @@ class LitWrapper(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
 
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
+    def on_test_epoch_start(self) -> None:
+        self.evaluator = Evaluator(self.metric_ks, self.ties)
+        if self.sampled_negatives is not None:
+            self.sampled = Evaluator(self.metric_ks, self.ties)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        model: Any = self.model
+        if hasattr(model, "encode_users"):
+            batch = model.encode_users(batch)
+        output = self.validation_step(batch, batch_idx)
+        if hasattr(model, "recommend"):
+            items = model.recommend(batch, max(self.metric_ks), self.filter_seen)
+            self.evaluator.count_recommended(items, self.num_items)
+        if self.sampled is not None and self.sampled_negatives is not None:
+            users, labels = batch["user_ids"], batch["labels"]
+            negatives = sample_negatives(
+                users, labels, batch["seen"], self.num_items, self.sampled_negatives
+            )
+            self.sampled.update(users, labels, model.rank_among(batch, negatives))
+        return output
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
+        if self.sampled is not None:
+            self.sampled.gather()
 
     def _log_metrics(self, split: str) -> None:
         self.evaluator.gather()  # every process then holds all users and logs the same figures
