@@ -14,12 +14,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a plain checkout works, from any folder
 
 from recformer.data import flags  # noqa: E402
+from recformer.data.audit import PAGE_FILE, audit_folder  # noqa: E402
 from recformer.data.prepare import prepare_finetuning  # noqa: E402
-from recformer.files import exit_with_message  # noqa: E402
+from recformer.files import UserError, exit_with_message  # noqa: E402
 
 
 def main() -> None:
-    """Parse, process, say what was written."""
+    """Parse, process, say what was written, audit it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,6 +77,14 @@ def main() -> None:
         f"products left out, {counts['reviews']['duplicate_reviews']} duplicate reviews kept; "
         f"split {dataset['split_hash'][:12]}, more in dataset.json"
     )
+    try:
+        warnings = audit_folder(args.output_path)["warnings"]
+    except (UserError, OSError) as error:  # the folder is whole, whatever becomes of its audit
+        print(f"{args.output_path} was not audited: {error}", file=sys.stderr)
+        return
+    for warning in warnings:
+        print(f"warning: {warning['message']}")
+    print(f"audited: {len(warnings)} warnings, see {Path(args.output_path) / PAGE_FILE}")
 
 
 if __name__ == "__main__":

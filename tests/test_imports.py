@@ -38,6 +38,7 @@ LAYERS: list[tuple[str, ...]] = [
 
 # Run as `python -m …` or by a shell script; no other module imports them.
 ENTRY_POINTS = (
+    "recformer.data.audit",
     "recformer.data.download",
     "recformer.pretrain",
     "recformer.finetune",
