@@ -276,7 +276,7 @@ def test_candidate_scores_and_gradients_either_way(monkeypatch, per_candidate):
     import recformer.losses as losses
 
     monkeypatch.setattr(losses, "ITEMS_PER_CANDIDATE", per_candidate)
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 40)  # several chunks
+    monkeypatch.setattr(losses, "CANDIDATE_ELEMENTS", 40)  # several chunks
     users = torch.randn(5, 4, dtype=torch.float32, requires_grad=True)
     table = torch.randn(9, 4, requires_grad=True)
     candidates = torch.tensor([[0, 0, 8], [1, 2, 3], [8, 7, 8], [4, 4, 4], [5, 0, 6]])

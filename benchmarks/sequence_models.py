@@ -1,0 +1,206 @@
+"""Training of the id-based baselines against the usual ways of doing it, in one run.
+
+    python -m benchmarks.sequence_models gsasrec
+    python -m benchmarks.sequence_models sasrec --data_path FOLDER --rectools_python PYTHON
+
+`gsasrec`: a training step at the size of MovieLens-1M (128 sequences of 200 items, 3,416 items, 256
+negatives a position, 128 dimensions, 2 blocks), forward, backward and AdamW, against the same
+network whose loss gathers the 257 item vectors of every position, with the published form of gBCE.
+Same weights, same negatives; the losses are compared first. The two take turns; medians count.
+
+`sasrec`: an epoch of SASRec with full softmax (128 dimensions, 2 blocks, 50 items, batch 256) on a
+processed folder against `SASRecModel` of RecTools 0.19, one after the other. RecTools needs numpy
+below 2, so it runs as a subprocess in an environment of its own:
+
+    python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0" "numpy<2"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baselines.id_sequences import CausalCollator
+from baselines.item_table import ItemTable
+from baselines.recommender import Objective, SequenceRecommender
+from baselines.sasrec import SASRec
+from recformer.files import UserError, exit_with_message, write_json
+from recformer.losses import sample_negatives
+
+NUM_ITEMS, LENGTH, HIDDEN, NEGATIVES, CALIBRATION = 3416, 200, 128, 256, 0.75
+
+RECTOOLS = """
+import json, sys, time
+import pandas as pd, torch
+from rectools import Columns
+from rectools.dataset import Dataset
+from rectools.models import SASRecModel
+torch.set_num_threads(int(sys.argv[2]))
+rows = [(int(u), i, 1.0, t) for u, s in json.load(open(sys.argv[1])).items() if len(s) > 1
+        for t, i in enumerate(s)]
+frame = pd.DataFrame(rows, columns=[Columns.User, Columns.Item, Columns.Weight, Columns.Datetime])
+frame[Columns.Datetime] = pd.to_datetime(frame[Columns.Datetime], unit="D")
+dataset = Dataset.construct(frame)
+times = []
+for epochs in (1, 2):
+    model = SASRecModel(n_factors=128, n_blocks=2, n_heads=2, session_max_len=50, batch_size=256,
+                        loss="softmax", lr=1e-3, epochs=epochs, verbose=0, deterministic=False)
+    started = time.perf_counter()
+    model.fit(dataset)
+    times.append(time.perf_counter() - started)
+print(json.dumps(times[1] - times[0]))
+"""
+
+
+def gathered_loss(users: Tensor, table: Tensor, labels: Tensor, negatives: Tensor) -> Tensor:
+    """gBCE as published: vectors of all candidates gathered, a clamped power in float64."""
+    candidates = torch.cat([labels[:, None], negatives], dim=1)  # (P, 1 + K)
+    scores = torch.einsum("pd,pkd->pk", users, F.embedding(candidates, table))
+    alpha = negatives.shape[1] / (len(table) - 1)
+    beta = alpha * ((1 - 1 / alpha) * CALIBRATION + 1 / alpha)
+    least = 1e-10
+    probability = scores[:, :1].double().sigmoid().clamp(least, 1 - least)
+    most = torch.finfo(torch.float64).max
+    adjusted = probability.pow(-beta).clamp(1 + least, most)
+    positive = (1 / (adjusted - 1)).clamp(least, most).log()
+    logits = torch.cat([positive, scores[:, 1:].double()], dim=1)
+    truth = torch.zeros_like(logits)
+    truth[:, 0] = 1
+    return F.binary_cross_entropy_with_logits(logits, truth)
+
+
+def gsasrec_step(batch_size: int, length: int, repeats: int) -> dict[str, Any]:
+    """A row: median seconds of a training step, ours and with gathered vectors."""
+    torch.manual_seed(0)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        tables = [ItemTable(NUM_ITEMS, HIDDEN) for _ in range(2)]
+        objective = Objective("gbce", NEGATIVES, CALIBRATION)
+        network = SASRec(HIDDEN, 2, 1, length, 0.0)
+        models.append(SequenceRecommender(network, tables[0], objective, HIDDEN, tables[1]))
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in models]
+    sequences = torch.randint(NUM_ITEMS, (batch_size, length + 1))
+    batch = {
+        "items": sequences[:, :-1].flatten(),
+        "labels": sequences[:, 1:].flatten(),
+        "offsets": torch.arange(batch_size + 1) * length,
+        "predict": torch.arange(batch_size * length),
+    }
+    negatives = sample_negatives(batch["labels"], NUM_ITEMS, NEGATIVES)
+
+    def step(which: int) -> float:
+        model, optimizer = models[which], optimizers[which]
+        optimizer.zero_grad()
+        users = model.predictions(batch)
+        if which == 0:
+            loss = model.loss(users, batch["labels"], negatives)
+        else:
+            loss = gathered_loss(users, model.scored.all(), batch["labels"], negatives)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    losses = step(0), step(1)  # also the warm-up
+    if abs(losses[0] - losses[1]) > 1e-5:
+        raise AssertionError(f"the losses differ: {losses}")
+    seconds = _in_turns([lambda: step(0), lambda: step(1)], repeats)
+    return _row("gSASRec training step", seconds[0], "257 vectors gathered a position", seconds[1])
+
+
+def sasrec_epoch(data_path: Path, python: str) -> dict[str, Any]:
+    """A row: seconds of an epoch, ours and RecTools'.
+
+    Raises:
+        UserError: the other environment cannot run RecTools.
+    """
+    from baselines.models import build, settings_of
+    from recformer.data.datamodule import SeqRecDataModule
+    from recformer.data.processed import ProcessedFolder
+    from recformer.training.lit import LitWrapper
+    from recformer.training.trainer import build_trainer
+
+    folder = ProcessedFolder.load(data_path)
+    built = build("sasrec", settings_of("sasrec", {}), folder)
+    assert isinstance(built.train_collator, CausalCollator)
+    data = SeqRecDataModule(folder, built.train_collator, built.eval_collator, batch_size=256)
+    times = []
+    for epochs in (1, 2):
+        module = LitWrapper(built.model, 1e-3, schedule="constant")
+        with tempfile.TemporaryDirectory() as scratch:  # Lightning leaves a checkpoint
+            trainer = build_trainer(Path(scratch), epochs, "cpu", 1, "32-true", [])
+            trainer.limit_val_batches = 0
+            started = time.perf_counter()
+            trainer.fit(module, data.train_dataloader())
+            times.append(time.perf_counter() - started)
+    command = [python, "-c", RECTOOLS, str(data_path / "train.json"), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{python} could not run RecTools: {done.stderr.strip()[-300:]}")
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    return _row("SASRec epoch, full softmax", times[1] - times[0], "RecTools 0.19", theirs)
+
+
+def _in_turns(calls: list[Callable[[], Any]], repeats: int) -> list[float]:
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, taken in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - started)
+    return [statistics.median(taken) for taken in times]
+
+
+def _row(what: str, ours: float, peer: str, theirs: float) -> dict[str, Any]:
+    return {
+        "what": what,
+        "ours_seconds": ours,
+        "peer": peer,
+        "peer_seconds": theirs,
+        "ratio": theirs / ours,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["gsasrec", "sasrec"])
+    parser.add_argument("--batch_size", type=int, default=128, help="gsasrec: sequences")
+    parser.add_argument("--length", type=int, default=LENGTH, help="gsasrec: items a sequence")
+    parser.add_argument("--repeats", type=int, default=3, help="gsasrec")
+    parser.add_argument("--data_path", type=Path, help="sasrec: processed folder")
+    parser.add_argument("--rectools_python", default=sys.executable, help="sasrec: its Python")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--json", help="file for the row")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.what == "gsasrec":
+        row = gsasrec_step(args.batch_size, args.length, args.repeats)
+    else:
+        if args.data_path is None:
+            raise UserError("sasrec needs --data_path, a processed folder")
+        row = sasrec_epoch(args.data_path, args.rectools_python)
+    print(
+        f"{row['what']}: {row['ours_seconds']:.2f} s; {row['peer']}: {row['peer_seconds']:.2f} s; "
+        f"ratio {row['ratio']:.1f}; {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    if args.json:
+        write_json(args.json, row, indent=1)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
