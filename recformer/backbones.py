@@ -316,7 +316,12 @@ def _local_folder(path_or_hub_id: PathLike, weights: bool) -> Path:
         raise UserError(
             f"{path} is a file; a backbone is a folder with config.json and weights, or a hub id"
         )
-    return _from_hub(str(path_or_hub_id), weights)
+    name = str(path_or_hub_id)
+    if path.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
+        raise FileNotFoundError(
+            f"{name} does not exist, expected a model folder, a file of weights or a hub id"
+        )
+    return _from_hub(name, weights)
 
 
 def _from_hub(name: str, weights: bool) -> Path:

@@ -392,5 +392,6 @@ def test_what_is_no_folder_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"x\.bin is a file; a backbone is a folder"):
         from_backbone(tmp_path / "x.bin")
-    with pytest.raises(FileNotFoundError, match="is no folder here"):
-        from_backbone(tmp_path / "absent")
+    for absent in (tmp_path / "absent", "./absent", "pretrain_ckpt/here/absent.bin"):
+        with pytest.raises(FileNotFoundError, match=r"absent\S* does not exist, expected a model"):
+            from_backbone(absent)

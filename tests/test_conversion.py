@@ -156,7 +156,7 @@ def test_start_weights_from_nothing_suitable(tmp_path: Path, script: Callable[..
     result = script("save_longformer_ckpt.py", "--model_name_or_path", tmp_path / "nowhere")
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
-    assert "is no folder here" in result.stderr
+    assert "nowhere does not exist, expected a model folder" in result.stderr
     assert not (tmp_path / "start.bin").exists()
 
 
