@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,30 @@ def test_the_walk_accepts_the_right_direction(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("from ..models.seqrec import X\nimport recformer.config\nfrom . import y\n")
     assert wrong_imports(modules(tmp_path)) == []
+
+
+def undeclared(package: str, *extras: str) -> set[str]:
+    """What the modules of a package import and pyproject.toml, with extras, does not ask for."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = {
+        name: re.search(rf"^{name} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
+        for name in ("dependencies", *extras)
+    }
+    lines = [line for found in lists.values() for line in ast.literal_eval(found[1])]
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
+    declared = {{"scikit_learn": "sklearn", "PyYAML": "yaml"}.get(n, n) for n in declared}
+    imported = {
+        name.partition(".")[0]
+        for path in (ROOT / package).rglob("*.py")
+        for name in imported_names(path.read_text(encoding="utf-8"), package, False)
+    }
+    return imported - declared - set(sys.stdlib_module_names) - {"recformer", "baselines"}
+
+
+def test_what_is_imported_is_declared() -> None:
+    assert undeclared("recformer", "deepspeed", "wandb") == set()
+    assert undeclared("baselines", "baselines") == set()
+    assert "deepspeed" in undeclared("recformer")
 
 
 def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
