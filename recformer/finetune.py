@@ -120,9 +120,11 @@ class Run:
             say(f"{self.folder.num_without_metadata:,} items have no metadata: empty sentences")
         seed_everything(args.seed, verbose=False)
         self.model, self.tokenizer = self._load_model()
+        data_path = Path(args.data_path)
         self.store = TokenizedItems.open_or_build(
-            self.folder.items, self.tokenizer, cache_dir(Path(args.data_path), self.output_dir)
+            self.folder.items, self.tokenizer, cache_dir(data_path, self.output_dir)
         )
+        self.vectors_dir = cache_dir(data_path, self.output_dir, "vectors")
         self.data = SeqRecDataModule(
             self.folder,
             RecformerTrainCollator(self.store, self.model.config),
@@ -160,12 +162,15 @@ class Run:
 
     def evaluate(self, name: str) -> dict[str, dict[str, Any]]:
         """Figures of the model as it stands, by split."""
-        return self.experiment.evaluate(name, lambda: [ItemTable(self.store, every_epoch=False)])
+        return self.experiment.evaluate(name, lambda: [self._item_table(every_epoch=False)])
 
     def train(self, stage: str, best_before: float | None) -> dict[str, Any]:
         """Train "stage1" (items anew every epoch) or "stage2" (item table kept)."""
-        around = [ItemTable(self.store, every_epoch=stage == "stage1")]
+        around = [self._item_table(every_epoch=stage == "stage1")]
         return self.experiment.train(stage, PATIENCE[stage], around, best_before)
+
+    def _item_table(self, every_epoch: bool) -> ItemTable:
+        return ItemTable(self.store, every_epoch, self.vectors_dir)
 
     def save_best(self) -> None:
         """The model as it stands, its tokenizer, item vectors and item ids as one folder."""

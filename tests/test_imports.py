@@ -32,7 +32,7 @@ LAYERS: list[tuple[str, ...]] = [
         "recformer.inspection",
         "recformer.training",
     ),
-    ("recformer.pretrain", "recformer.finetune", "recformer.compare"),
+    ("recformer.pretrain", "recformer.finetune", "recformer.compare", "recformer.encode_items"),
     ("baselines",),
     ("benchmarks",),
 ]
@@ -44,6 +44,7 @@ ENTRY_POINTS = (
     "recformer.pretrain",
     "recformer.finetune",
     "recformer.compare",
+    "recformer.encode_items",
     "baselines.__main__",
     "baselines.leaderboard",
 )

@@ -15,8 +15,7 @@ from baselines.text_vectors import text_vectors
 from recformer import RecformerForSeqRec, RecformerTokenizer
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError
-from recformer.tokenization import train_tokenizer
-from tests.tiny import tiny_bert, tiny_config
+from tests.tiny import tiny_bert, tiny_recformer
 
 TITLES = ["alpha beta gamma", None, "beta", " ", "alpha " * 200, "beta"]
 # [CLS] words [SEP], cut to 96
@@ -46,15 +45,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recformer")
-    train_tokenizer(["alpha beta gamma title brand"] * 3, 300, path)
-    config = tiny_config(vocab_size=300, max_token_num=30, max_attr_length=20)
-    model = RecformerForSeqRec(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    model.save_pretrained(path)
-    return path
+    return tiny_recformer(tmp_path_factory.mktemp("recformer"), ["alpha beta gamma title"])
 
 
 @pytest.mark.parametrize("budget", [1, 6, 8192])  # alone, "beta" padded, all together

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizerFast, PreTrainedModel
 
 from recformer.config import RecformerConfig
-from recformer.models import RecformerForPretraining
+from recformer.models import RecformerForPretraining, RecformerForSeqRec
+from recformer.tokenization import train_tokenizer
 
 SIZES = {
     "vocab_size": 50,
@@ -82,4 +83,12 @@ def tiny_bert(path: Path, words: list[str]) -> Path:
         initializer_range=0.5,
     )
     BertModel(config).save_pretrained(path)
+    return path
+
+
+def tiny_recformer(path: Path, texts: list[str]) -> Path:
+    """A random Recformer with a tokenizer of its own, as a folder."""
+    train_tokenizer(texts, 300, path)
+    config = tiny_config(vocab_size=300, max_token_num=30, max_attr_length=20)
+    randomised(RecformerForSeqRec(config)).save_pretrained(path)
     return path

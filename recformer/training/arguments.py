@@ -131,7 +131,31 @@ class EvaluationArguments:
 
 
 @dataclass
-class RunArguments(EvaluationArguments):
+class DeviceArguments:
+    """Where to compute, and in which precision."""
+
+    device: list[int] | None = flag(
+        None, "GPU indices, -1 for the CPU; unset: the first GPU if there is one", nargs="+"
+    )
+    num_processes: int = flag(1, "processes on the CPU (gloo); GPUs are named by --device")
+    fp16: bool = flag(
+        False, "16-bit mixed precision: bfloat16 where the hardware has it, else float16 on a GPU"
+    )
+
+    def check_devices(self) -> None:
+        """Refuse values that would only fail later.
+
+        Raises:
+            UserError: names the flag, its value and what is allowed.
+        """
+        if self.num_processes < 1:
+            raise UserError(f"--num_processes {self.num_processes}: must be at least 1")
+        if self.num_processes > 1 and self.device not in (None, [-1]):
+            raise UserError("--num_processes is for the CPU: with it, --device may only be -1")
+
+
+@dataclass
+class RunArguments(DeviceArguments, EvaluationArguments):
     """What every training run on a processed folder is told, whatever its model."""
 
     data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
@@ -144,13 +168,6 @@ class RunArguments(EvaluationArguments):
     warmup_steps: int = flag(100, "optimizer steps of linear warm-up, of each stage")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 for no clipping")
     verbose: int = flag(3, "epochs between validations; the last epoch is always validated")
-    device: list[int] | None = flag(
-        None, "GPU indices, -1 for the CPU; unset: the first GPU if there is one", nargs="+"
-    )
-    num_processes: int = flag(1, "processes on the CPU (gloo); GPUs are named by --device")
-    fp16: bool = flag(
-        False, "16-bit mixed precision: bfloat16 where the hardware has it, else float16 on a GPU"
-    )
     dataloader_num_workers: int = flag(0, "loader processes")
     seed: int = flag(42, "of weights, order, targets, dropout and sampled users")
     overwrite_output_dir: bool = flag(False, "start anew where --output_dir holds another run")
@@ -163,8 +180,8 @@ class RunArguments(EvaluationArguments):
             UserError: names the flag, its value and what is allowed.
         """
         super().check()
-        positive = ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "verbose")
-        for name in (*positive, "num_processes"):
+        self.check_devices()
+        for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "verbose"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers"):
@@ -172,8 +189,6 @@ class RunArguments(EvaluationArguments):
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         if not self.learning_rate > 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
-        if self.num_processes > 1 and self.device not in (None, [-1]):
-            raise UserError("--num_processes is for the CPU: with it, --device may only be -1")
 
 
 def say(text: object) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from recformer.data.items import TokenizedItems
 from recformer.files import atomic_write
-from recformer.training.item_encoder import encode_items
+from recformer.training.item_encoder import catalogue_vectors, encode_items
 
 
 class ItemTable(Callback):
@@ -21,17 +23,28 @@ class ItemTable(Callback):
     Args:
         store: the tokenised items.
         every_epoch: encode all items anew at the start of every training epoch (stage 1); otherwise
-            only where the model has no table yet (stage 2, zero-shot).
+            only where the model has no table yet (stage 2, zero-shot), through a store of files.
+        vectors_dir: where such stores are kept.
     """
 
-    def __init__(self, store: TokenizedItems, every_epoch: bool) -> None:
+    def __init__(
+        self, store: TokenizedItems, every_epoch: bool, vectors_dir: str | os.PathLike
+    ) -> None:
         self.store = store
         self.every_epoch = every_epoch
+        self.vectors_dir = vectors_dir
 
     def _refresh(self, trainer: Trainer, module: LightningModule) -> None:
         autocast = trainer.strategy.precision_plugin.forward_context()
-        table = encode_items(module.model, self.store, autocast, not trainer.sanity_checking)
-        module.model.init_item_embedding(table)
+        model, progress = module.model, not trainer.sanity_checking
+        if self.every_epoch:  # the weights change, nobody would read these vectors again
+            table = encode_items(model, self.store, autocast, progress)
+        else:
+            vectors = catalogue_vectors(
+                model, self.store, self.vectors_dir, trainer.precision, autocast, progress
+            )
+            table = torch.from_numpy(vectors).to(module.device)
+        model.init_item_embedding(table)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_epoch or pl_module.model.item_embedding is None:

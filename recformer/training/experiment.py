@@ -54,9 +54,7 @@ class Experiment:
         self.stages = tuple(stages)
         self.schedule = schedule
         self.output_dir = Path(args.output_dir)
-        self.accelerator, self.devices = choose_devices(args.device)
-        if args.num_processes > 1:
-            self.accelerator, self.devices = "cpu", args.num_processes
+        self.accelerator, self.devices = choose_devices(args.device, args.num_processes)
         self.precision = half_precision(self.accelerator) if args.fp16 else "32-true"
         self.logger: Logger | None = None
         self._best: Path | None = None  # checkpoint of the best epoch of all stages

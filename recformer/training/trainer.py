@@ -60,19 +60,24 @@ def half_precision(accelerator: str) -> str:
         return "bf16-mixed" if in_hardware else "16-mixed"
     if cpu_has_bfloat16():
         return "bf16-mixed"
-    print("this CPU has no bfloat16 arithmetic: training in float32", flush=True)
+    print("this CPU has no bfloat16 arithmetic: computing in float32", flush=True)
     return "32-true"
 
 
-def choose_devices(device: Sequence[int] | None) -> tuple[str, list[int] | int]:
+def choose_devices(
+    device: Sequence[int] | None, num_processes: int = 1
+) -> tuple[str, list[int] | int]:
     """Lightning's accelerator and devices from GPU indices.
 
     Args:
         device: GPU indices; [-1] for the CPU; None for the first GPU if there is one, else the CPU.
+        num_processes: on the CPU; more than one means that it is the CPU.
 
     Raises:
         UserError: a GPU that this machine lacks.
     """
+    if num_processes > 1:
+        return "cpu", num_processes
     if device is None:
         return ("cuda", [0]) if torch.cuda.is_available() else ("cpu", 1)
     if list(device) == [-1]:

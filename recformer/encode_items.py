@@ -1,0 +1,100 @@
+"""Vectors of a whole catalogue, for use anywhere.
+
+`python -m recformer.encode_items --model FOLDER --data_path FOLDER --output_dir DIR`
+
+Writes to the output folder
+
+    item_vectors.npy  (N, H) float32, row = item id; `numpy.load(…, mmap_mode="r")` maps it
+    smap.json         item ids by the items' own names
+
+The same command again goes on where it was cut off, and of a changed catalogue encodes new and
+changed items alone: vectors are kept beside the data (`recformer.item_vectors`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from lightning.fabric import Fabric
+from transformers import HfArgumentParser
+
+from recformer.data.items import TokenizedItems, cache_dir
+from recformer.data.processed import ProcessedFolder
+from recformer.files import atomic_write, exit_with_message, write_json
+from recformer.item_vectors import Vectors, count_missing
+from recformer.models import RecformerForSeqRec
+from recformer.training.arguments import DeviceArguments, ModelArguments, flag, say
+from recformer.training.item_encoder import catalogue_vectors, item_keys, vectors_key
+from recformer.training.start import load_start_model
+from recformer.training.trainer import choose_devices, half_precision
+
+
+@dataclass(kw_only=True)
+class EncodeArguments(DeviceArguments, ModelArguments):
+    """Encode all items of a processed folder."""
+
+    model: str = field(
+        metadata={
+            "help": "Recformer folder, or a state-dict file beside its config.json and tokenizer; "
+            "or a language model (folder or hub id)"
+        }
+    )
+    data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
+    output_dir: str = flag("result", "item_vectors.npy and smap.json go there")
+
+
+def run(args: EncodeArguments) -> Vectors:
+    """Encode, write, and say how long it took; returns the (N, H) float32 vectors, mapped."""
+    args.check_devices()
+    accelerator, devices = choose_devices(args.device, args.num_processes)
+    precision = half_precision(accelerator) if args.fp16 else "32-true"
+    data_path, output_dir = Path(args.data_path), Path(args.output_dir)
+    folder = ProcessedFolder.load(data_path)
+    several = (devices if isinstance(devices, int) else len(devices)) > 1
+    strategy = "ddp" if several else "auto"
+    fabric = Fabric(
+        accelerator=accelerator, strategy=strategy, devices=devices, precision=precision
+    )
+    fabric.launch()  # from here on there are as many processes as were asked for
+
+    beside = str(Path(args.model).parent)  # of a file: configuration and tokenizer
+    model, tokenizer, report = load_start_model(
+        RecformerForSeqRec, args.model, beside, None, False, args.overrides()
+    )
+    say(report)
+    model.to(fabric.device)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    items = TokenizedItems.open_or_build(folder.items, tokenizer, cache_dir(data_path, output_dir))
+    vectors_dir = cache_dir(data_path, output_dir, "vectors")
+    missing = count_missing(
+        item_keys(items), vectors_key(model, precision), model.config.hidden_size, vectors_dir
+    )
+    fabric.barrier()  # nobody encodes before the first process has counted
+    started = time.monotonic()
+    vectors = catalogue_vectors(model, items, vectors_dir, precision, fabric.autocast())
+    seconds = time.monotonic() - started
+    if fabric.is_global_zero:
+        with atomic_write(output_dir / "item_vectors.npy", "wb") as handle:
+            np.save(handle, vectors)
+        write_json(output_dir / "smap.json", {name: row for row, name in enumerate(folder.asins)})
+    say(
+        f"{missing:,} of {len(items):,} items encoded in {seconds:.1f} s "
+        f"({missing / seconds:,.0f} items/s); the others were there or read the same\n"
+        f"written to {output_dir}: item_vectors.npy {vectors.shape}, smap.json"
+    )
+    return vectors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags and run."""
+    parser = HfArgumentParser(EncodeArguments, description=__doc__.split("\n\n")[0])
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    run(args)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
