@@ -195,6 +195,12 @@ class Run:
             args.dataloader_num_workers,
             args.seed,
         )
+        for split, sampler in self.loaders.samplers.items():
+            if sampler.num_batches(args.device) == 0:
+                raise UserError(
+                    f"--device {args.device}: the {split} file has {len(sampler.sequences)} "
+                    "sequences of two items or more, at least one a process is needed"
+                )
         self.finished: dict[str, Any] | None = None
         self._claim_output_dir()
         self.logger = wandb_logger(self.output_dir, "recformer-pretraining") if args.wandb else None

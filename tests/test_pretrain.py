@@ -234,6 +234,14 @@ def test_wrong_data_is_refused_before_the_model_is_built(inputs, tmp_path, monke
         Run(arguments(inputs, tmp_path / "out", dev_file=str(bad)))
 
 
+def test_more_processes_than_pairs_are_refused(inputs, tmp_path):
+    dev = tmp_path / "dev.json"
+    dev.write_text(json.dumps(sequences(12, 2)[:1]))
+    with pytest.raises(ValueError, match="--device 2: the dev file has 1 sequences"):
+        Run(arguments(inputs, tmp_path / "out", dev_file=str(dev), device=2))
+    assert not (tmp_path / "out").exists()
+
+
 def test_start_weights_of_another_size_are_refused(inputs, tmp_path):
     run = Run(arguments(inputs, tmp_path / "small"))
     other = {k: torch.zeros(2, 2) for k in run.model.state_dict()}
