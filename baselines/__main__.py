@@ -28,6 +28,7 @@ from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation import report
 from recformer.files import UserError, atomic_write, exit_with_message, write_json
+from recformer.protocol import with_protocol
 from recformer.training.arguments import RunArguments, flag, say
 from recformer.training.callbacks import draw_history
 from recformer.training.experiment import Experiment
@@ -218,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of flags; those given on the line win")
+    argv = with_protocol(argv, "evaluation")
     known, _ = parser.parse_known_args(argv)
     if known.config is not None:
         parser.set_defaults(**read_config(known.config))

@@ -17,6 +17,7 @@ from recformer.data import flags  # noqa: E402
 from recformer.data.audit import PAGE_FILE, audit_folder  # noqa: E402
 from recformer.data.prepare import prepare_finetuning  # noqa: E402
 from recformer.files import UserError, exit_with_message  # noqa: E402
+from recformer.protocol import HELP, Protocol, with_protocol  # noqa: E402
 
 
 def main() -> None:
@@ -42,13 +43,14 @@ def main() -> None:
         metavar="FOLDER",
         help="processed folder to write (default: Scientific beside this script)",
     )
+    parser.add_argument("--protocol", metavar="NAME", help=HELP)
     flags.add_column_flags(parser)
     flags.add_text_flags(parser, any_source=True)
     flags.add_user_flags(parser, 4, "users with fewer reviews of known products than this")
     flags.add_filter_flags(parser)
     flags.add_split_flags(parser)
     flags.add_reading_flags(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(with_protocol(None, "data"))
     flags.check_attributes(parser, args.attributes)
     options = flags.split_options(parser, args)
 
@@ -65,6 +67,7 @@ def main() -> None:
         columns=flags.columns(args),
         filters=flags.filters(args),
         options=options,
+        protocol=Protocol.load(args.protocol).record("data", vars(args)) if args.protocol else None,
     )
     counts = dataset["counts"]
     flags.report_bad_lines(counts["bad_lines"])

@@ -30,6 +30,7 @@ from recformer.data.processed import ProcessedFolder
 from recformer.evaluation import report
 from recformer.files import UserError, atomic_write, exit_with_message, write_json
 from recformer.models import RecformerForSeqRec
+from recformer.protocol import with_protocol
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, RunArguments, flag, say
 from recformer.training.callbacks import ItemTable, draw_history
@@ -234,7 +235,7 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
     parser = HfArgumentParser(FinetuneArguments, description=__doc__.split("\n\n")[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = parser.parse_args_into_dataclasses(with_protocol(argv, "evaluation"))
     run(args)
 
 

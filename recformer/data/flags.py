@@ -129,12 +129,14 @@ def add_filter_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--deduplicate",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="of interactions with the same user, item and time keep the first",
     )
     parser.add_argument(
         "--drop_consecutive_repeats",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="where a user meets the same item several times running, keep the first",
     )
     parser.add_argument(

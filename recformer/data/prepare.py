@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +133,7 @@ def prepare_finetuning(
     columns: Columns = _DEFAULT_COLUMNS,
     filters: Filters = _DEFAULT_FILTERS,
     options: SplitOptions = _DEFAULT_SPLIT,
+    protocol: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a processed folder from a file of interactions and one of items.
 
@@ -153,6 +154,7 @@ def prepare_finetuning(
         columns: columns that are not to be recognised by name.
         filters: what else to leave out.
         options: how to split.
+        protocol: the published protocol that this follows, for dataset.json (`Protocol.record`).
 
     Returns:
         What dataset.json holds.
@@ -189,6 +191,7 @@ def prepare_finetuning(
         times=None if times is None else times[split.parts != DROPPED],
         dataset={
             "source": {"reviews": Path(file_path).name, "metadata": Path(meta_file_path).name},
+            **({"protocol": dict(protocol)} if protocol is not None else {}),
             "parameters": {
                 "split": options.split,
                 "attributes": [

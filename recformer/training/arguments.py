@@ -12,6 +12,8 @@ from typing import Any
 from recformer.config import PAPER, RecformerConfig
 from recformer.files import UserError
 from recformer.metrics import TIES
+from recformer.protocol import HELP as PROTOCOL_HELP
+from recformer.protocol import Protocol
 
 # A sequence holds <s> and an item, hence 2.
 LEAST = {"max_token_num": 2, "max_item_embeddings": 2, "max_attr_num": 1, "max_attr_length": 1}
@@ -101,6 +103,7 @@ def _like(example: Any, name: str, text: str) -> Any:
 class EvaluationArguments:
     """How a model is judged: the same flags for every entry point that evaluates."""
 
+    protocol: str | None = flag(None, PROTOCOL_HELP)
     metric_ks: list[int] = flag([10, 50], "cut-offs of NDCG and Recall")
     ties: str = flag("expected", "rank of a target that ties with other items", choices=list(TIES))
     filter_seen: bool = flag(False, "take items of the history out of the candidates")
@@ -116,12 +119,20 @@ class EvaluationArguments:
         """The metric that early stopping and the choice of the best model look at."""
         return f"NDCG@{10 if 10 in self.metric_ks else min(self.metric_ks)}"
 
+    def protocol_record(self) -> dict[str, Any] | None:
+        """What `metrics.json` says of the protocol, see `Protocol.record`; None without one."""
+        if self.protocol is None:
+            return None
+        return Protocol.load(self.protocol).record("evaluation", vars(self))
+
     def check(self) -> None:
         """Refuse values that would only fail later.
 
         Raises:
             UserError: names the flag, its value and what is allowed.
+            FileNotFoundError: there is no such protocol.
         """
+        self.protocol_record()
         if not self.metric_ks or min(self.metric_ks) < 1:
             raise UserError(f"--metric_ks {self.metric_ks}: cut-offs must be at least 1")
         if self.eval_users is not None and self.eval_users < 1:

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.evaluation import SplitName, check_sampled_negatives, detailed_figures
 from recformer.files import UserError, read_json, write_json
+from recformer.protocol import Protocol
 from recformer.training.arguments import RunArguments, say
 from recformer.training.callbacks import EarlyStop, History, LastEpochIsValidated
 from recformer.training.lit import LitWrapper
@@ -67,10 +68,13 @@ class Experiment:
             settings: everything that figures depend on.
 
         Raises:
-            UserError: the folder holds another run and may not be overwritten, or users have met
-                too many items to sample negatives for them.
+            UserError: the folder holds another run and may not be overwritten, the data were
+                processed under another protocol, or users have met too many items to sample
+                negatives for them.
         """
         self.model, self.data = model, data
+        if self.args.protocol is not None:
+            Protocol.load(self.args.protocol).check_folder(data.folder.path, data.folder.dataset)
         if self.args.sampled_negatives is not None:
             check_sampled_negatives(data.folder, self.args.sampled_negatives)
         settings = {name: value for name, value in settings.items() if name not in IGNORED}
@@ -238,6 +242,8 @@ class Experiment:
             "ties": args.ties,
             "filter_seen": args.filter_seen,
             "split_hash": self.data.folder.split_hash,
+            "protocol": args.protocol_record(),
+            "data_protocol": (self.data.folder.dataset or {}).get("protocol"),
             "eval_users": args.eval_users,
             "sampled_negatives": args.sampled_negatives,
             "seed": args.seed,
