@@ -106,6 +106,7 @@ def open_or_build(
             parts = _gather(tables, table_of[inverse], row_of[inverse])
             _write(whole, keys, parts, hidden_size)
             _remove_covered(folder, distinct, whole)
+            break
     wait()
     table = _open(whole, hidden_size)
     if table is None:
@@ -128,7 +129,8 @@ def _folder(cache_dir: str | os.PathLike, model_key: str, hidden_size: int) -> P
 
 
 def _path(folder: Path, keys: Keys) -> Path:
-    return folder / f"{sha256_of(keys.tobytes())[:32]}.npy"
+    """Where the vectors of these items by this store's model are, and nowhere else."""
+    return folder / f"{sha256_of(folder.name, keys.tobytes())[:32]}.npy"
 
 
 def _keys_path(path: Path) -> Path:
@@ -151,9 +153,10 @@ def _open(path: Path, hidden_size: int) -> Table | None:
     except (ValueError, EOFError) as error:
         logger.warning("%s is damaged and not read: %s", path, error)
         return None
-    if (keys.dtype, vectors.dtype) != (KEY_DTYPE, np.float32) or (
-        vectors.shape != (len(keys), hidden_size)
-    ):
+    if path != _path(path.parent, keys):
+        logger.warning("%s is not read: it was put there from elsewhere", path)
+        return None
+    if vectors.dtype != np.float32 or vectors.shape != (len(keys), hidden_size):
         logger.warning("%s is damaged and not read: %s %s", path, vectors.dtype, vectors.shape)
         return None
     # A plain array over the mapping: np.memmap itself makes every slice and index slower.

@@ -165,6 +165,27 @@ def test_a_damaged_file_is_never_read(tmp_path: Path, damage: str) -> None:
     assert vectors.tolist() == letters(WORDS)
 
 
+@pytest.mark.parametrize("other", ["model", "catalogue"])
+def test_files_under_another_name_are_not_read(tmp_path: Path, other: str) -> None:
+    build(WORDS, tmp_path)
+    if other == "model":
+        model, words = "another", WORDS
+    else:
+        model, words = "model", ["hen", *WORDS[1:]]
+    build(words, tmp_path / "other", model=model)
+    (theirs,) = tmp_path.glob("item_vectors-*")
+    (ours,) = (tmp_path / "other").iterdir()
+    if other == "model":
+        shutil.rmtree(ours)
+        theirs.rename(ours)
+    else:
+        for mine, foreign in zip(sorted(ours.iterdir()), sorted(theirs.iterdir()), strict=True):
+            foreign.replace(mine)
+    vectors, asked = build(words, tmp_path / "other", model=model)
+    assert sum(map(len, asked)) == 6
+    assert vectors.tolist() == letters(words)
+
+
 def test_processes_share_the_work(tmp_path: Path) -> None:
     def stop() -> None:
         raise InterruptedError
