@@ -23,11 +23,18 @@ from recformer.metrics import Evaluator, TargetRanks, count_ranks
 
 SCORES_AT_A_TIME = 2**23  # users x items: 64 MB in float64
 
+# A slice of the examples -> their scores (C, N).
+Scores = Callable[[slice], np.ndarray | torch.Tensor]
+
 
 class Baseline(Protocol):
     """What `evaluate` needs of a baseline."""
 
     folder: ProcessedFolder
+
+    def scores(self, examples: EvalExamples) -> Scores:
+        """Scores of all items for examples."""
+        ...
 
     def rank(self, examples: EvalExamples, filter_seen: bool) -> TargetRanks:
         """Place the target of every example among all items."""
@@ -66,7 +73,7 @@ def rank_in_chunks(
     examples: EvalExamples,
     num_items: int,
     filter_seen: bool,
-    scores: Callable[[slice], np.ndarray | torch.Tensor],
+    scores: Scores,
 ) -> TargetRanks:
     """Rank by full rows of scores, a few users at a time.
 

@@ -22,8 +22,9 @@ from lightning import seed_everything
 from safetensors.torch import save
 from transformers import HfArgumentParser
 
+from baselines.generation import CodeAccuracy
 from baselines.id_sequences import CausalCollator
-from baselines.models import MODELS, build, settings_of
+from baselines.models import GENERATE, MODELS, build, settings_of
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation import report
@@ -83,7 +84,13 @@ class BaselineArguments(RunArguments):
         "without it: TF-IDF",
     )
     projection_layers: int | None = flag(None, "linear layers from text to item vectors (2)")
-    semantic_ids: str | None = flag(None, "semantic_ids.json, with --items codes")
+    semantic_ids: str | None = flag(
+        None, "tiger, gpt2_codes, --items codes: file of python -m baselines.semantic_ids"
+    )
+    num_beams: int | None = flag(None, "tiger, gpt2_codes: items generated for a user (50)")
+    exact_rank: bool | None = flag(
+        None, "tiger, gpt2_codes: rank by the scores of all items in place of beam search"
+    )
     arch: str | None = flag(None, "transformer, bert4rec: model type of transformers (gpt2, bert)")
     objective: str | None = flag(None, "transformer: causal or masked")
     mask_probability: float | None = flag(None, "masked: share of hidden items (0.2)")
@@ -147,7 +154,8 @@ def run(args: BaselineArguments) -> dict[str, Any]:
     if built.train_collator is not None and not args.evaluate_only:
         name = "trained"
         stages["training"] = experiment.train("training", args.patience)
-    evaluations = {name: experiment.evaluate(name, tuple)}
+    generative = args.model in GENERATE
+    evaluations = {name: experiment.evaluate(name, lambda: [CodeAccuracy()] if generative else [])}
     weights = [p for p in built.model.parameters() if p.requires_grad]
     result: dict[str, Any] = {
         "model": args.model,
@@ -184,7 +192,8 @@ def save_best(
 ) -> None:
     """The trained model as a folder that `baselines.models.load` reads."""
     path.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    # Cloned: tied tensors share their memory, which the format has no room for.
+    state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
     with atomic_write(path / "model.safetensors", "wb") as handle:
         handle.write(save(state))
     write_json(path / "config.json", {"model": name, "settings": settings, "asins": folder.asins})

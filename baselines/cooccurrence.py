@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
 
-from baselines import evaluate, rank_in_chunks
+from baselines import Scores, evaluate, rank_in_chunks
 from baselines.text_neighbours import history_weights
 from recformer.data.processed import EvalExamples, ProcessedFolder
 from recformer.files import UserError
@@ -54,14 +54,14 @@ class Cooccurrence:
         counts = np.bincount(train.items, minlength=folder.num_items)
         self.follows = sparse.diags_array(1 / np.sqrt(np.maximum(counts, 1))).tocsr() @ follows
 
+    def scores(self, examples: EvalExamples) -> Scores:
+        """How much items followed the histories."""
+        users = history_weights(examples.histories, self.folder.num_items, self.decay)
+        return lambda chunk: (users[chunk] @ self.follows).toarray()
+
     def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
         """Place the target of every example; items that never followed tie at 0."""
-        users = history_weights(examples.histories, self.folder.num_items, self.decay)
-
-        def scores(chunk: slice) -> np.ndarray:
-            return (users[chunk] @ self.follows).toarray()
-
-        return rank_in_chunks(examples, self.folder.num_items, filter_seen, scores)
+        return rank_in_chunks(examples, self.folder.num_items, filter_seen, self.scores(examples))
 
     def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
         """Figures of a split; `options` as in `baselines.evaluate`."""

@@ -20,6 +20,9 @@ from torch import nn
 
 from baselines import Baseline
 from baselines.cooccurrence import Cooccurrence
+from baselines.generation import CodeRecommender
+from baselines.generation import HistoryCollator as CodeHistoryCollator
+from baselines.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
 from baselines.huggingface import HuggingFaceNetwork
 from baselines.id_sequences import CausalCollator, HistoryCollator, MaskedCollator
 from baselines.item_table import KINDS, ItemTable, nearest_items
@@ -29,9 +32,10 @@ from baselines.sasrec import SASRec
 from baselines.semantic_ids import SemanticIds
 from baselines.text_neighbours import TextNeighbours
 from baselines.text_vectors import text_vectors
+from baselines.tiger import Tiger, TigerTrainCollator
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.files import UserError, read_json
-from recformer.metrics import TargetRanks
+from recformer.metrics import TargetRanks, count_ranks_among, top_items
 
 SEQUENCE = {
     "hidden_size": 128,
@@ -51,6 +55,16 @@ SEQUENCE = {
     "projection_layers": 2,
     "semantic_ids": None,
 }
+GENERATIVE = {
+    "semantic_ids": None,
+    "hidden_size": 128,
+    "num_layers": 4,
+    "num_heads": 6,
+    "dropout": 0.1,
+    "max_length": 20,
+    "num_beams": 50,
+    "exact_rank": False,
+}
 TRANSFORMER = SEQUENCE | {"arch": "gpt2", "objective": "causal", "mask_probability": 0.2}
 
 # Settings of each model and their defaults. A setting that a model does not have is refused.
@@ -62,12 +76,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "gsasrec": SEQUENCE | {"loss": "gbce", "separate_outputs": True, "from_published": None},
     "bert4rec": TRANSFORMER | {"arch": "bert", "objective": "masked"},
     "transformer": TRANSFORMER,
+    "tiger": GENERATIVE,
+    "gpt2_codes": GENERATIVE | {"num_heads": 4},
 }
 UNTRAINED: dict[str, Callable[..., Baseline]] = {
     "popularity": Popularity,
     "text_neighbours": TextNeighbours,
     "cooccurrence": Cooccurrence,
 }
+
+GENERATE: dict[str, type[CodeRecommender]] = {"tiger": Tiger, "gpt2_codes": Gpt2Codes}
 
 
 @dataclass(frozen=True)
@@ -94,18 +112,25 @@ def settings_of(model: str, given: dict[str, Any]) -> dict[str, Any]:
     settings = MODELS[model] | given
     if model in UNTRAINED:
         return settings
-    for name in ("hidden_size", "num_layers", "num_heads", "projection_layers"):
-        if settings[name] < 1:
+    for name in ("hidden_size", "num_layers", "num_heads", "projection_layers", "num_beams"):
+        if settings.get(name, 1) < 1:
             raise UserError(f"--{name} {settings[name]}: must be at least 1")
     if settings["max_length"] < 2:
         raise UserError(f"--max_length {settings['max_length']}: must be at least 2")
-    if settings["hidden_size"] % settings["num_heads"]:
+    if model != "tiger" and settings["hidden_size"] % settings["num_heads"]:
         raise UserError(
             f"--hidden_size {settings['hidden_size']} does not divide by --num_heads "
             f"{settings['num_heads']}"
         )
     if not 0 <= settings["dropout"] < 1:
         raise UserError(f"--dropout {settings['dropout']}: must be from 0 to below 1")
+    if model in GENERATE:
+        if settings["semantic_ids"] is None:
+            raise UserError(
+                f"--model {model} needs --semantic_ids FILE, as python -m baselines.semantic_ids "
+                "writes it"
+            )
+        return settings
     if not 0 < settings.get("mask_probability", 0.2) <= 1:
         raise UserError(f"--mask_probability {settings['mask_probability']}: must be in (0, 1]")
     if settings["items"] not in KINDS:
@@ -137,6 +162,8 @@ def build(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Buil
     if model in UNTRAINED:
         baseline = Untrained(UNTRAINED[model](folder, **settings))
         return Built(baseline, None, HistoryCollator(folder.num_items + folder.train.items.size))
+    if model in GENERATE:
+        return _build_generative(model, settings, folder)
     vectors = codes = None
     if settings["text_encoder"] is not None:
         vectors = text_vectors(folder, settings["text_encoder"])
@@ -181,6 +208,18 @@ def build(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Buil
             HistoryCollator(max_length, folder.num_items),
         )
     return Built(recommender, CausalCollator(max_length), HistoryCollator(max_length))
+
+
+def _build_generative(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Built:
+    ids = SemanticIds.load(settings["semantic_ids"], folder.asins)
+    max_length = settings["max_length"]
+    sizes = {n: settings[n] for n in ("hidden_size", "num_layers", "num_heads", "dropout")}
+    search = (settings["num_beams"], settings["exact_rank"])
+    if model == "tiger":
+        tiger = Tiger(ids.codes, ids.codebook_size, *search, **sizes)
+        return Built(tiger, TigerTrainCollator(max_length), CodeHistoryCollator(max_length))
+    gpt2 = Gpt2Codes(ids.codes, ids.codebook_size, *search, max_items=max_length, **sizes)
+    return Built(gpt2, Gpt2CodesTrainCollator(max_length), CodeHistoryCollator(max_length))
 
 
 def _objective(settings: dict[str, Any]) -> Objective:
@@ -269,10 +308,24 @@ class Untrained(nn.Module):
 
     def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
         """Where the targets of a batch of `HistoryCollator` stand among all items."""
-        histories = Sequences(
-            batch["offsets"].cpu().numpy(), batch["items"].cpu().numpy().astype(np.int32)
-        )
-        examples = EvalExamples(
-            batch["user_ids"].cpu().numpy(), histories, batch["labels"].cpu().numpy(), 0
-        )
-        return self.baseline.rank(examples, filter_seen)
+        return self.baseline.rank(_examples(batch), filter_seen)
+
+    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> np.ndarray:
+        """The k best items for each user of a batch, best first, int64 (B, k)."""
+        return top_items(self._scores(batch), k, batch["seen"] if filter_seen else None)[0]
+
+    def rank_among(self, batch: dict[str, Any], candidates: np.ndarray) -> TargetRanks:
+        """Where the targets of a batch stand among items (B, K) of each user's own."""
+        return count_ranks_among(self._scores(batch), batch["labels"], candidates)
+
+    def _scores(self, batch: dict[str, Any]) -> torch.Tensor:
+        examples = _examples(batch)
+        return torch.as_tensor(self.baseline.scores(examples)(slice(0, len(examples))))
+
+
+def _examples(batch: dict[str, Any]) -> EvalExamples:
+    histories = Sequences(
+        batch["offsets"].cpu().numpy(), batch["items"].cpu().numpy().astype(np.int32)
+    )
+    users, targets = batch["user_ids"].cpu().numpy(), batch["labels"].cpu().numpy()
+    return EvalExamples(users, histories, targets, 0)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from baselines import evaluate, rank_in_chunks
+from baselines import Scores, evaluate, rank_in_chunks
 from recformer.data.processed import EvalExamples, ProcessedFolder
 from recformer.metrics import TargetRanks
 
@@ -23,14 +23,14 @@ class Popularity:
         self.folder = folder
         self.counts = np.bincount(folder.train.items, minlength=folder.num_items)
 
+    def scores(self, examples: EvalExamples) -> Scores:
+        """Number of training interactions, the same for everyone."""
+        counts = torch.from_numpy(self.counts)
+        return lambda chunk: counts.expand(chunk.stop - chunk.start, -1)
+
     def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
         """Place the target of every example; equal counts tie."""
-        counts = torch.from_numpy(self.counts)
-
-        def scores(chunk: slice) -> torch.Tensor:
-            return counts.expand(chunk.stop - chunk.start, -1)
-
-        return rank_in_chunks(examples, self.folder.num_items, filter_seen, scores)
+        return rank_in_chunks(examples, self.folder.num_items, filter_seen, self.scores(examples))
 
     def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
         """Figures of a split; `options` as in `baselines.evaluate`."""

@@ -8,15 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.item_table import ItemTable
 from recformer.files import UserError
 from recformer.losses import candidate_scores, full_softmax_loss, gbce_loss, sample_negatives
-from recformer.metrics import TargetRanks, rank_by_vectors
+from recformer.metrics import (
+    TargetRanks,
+    rank_among_by_vectors,
+    rank_by_vectors,
+    top_items_by_vectors,
+)
 
 LOSSES = ("softmax", "sampled_softmax", "bce", "gbce", "in_batch")
 
@@ -169,10 +176,26 @@ class SequenceRecommender(nn.Module):
 
     def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
         """Where the targets of a batch of `HistoryCollator` stand among all items."""
-        return rank_by_vectors(
-            self.predictions(batch),
-            self.scored.all(),
-            batch["labels"],
-            batch["seen"] if filter_seen else None,
-            cosine=self.objective.cosine,
-        )
+        seen, cosine = batch["seen"] if filter_seen else None, self.objective.cosine
+        users, items = self._users(batch), self.scored.all()
+        return rank_by_vectors(users, items, batch["labels"], seen, cosine=cosine)
+
+    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> NDArray[np.int64]:
+        """The k best items for each user of a batch, best first, int64 (B, k)."""
+        seen, cosine = batch["seen"] if filter_seen else None, self.objective.cosine
+        return top_items_by_vectors(self._users(batch), self.scored.all(), k, seen, cosine=cosine)[
+            0
+        ]
+
+    def rank_among(self, batch: dict[str, Any], candidates: NDArray[np.int64]) -> TargetRanks:
+        """Where the targets of a batch stand among items (B, K) of each user's own."""
+        users, items = self._users(batch), self.scored.all()
+        cosine = self.objective.cosine
+        return rank_among_by_vectors(users, items, batch["labels"], candidates, cosine=cosine)
+
+    def encode_users(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `users`, the predictions (B, D) of its histories."""
+        return {**batch, "users": self.predictions(batch)}
+
+    def _users(self, batch: dict[str, Any]) -> Tensor:
+        return batch["users"] if "users" in batch else self.predictions(batch)

@@ -17,7 +17,7 @@ import torch
 from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from baselines import evaluate, rank_in_chunks, seen_pairs
+from baselines import Scores, evaluate, rank_in_chunks, seen_pairs
 from baselines.text_vectors import item_texts, text_vectors
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.files import UserError
@@ -54,23 +54,30 @@ class TextNeighbours:
             tfidf_vectors(texts) if text_encoder is None else text_vectors(folder, text_encoder)
         )
 
-    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
-        """Place the target of every example; items of the same text tie."""
-        weights = history_weights(examples.histories, self.folder.num_items, self.decay)
-        users = weights @ self.vectors
-        if not sparse.issparse(self.vectors):
-            seen = seen_pairs(examples, slice(0, len(examples))) if filter_seen else None
-            return rank_by_vectors(
-                torch.from_numpy(users), torch.from_numpy(self.vectors), examples.targets, seen
-            )
-
-        # Dividing by the length of the user's vector would not change the order.
-        items = self.vectors.T.tocsr()
+    def scores(self, examples: EvalExamples) -> Scores:
+        """Products of users with item vectors: a user's length does not change the order."""
+        users = self._users(examples)
+        items = self.vectors.T.tocsr() if sparse.issparse(self.vectors) else self.vectors.T
 
         def scores(chunk: slice) -> np.ndarray:
-            return (users[chunk] @ items).toarray()
+            products = users[chunk] @ items
+            return products.toarray() if sparse.issparse(products) else products
 
-        return rank_in_chunks(examples, self.folder.num_items, filter_seen, scores)
+        return scores
+
+    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
+        """Place the target of every example; items of the same text tie."""
+        if sparse.issparse(self.vectors):
+            return rank_in_chunks(
+                examples, self.folder.num_items, filter_seen, self.scores(examples)
+            )
+        seen = seen_pairs(examples, slice(0, len(examples))) if filter_seen else None
+        users, items = torch.from_numpy(self._users(examples)), torch.from_numpy(self.vectors)
+        return rank_by_vectors(users, items, examples.targets, seen)
+
+    def _users(self, examples: EvalExamples) -> Any:
+        weights = history_weights(examples.histories, self.folder.num_items, self.decay)
+        return weights @ self.vectors
 
     def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
         """Figures of a split; `options` as in `baselines.evaluate`."""

@@ -361,7 +361,7 @@ def test_code_accuracy_is_logged_beside_the_figures_of_items(codes: np.ndarray) 
         callbacks=[CodeAccuracy()],
     )
     loader = DataLoader(users, batch_size=4, collate_fn=HistoryCollator(MAX_ITEMS))
-    (figures,) = trainer.test(LitWrapper(model), loader, verbose=False)
+    (figures,) = trainer.test(LitWrapper(model, num_items=len(codes)), loader, verbose=False)
     for level in (1, 2, 3):
         expected = sum(right >= level for right in ranks.codes_right.tolist()) / 10
         assert figures[f"test/codes_right@{level}"] == pytest.approx(expected)

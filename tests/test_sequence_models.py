@@ -17,6 +17,7 @@ from baselines.id_sequences import CausalCollator, HistoryCollator, MaskedCollat
 from baselines.item_table import ItemTable, nearest_items
 from baselines.recommender import Objective, SequenceRecommender
 from baselines.sasrec import SASRec
+from baselines.semantic_ids import SemanticIds
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
@@ -291,6 +292,22 @@ def test_candidate_scores_and_gradients_either_way(monkeypatch, per_candidate):
         torch.testing.assert_close(mine, right)
 
 
+def test_ranks_among_all_other_items_and_the_items_recommended_agree_with_the_ranks():
+    for options in ({}, {"cosine": True, "temperature": 0.1}):
+        model = made(**options).eval()
+        batch = HistoryCollator(8)(eval_examples([5, 6, 7], [2], [0, 3]))
+        others = np.array([[i for i in range(N) if i != 1]] * 3)
+        with torch.no_grad():
+            batch = model.encode_users(batch)
+            ranks = model.rank(batch, False)
+            among = model.rank_among(batch, others)
+            best = model.recommend(batch, N, False)
+        assert among.above.tolist() == ranks.above.tolist()
+        assert [row.tolist().index(1) for row in best] == ranks.above.tolist()
+        unseen = model.recommend(batch, N, True)
+        assert not set(unseen[0]) & {5, 6, 7}
+
+
 # The command
 
 
@@ -332,6 +349,15 @@ def encoder(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def semantic_ids(data, tmp_path_factory) -> str:
+    """Two levels of codes for the six items."""
+    path = tmp_path_factory.mktemp("codes") / "semantic_ids.json"
+    codes = np.array([[i % 2, i // 2] for i in range(6)])
+    SemanticIds([str(i + 1) for i in range(6)], codes, 2, [2, 3], "test", "none").save(path)
+    return str(path)
+
+
 SMALL = {
     "hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_length": 5, "dropout": 0.0,
     "num_train_epochs": 30, "batch_size": 6, "learning_rate": 1e-2, "verbose": 10, "device": [-1],
@@ -352,6 +378,9 @@ MODELS: dict[str, dict] = {
         "num_train_epochs": 60,
     },
     "gsasrec add": {"model": "gsasrec", "items": "add", "num_negatives": 4},
+    "sasrec codes": {"model": "sasrec", "items": "codes"},
+    "tiger": {"num_train_epochs": 100, "verbose": 50, "num_beams": 6, "max_length": 2, "num_layers": 2},
+    "gpt2_codes": {"num_beams": 3},
     "t4r": {
         "model": "bert4rec", "items": "add", "loss": "in_batch", "hard_negatives": 2,
         "cosine": True, "temperature": 0.3, **LONGER,
@@ -359,19 +388,28 @@ MODELS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def arguments(data: Path, output: Path, name: str, encoder: str, **more) -> BaselineArguments:
+def arguments(
+    data: Path, output: Path, name: str, encoder: str = "", codes: str = "", **more
+) -> BaselineArguments:
     own = dict(MODELS[name])
     own.setdefault("model", name.split()[0])
     if own.get("items", "id") != "id":
         own["text_encoder"] = encoder
+    if own.get("items") == "codes" or own["model"] in models.GENERATE:
+        own |= {"semantic_ids": codes, "text_encoder": None}
     return BaselineArguments(data_path=str(data), output_dir=str(output), **SMALL | own | more)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_learns_a_circle_and_ranks_the_same_when_loaded(data, encoder, tmp_path, name):
-    result = run(arguments(data, tmp_path, name, encoder))
+def test_every_model_learns_a_circle_and_ranks_the_same_when_loaded(
+    data, encoder, semantic_ids, tmp_path, name
+):
+    result = run(arguments(data, tmp_path, name, encoder, semantic_ids))
     assert result["test"]["Recall@1"] == 1, name  # the next item is always ranked first
+    assert result["test"]["Coverage@1"] == 0.5  # every other item is the target of somebody
     assert min(result["parameters"], result["train_seconds"]) > 0
+    if "code_accuracy" in result["test"]:
+        assert result["test"]["code_accuracy"] == {"1": 1, "2": 1}
     folder = ProcessedFolder.load(data)
     built = models.load(tmp_path / "best_model", folder)
     examples = folder.eval_examples("test")
@@ -399,7 +437,7 @@ def test_models_without_training_go_the_same_way(data, tmp_path, name):
 
 
 def test_a_run_that_is_cut_off_ends_as_one_that_is_not(data, tmp_path, monkeypatch):
-    whole = run(arguments(data, tmp_path / "whole", "gsasrec", "", num_train_epochs=4, verbose=1))
+    whole = run(arguments(data, tmp_path / "whole", "gsasrec", num_train_epochs=4, verbose=1))
     step, count = SequenceRecommender.training_loss, 0
 
     def failing(self, batch):
@@ -409,7 +447,7 @@ def test_a_run_that_is_cut_off_ends_as_one_that_is_not(data, tmp_path, monkeypat
             raise RuntimeError("cut off")
         return step(self, batch)
 
-    cut = arguments(data, tmp_path / "cut", "gsasrec", "", num_train_epochs=4, verbose=1)
+    cut = arguments(data, tmp_path / "cut", "gsasrec", num_train_epochs=4, verbose=1)
     monkeypatch.setattr(SequenceRecommender, "training_loss", failing)
     with pytest.raises(RuntimeError, match="cut off"):
         run(cut)
@@ -485,6 +523,8 @@ def test_a_published_file_can_be_evaluated_and_wrong_ones_are_refused(data, tmp_
         (["--hard_negatives", "3", "--text_encoder", "x"], "--loss in_batch"),
         (["--evaluate_only"], "--from_published"),
         (["--patience", "0"], "--patience 0"),
+        (["--model", "tiger"], "--model tiger needs --semantic_ids FILE"),
+        (["--model", "tiger", "--num_beams", "0"], "--num_beams 0"),
         (["--dropout", "1"], "--dropout 1"),
     ],
 )

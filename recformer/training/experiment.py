@@ -161,6 +161,10 @@ class Experiment:
                 module.evaluator, self.data.folder, split, module.sampled
             )
             self.seconds_a_user = seconds / figures[split]["num_users"]
+            own = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            own = {n: v for n, v in own.items() if n.startswith("test/codes_right@")}
+            if own:  # of codes, not of items: apart from the figures
+                figures[split]["code_accuracy"] = {n.partition("@")[2]: v for n, v in own.items()}
             if trainer.is_global_zero:
                 module.evaluator.write_parquet(
                     self.output_dir / "ranks" / f"{name}_{split}.parquet"
