@@ -379,7 +379,9 @@ MODELS: dict[str, dict] = {
     },
     "gsasrec add": {"model": "gsasrec", "items": "add", "num_negatives": 4},
     "sasrec codes": {"model": "sasrec", "items": "codes"},
-    "tiger": {"num_train_epochs": 100, "verbose": 50, "num_beams": 6, "max_length": 2, "num_layers": 2},
+    "tiger": {
+        "num_train_epochs": 100, "verbose": 50, "num_beams": 6, "max_length": 2, "num_layers": 2,
+    },
     "gpt2_codes": {"num_beams": 3},
     "t4r": {
         "model": "bert4rec", "items": "add", "loss": "in_batch", "hard_negatives": 2,
