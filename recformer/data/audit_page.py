@@ -30,14 +30,15 @@ main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 48px; }
 h1 { font-size: 24px; margin: 0; }
 h2 { font-size: 17px; margin: 32px 0 8px; }
 .about { color: #666; margin: 4px 0 20px; overflow-wrap: anywhere; }
-.box { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 12px 16px; }
+.box { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 12px 16px;
+  overflow-x: auto; }
 .warnings { border-left: 5px solid #d1495b; }
 .clean { border-left: 5px solid #3a8f5c; }
 .notes { margin-top: 12px; color: #555; }
 ul { margin: 0; padding-left: 20px; }
 .plots, .tables { display: grid; gap: 12px; }
-.plots { grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); }
-.tables { grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); align-items: start; }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); }
+.tables { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); align-items: start; }
 .plots img { width: 100%; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
@@ -116,7 +117,7 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     body = "".join(row("td", cells) for cells in rows)
     return (
         f'<div class="box"><table>\n<caption>{html.escape(caption)}</caption>\n'
-        f"{row('th', head)}{body}</table></div>"
+        f"{row('th', head) if head else ''}{body}</table></div>"
     )
 
 
@@ -160,7 +161,7 @@ def _tables(
     ]
     if times is not None:
         facts += [
-            ("same user, item and time as the one before", cell(times["duplicates"])),
+            ("same user, item and time as another", cell(times["duplicates"])),
             ("interactions tied in time", cell(times["tied"])),
             ("users whose order ties decide", cell(times["users_ordered_by_ties"])),
             ("users out of order", cell(times["users_out_of_order"])),
@@ -174,20 +175,20 @@ def _tables(
             share = times["mean_share_of_train_after_a_target"]
             facts += [
                 ("train later than its user's target", cell(times["train_after_own_target"])),
-                ("train later than the average target", percent(share)),
+                ("train later than a target, on average", percent(share)),
             ]
         facts += [
             ("commonest first time of a user", cell(times["commonest_start"])),
             ("commonest gap", f"{times['commonest_gap']['gap']}: {cell(times['commonest_gap'])}"),
             ("resolution of times", f"{times['resolution']:,} {times['unit'] or ''}".strip()),
         ]
-    yield "Interactions", ["", ""], facts
+    yield "Interactions", [], facts
 
     popularity = found["popularity"]
     top = popularity["top_1_percent"]
     yield (
         "Popularity in train",
-        ["", ""],
+        [],
         [
             ("Gini coefficient", f"{popularity['gini']:.3f}"),
             (f"interactions with the top 1 % ({top['items']} items)", cell(top["train"])),
@@ -220,7 +221,7 @@ def _tables(
             (f"test histories cut by {name}", cell(tokens[f"cut_by_{name}"]))
             for name in ("max_token_num", "max_item_embeddings")
         ]
-        yield "Limits", ["", ""], limits + cut
+        yield "Limits", [], limits + cut
     yield (
         "Attributes",
         ["", "items that have it"],
@@ -286,6 +287,8 @@ def _draw_targets(axis: Any, found: Mapping[str, Any]) -> None:
     }
     if "decided_by_ties" in test:
         bars["decided by a tie"] = test["decided_by_ties"]
+    if found["tokens"] is not None:
+        bars["tokens of another"] = found["tokens"]["identical"]["test_targets"]
     shares = [100 * figure["share"] for figure in bars.values()]
     drawn = axis.barh(list(bars), shares, color=COLOURS["test"])
     axis.bar_label(drawn, [f"{share:.1f}" for share in shares], padding=3, fontsize=8)
@@ -319,11 +322,11 @@ def _histogram(
     distribution: Mapping[str, Any], of: str, who: str, limit: int | None
 ) -> Callable[[Any], None]:
     def draw(axis: Any) -> None:
-        edges = distribution["histogram"]["edges"]
+        edges = np.array(distribution["histogram"]["edges"])
         widths = np.diff(edges)
-        axis.bar(
-            edges[:-1], distribution["histogram"]["counts"], widths * 0.9, color=COLOURS["train"]
-        )
+        middles = edges[:-1] + (widths - 1) / 2  # of whole numbers: a bar of 4 and 5 is at 4.5
+        counts = distribution["histogram"]["counts"]
+        axis.bar(middles, counts, widths * 0.9, color=COLOURS["train"])
         most = distribution["percentiles"]["100"]
         beyond = f" (last bar: up to {most:,.0f})" if most >= edges[-1] else ""
         axis.set_xlabel(of + beyond, fontsize=8)
