@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.items import TokenizedItems, cache_dir
-from recformer.data.processed import ProcessedFolder
+from recformer.data.processed import ITEM_FILE, META_FILE, ProcessedFolder
 from recformer.evaluation import report
 from recformer.files import UserError, atomic_write, exit_with_message, write_json
 from recformer.models import RecformerForSeqRec
@@ -174,13 +174,14 @@ class Run:
         return ItemTable(self.store, every_epoch, self.vectors_dir)
 
     def save_best(self) -> None:
-        """The model as it stands, its tokenizer, item vectors and item ids as one folder."""
+        """The model as it stands, its tokenizer, item vectors, item ids and texts as one folder."""
         name = self.args.ckpt
         folder = self.output_dir / (name[:-4] if name.endswith(".bin") else name)
         self.model.cpu().save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         smap = {asin: item_id for item_id, asin in enumerate(self.folder.asins)}
-        write_json(folder / "smap.json", smap)
+        write_json(folder / ITEM_FILE, smap)
+        write_json(folder / META_FILE, dict(zip(smap, self.folder.items, strict=True)))
         if name.endswith(".bin"):
             with atomic_write(self.output_dir / name, "wb") as handle:
                 torch.save(self.model.state_dict(), handle)

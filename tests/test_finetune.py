@@ -16,6 +16,7 @@ from recformer import finetune as entry
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
 from recformer.finetune import FinetuneArguments, run
+from recformer.recommendation import CatalogueRecommender
 from recformer.tokenization import train_tokenizer
 from recformer.training.experiment import Experiment
 from recformer.training.item_encoder import encode_items, token_budget_batches
@@ -131,6 +132,11 @@ def test_the_best_model_is_a_folder_that_recommends(data, finished):
     assert not model.item_embedding.weight.requires_grad
 
     examples = folder.eval_examples("test")
+    histories = [[f"item{i}" for i in examples.histories[row]] for row in range(len(examples))]
+    answers = CatalogueRecommender.load(output / "best_model").recommend(histories, k=5)
+    found = [f"item{i}" in answer.items for i, answer in zip(examples.targets, answers)]
+    assert np.mean(found) == pytest.approx(result["test"]["Recall@5"], abs=1e-6)
+
     hits = 0
     for row in range(len(examples)):
         history = [folder.items[item] for item in examples.histories[row]]

@@ -23,6 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
         "recformer.metrics",
         "recformer.statistics",
         "recformer.evaluation",
+        "recformer.recommendation",
         "recformer.runs",
     ),
     (
@@ -32,7 +33,13 @@ LAYERS: list[tuple[str, ...]] = [
         "recformer.inspection",
         "recformer.training",
     ),
-    ("recformer.pretrain", "recformer.finetune", "recformer.compare", "recformer.encode_items"),
+    (
+        "recformer.pretrain",
+        "recformer.finetune",
+        "recformer.compare",
+        "recformer.encode_items",
+        "recformer.recommend",
+    ),
     ("baselines",),
     ("benchmarks",),
 ]
@@ -45,6 +52,7 @@ ENTRY_POINTS = (
     "recformer.finetune",
     "recformer.compare",
     "recformer.encode_items",
+    "recformer.recommend",
     "baselines.__main__",
     "baselines.leaderboard",
 )
