@@ -38,7 +38,8 @@ h2 { font-size: 17px; margin: 32px 0 8px; }
 ul { margin: 0; padding-left: 20px; }
 .plots, .tables { display: grid; gap: 12px; }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); }
-.tables { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); align-items: start; }
+.tables { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
+.tables { align-items: start; }
 .plots img { width: 100%; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
