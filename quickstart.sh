@@ -7,6 +7,8 @@
 #   bash quickstart.sh                              writes to quickstart_run/
 #   OUTPUT_DIR=elsewhere SEED=1 bash quickstart.sh
 set -euo pipefail
+# A folder of one's own is meant from where one stands.
+[ -n "${OUTPUT_DIR:-}" ] && [ "${OUTPUT_DIR#/}" = "$OUTPUT_DIR" ] && OUTPUT_DIR="$PWD/$OUTPUT_DIR"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh

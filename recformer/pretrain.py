@@ -329,8 +329,9 @@ class Run:
     def _batches_between_validations(self) -> int:
         """`--valid_step`, made to fit the epoch.
 
-        An epoch has equal intervals, the last of which ends with it but for a few batches, and at
-        least one. Intervals hold whole optimizer steps: a checkpoint has no accumulated gradients.
+        An epoch has equal intervals, at least one. They hold whole optimizer steps, as a checkpoint
+        has no accumulated gradients; the few batches beyond the last one are left out of the epoch,
+        for no validation or checkpoint would hold what they taught.
         """
         batches = self.loaders.samplers["train"].num_batches(self.args.device)
         intervals = max(1, round(batches / self.args.valid_step))
@@ -357,6 +358,8 @@ class Run:
             metric_ks=(10, 50),
             seed=args.seed,
         )
+        interval = self._batches_between_validations()
+        batches = self.loaders.samplers["train"].num_batches(args.device)
         history = StepHistory(self.output_dir / "history.csv", args.log_step, METRIC)
         keeper = ModelCheckpoint(
             self.output_dir / "checkpoints",
@@ -378,11 +381,12 @@ class Run:
             self.precision,
             [*callbacks, keeper],
             strategy=self.strategy,
-            validate_every_batches=self._batches_between_validations(),
+            validate_every_batches=interval,
             accumulate=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,
             logger=self.logger,
         )
+        trainer.limit_train_batches = batches // interval * interval
         if self._resume:
             say(f"going on from {self._resume}")
         trainer.fit(module, datamodule=self.loaders, ckpt_path=self._resume)

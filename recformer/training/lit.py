@@ -155,6 +155,7 @@ class LitWrapper(lightning.LightningModule):
                 "or train in float32"
             )
         size = len(batch["labels"])
+        # Of this process: with several, the log shows the first one's share of each batch.
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=size, prog_bar=True)
         for name, part in parts.items():
             self.log(f"train/{name}", part.detach(), on_step=True, on_epoch=False)
@@ -167,9 +168,7 @@ class LitWrapper(lightning.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
         ranks = self.recommender.rank(batch, filter_seen=self.filter_seen)
         self.evaluator.update(batch["user_ids"], batch["labels"], ranks)
-        return {
-            "ranks": ranks
-        }  # for callbacks: a model's ranks may say more than the evaluator asks
+        return {"ranks": ranks}  # for callbacks: they may say more than the evaluator asks
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
