@@ -77,6 +77,21 @@ def test_full_softmax_equals_cross_entropy_in_value_and_gradient(chunk_size, tem
     torch.testing.assert_close(items.grad, expected_items.grad, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4, 23, None])
+def test_full_softmax_over_dot_products_in_value_and_gradient(chunk_size):
+    values = vectors(B, H, seed=1, scale=1.0), vectors(N, H, seed=2, scale=1.0)
+    labels = torch.tensor([0, 22, 7, 7, 3])
+    users, items = (v.clone().requires_grad_() for v in values)
+    expected = F.cross_entropy(users @ items.T / 0.5, labels)
+    expected.backward()
+    ours = [v.clone().requires_grad_() for v in values]
+    loss = full_softmax_loss(*ours, labels, 0.5, chunk_size, cosine=False)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[0].grad, users.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[1].grad, items.grad, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_size", [4, None])
 def test_only_what_asks_for_a_gradient_gets_one(chunk_size):
     users, items = vectors(B, H, seed=1).requires_grad_(), vectors(N, H, seed=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -557,3 +559,21 @@ def test_configurations_that_ship_are_read_and_flags_win(data, tmp_path, reposit
 def test_names_of_losses_are_those_of_the_help():
     text = BaselineArguments.__dataclass_fields__["loss"].metadata["help"]
     assert all(name in text for name in recommender.LOSSES)
+
+
+def test_two_processes_end_as_one(data, tmp_path, repository):
+    """Two processes of three users a step against one of six, through the command."""
+    figures = []
+    for processes, batch_size in ((1, 6), (2, 3)):
+        output = tmp_path / str(processes)
+        command = [sys.executable, "-m", "baselines", "--model", "sasrec", "--data_path", str(data)]
+        command += ["--output_dir", str(output), "--num_processes", str(processes)]
+        command += ["--batch_size", str(batch_size), "--num_train_epochs", "3", "--dropout", "0"]
+        command += ["--hidden_size", "16", "--num_layers", "1", "--device", "-1"]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        figures.append(read_json(output / "metrics.json"))
+    one, two = figures
+    assert two["test"] == one["test"]
+    losses = [[r["val/MRR"] for r in f["stages"]["training"]["rows"]] for f in figures]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
