@@ -85,9 +85,9 @@ def open_or_build(
         (N, H) float32, mapped. Writing to it changes this process's copy alone, never the file.
 
     Raises:
-        UserError: no items.
+        UserError: no items, or `encode` gives values that are not finite.
         OSError: not enough room on the disk; what is encoded by then is kept.
-        ValueError: `encode` gives another shape than (K, H), or values that are not finite.
+        ValueError: `encode` gives another shape than (K, H).
     """
     if not len(keys):
         raise UserError("no items to encode: the catalogue is empty")
@@ -228,7 +228,7 @@ def _encoded(
             f"the encoder gives {vectors.shape}, expected vectors ({len(rows)}, {hidden_size})"
         )
     if not np.isfinite(vectors).all():
-        raise ValueError("the model gives item vectors that are not finite; are its weights sound?")
+        raise UserError("the model gives item vectors that are not finite; are its weights sound?")
     return vectors
 
 
