@@ -115,7 +115,7 @@ def draw(rows: list[CodeWords], path: Path) -> None:
     columns = math.ceil(len(rows) / ROWS_OF_A_COLUMN)
     height = 0.7 + 0.17 * min(len(rows), ROWS_OF_A_COLUMN)
     figure, axes = pyplot.subplots(
-        1, columns, figsize=(6.5 * columns, height), squeeze=False, constrained_layout=True
+        1, columns, figsize=(4.8 * columns, height), squeeze=False, constrained_layout=True
     )
     largest = rows[0].size
     for column, axis in enumerate(axes[0]):
