@@ -163,7 +163,7 @@ class RQVAE(nn.Module):
         seed: int = 0,
         max_epochs: int = 60,
         batch_size: int = 512,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 1e-3,
         patience: int = 10,
     ) -> list[dict[str, float]]:
         """Train on item vectors; the best epoch's weights are kept.

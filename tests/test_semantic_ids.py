@@ -355,8 +355,9 @@ def test_hierarchy_by_hand() -> None:
     table = code_words.markdown(rows).splitlines()
     assert table[4:] == ["|2|3|2|nail (33%)|polish (67%)|", "|5|1|1|hair (100%)|brush (100%)|"]
     # Without categories: all but the title.
-    films = [{"title": "Heat", "year": "1995", "genres": "Crime"}]
-    assert code_words.describe(codes[:1], films)[0].category == []  # every item has these words
+    films = [{"title": "Heat", "genres": "Crime"}, {"title": "Bambi", "genres": "Animation"}]
+    rows = code_words.describe(codes[:2], films)
+    assert [row.category for row in rows] == [[("animation", 1.0)], [("crime", 1.0)]]
 
 
 NAMES = ["nail polish red", "nail polish blue", "hair brush", "hair dryer", "lip balm"]
@@ -368,7 +369,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write_shop(path: Path, num_items: int) -> Path:
-    """A processed folder; item i is called NAMES[i % 5], so that many have the same text."""
+    """A processed folder; item A<n> is called NAMES[n % 5]: many are of the same text."""
     asins = [f"A{(item * 7) % num_items:03}" for item in range(num_items)]
     parts = [Sequences.from_lists([[item]]) for item in (0, 1, 2)]
     write_processed(
@@ -383,7 +384,7 @@ def write_shop(path: Path, num_items: int) -> Path:
 
 
 def fake_vectors(folder: ProcessedFolder, encoder: str) -> np.ndarray:
-    """A vector a name and, for the encoder "other", another one."""
+    """A vector a title; encoders whose names differ in length give other ones."""
     generator = np.random.default_rng(len(encoder))
     table = dict(zip(NAMES, generator.normal(size=(5, 6)).astype(np.float32), strict=True))
     return np.stack([table[item["title"]] for item in folder.items])
