@@ -1,30 +1,31 @@
-"""Speed of tokenising a catalogue into its store: `python -m benchmarks.tokenization`.
+"""Tokenising a catalogue into its store, and getting items out of it.
 
 Against the published way, item by item and attribute by attribute: on the slow Python tokenizer
-where transformers still has one (4.x), otherwise on the same fast tokenizer. Both give the same
-ids, which is checked. Items are made from a seed: title, brand and category of about 40 tokens,
-titles all different, a few thousand brands and a few hundred categories.
+where transformers still has one (4.x), otherwise on the same fast tokenizer, on a part of the
+items, its time in proportion. Both give the same ids, which is checked. Items are made from a seed:
+title, brand and category of about 40 tokens, titles all different, a few thousand brands and a few
+hundred categories.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import shutil
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import tokenizers
 import transformers
 
+from benchmarks.measure import REPEATS, Work, in_turns, row, run_alone
 from recformer.config import PAPER, RecformerConfig
 from recformer.data.items import TokenizedItems
-from recformer.files import exit_with_message
+from recformer.files import sha256_of
 from recformer.tokenization import RecformerTokenizer, train_tokenizer
 
+PEER_ITEMS = 2_000  # that the peer gets
 SYLLABLES = [a + b for a in "bcdfghklmnprst" for b in ("a", "e", "i", "o", "u", "ar", "in", "on")]
 
 
@@ -52,7 +53,7 @@ def make_items(num_items: int, rng: np.random.Generator) -> list[dict[str, str]]
 
 
 def published_way(folder: Path, config: RecformerConfig) -> tuple[str, Callable]:
-    """The published encoding of one item, and the name of the tokenizer under it."""
+    """The name of the tokenizer below, and the published encoding of one item."""
     bare = not (folder / "tokenizer.json").is_file()
     name = "RobertaTokenizer" if bare else "PreTrainedTokenizerFast"
     tokenizer = getattr(transformers, name).from_pretrained(folder)
@@ -74,62 +75,79 @@ def published_way(folder: Path, config: RecformerConfig) -> tuple[str, Callable]
     return f"{type(tokenizer).__name__} ({kind}), item by item", encode_item
 
 
-def seconds(function: Callable) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def train(folder: Path, items: list[dict[str, str]]) -> RecformerTokenizer:
+    """A tokenizer of 4,096 tokens, trained on the items and written to the folder."""
+    texts = chain.from_iterable(chain(*item.items()) for item in items[:20_000])
+    train_tokenizer(texts, 4096, folder)
+    return RecformerTokenizer.from_pretrained(folder, RecformerConfig(**PAPER))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenization", description=__doc__)
-    parser.add_argument("--num_items", type=int, default=100_000)
-    parser.add_argument("--num_peer_items", type=int, default=5_000, help="items the peer gets")
-    parser.add_argument("--tokenizer", help="folder; without it one of 4,096 tokens is trained")
-    args = parser.parse_args()
+def store_case(folder: str, num_items: int) -> Work:
+    """Build the store of all items; the summary hashes it."""
+    items = make_items(num_items, np.random.default_rng(0))
+    tokenizer = RecformerTokenizer.from_pretrained(folder, RecformerConfig(**PAPER))
+    cache = Path(folder) / "cache"
 
-    config = RecformerConfig(**PAPER)
-    items = make_items(args.num_items, np.random.default_rng(0))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.tokenizer or temporary)
-        if not args.tokenizer:
-            texts = chain.from_iterable(chain(*item.items()) for item in items[:20_000])
-            train_tokenizer(texts, 4096, folder)
-        tokenizer = RecformerTokenizer.from_pretrained(folder, config)
-        peer_name, encode_item = published_way(folder, config)
+    def build() -> TokenizedItems:
+        shutil.rmtree(cache, ignore_errors=True)
+        return TokenizedItems.open_or_build(items, tokenizer, cache)
 
-        cache = Path(temporary) / "cache"
-        build = seconds(lambda: TokenizedItems.open_or_build(items, tokenizer, cache))
-        reopen = seconds(lambda: TokenizedItems.open_or_build(items, tokenizer, cache))
+    def summary(store: TokenizedItems) -> str:
+        ids, types, lengths = store.gather(np.arange(PEER_ITEMS))
+        return sha256_of(str((ids.tolist(), types.tolist(), lengths.tolist())))
+
+    return Work(build, summary)
+
+
+def peer_case(folder: str, num_items: int) -> Work:
+    """Encode the first items in the published way; the summary hashes them."""
+    items = make_items(num_items, np.random.default_rng(0))[:PEER_ITEMS]
+    _, encode_item = published_way(Path(folder), RecformerConfig(**PAPER))
+
+    def summary(encoded: list[tuple[list[int], list[int]]]) -> str:
+        ids, types = (list(chain.from_iterable(column)) for column in zip(*encoded))
+        return sha256_of(str((ids, types, [len(row_ids) for row_ids, _ in encoded])))
+
+    return Work(lambda: [encode_item(item) for item in items], summary)
+
+
+def rows(quick: bool) -> Iterator[dict[str, Any]]:
+    """Building a store, opening it again, gathering from it.
+
+    Raises:
+        AssertionError: the two sides did not come to the same ids.
+    """
+    num_items = PEER_ITEMS if quick else 100_000
+    items = make_items(num_items, np.random.default_rng(0))
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer = train(Path(name), items)
+        peer_name, _ = published_way(Path(name), tokenizer.config)
+        ours = run_alone(store_case, name, num_items, repeats=REPEATS)
+        peer = run_alone(peer_case, name, num_items, repeats=REPEATS)
+        assert ours["summary"] == peer["summary"], "the store and the peer disagree"
+        yield row(
+            f"tokenise {num_items:,} items",
+            ours["seconds"],
+            peer_name,
+            peer["seconds"] * num_items / PEER_ITEMS,
+            amount=num_items,
+            unit="items",
+            peak_memory_mb=ours["peak_memory_mb"],
+            note=f"the peer over {PEER_ITEMS:,} items",
+        )
+        cache = Path(name) / "cache"
         store = TokenizedItems.open_or_build(items, tokenizer, cache)
         ids = np.random.default_rng(1).integers(len(store), size=4096)
-        gather = min(seconds(lambda: store.gather(ids)) for _ in range(5))
-
-        sample = items[: args.num_peer_items]
-        peer_out: list = []
-        peer = seconds(lambda: peer_out.extend(map(encode_item, sample)))
-        input_ids, token_type_ids, lengths = store.gather(np.arange(len(sample)))
-
-    same = (
-        [len(ids) for ids, _ in peer_out] == lengths.tolist()
-        and list(chain.from_iterable(ids for ids, _ in peer_out)) == input_ids.tolist()
-        and list(chain.from_iterable(types for _, types in peer_out)) == token_type_ids.tolist()
-    )
-    if not same:
-        raise SystemExit("error: the store and the peer disagree")
-    speed, peer_speed = len(items) / build, len(sample) / peer
-    print(
-        f"{len(items):,} items, {store.lengths.mean():.1f} tokens each, vocabulary of "
-        f"{len(tokenizer):,}, {os.cpu_count()} cores, transformers {transformers.__version__}, "
-        f"tokenizers {tokenizers.__version__}"
-    )
-    print(f"store built    {build:7.2f} s   {speed:9,.0f} items/s")
-    print(f"store reopened {reopen:7.2f} s   (all texts hashed, all checksums compared)")
-    print(f"4,096 random items gathered in {1000 * gather:.2f} ms")
-    print(
-        f"peer           {peer:7.2f} s   {peer_speed:9,.0f} items/s   {peer_name}, {len(sample):,}"
-    )
-    print(f"ratio          {speed / peer_speed:7.1f}")
-
-
-if __name__ == "__main__":
-    exit_with_message(main)
+        reopen, gather = in_turns(
+            REPEATS,
+            lambda: TokenizedItems.open_or_build(items, tokenizer, cache),
+            lambda: store.gather(ids),
+        )
+        yield row(
+            f"open the store of {num_items:,} items again",
+            reopen,
+            amount=num_items,
+            unit="items",
+            note="all texts hashed, all checksums compared",
+        )
+        yield row("gather 4,096 random items", gather, amount=len(ids), unit="items")

@@ -1,0 +1,72 @@
+"""Speed and memory against named peers, on this machine, as one table.
+
+    python -m benchmarks                      # everything: about half an hour on two cores
+    python -m benchmarks --quick              # tiny sizes: shows that it works, measures nothing
+    python -m benchmarks encoder ranking --json speed.json
+
+Both sides of a row run in this run, in turns, after a warm-up; seconds are medians. "ratio" is how
+many times the peer's seconds are ours, "ceiling" our share of the speed that this machine's own
+matrix product reaches, MB the peak memory of one call beyond what its process held before, each
+measured in a process of its own. docs/performance.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+from benchmarks.measure import header, line, machine, pin_threads
+from recformer.files import exit_with_message, write_json
+
+# Imported when they run: some need what the others do not.
+BENCHMARKS = {
+    "encoder": "benchmarks.encoder:forward_rows",
+    "training": "benchmarks.encoder:training_rows",
+    "lengths": "benchmarks.encoder:length_rows",
+    "tricks": "benchmarks.tricks:rows",
+    "ranking": "benchmarks.ranking:rows",
+    "loader": "benchmarks.loader:rows",
+    "tokenization": "benchmarks.tokenization:rows",
+    "data_preparation": "benchmarks.data_preparation:rows",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--json", metavar="FILE", help="write rows and machine to this file too")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in BENCHMARKS:
+            parser.error(f"no benchmark {name!r}, expected some of {', '.join(BENCHMARKS)}")
+
+    described = machine(pin_threads(args.threads))
+    print(", ".join(f"{key} {_plain(value)}" for key, value in described.items() if value))
+    print(header())
+    rows: list[dict[str, Any]] = []
+    for name in args.names or BENCHMARKS:
+        module, _, function = BENCHMARKS[name].partition(":")
+        benchmark: Callable[[bool], Iterator[dict[str, Any]]] = getattr(
+            import_module(module), function
+        )
+        for values in benchmark(args.quick):
+            print(line(values), flush=True)
+            rows.append({"benchmark": name, **values})
+            if args.json:  # whole after every row: a run may be stopped
+                write_json(args.json, {"machine": described, "rows": rows}, indent=1)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,163 @@
+"""The benchmarks do equal work on both sides and say what they measured; speed is not asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import encoder, measure, ranking
+from benchmarks.measure import Work, in_turns, line, measure_case, row, run_alone
+from recformer import RecformerConfig
+
+FIELDS = {
+    "what",
+    "ours_seconds",
+    "peer",
+    "peer_seconds",
+    "ratio",
+    "amount",
+    "unit",
+    "share_of_ceiling",
+    "peak_memory_mb",
+    "peer_peak_memory_mb",
+    "note",
+}
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in measure.THREAD_VARIABLES:
+        monkeypatch.setenv(name, os.environ.get(name, "1"))  # put back at the end
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    yield
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases are measured in this process: a new one takes seconds to import torch."""
+
+    def here(case: Callable[..., Work], *args: Any, repeats: int = 0) -> dict[str, Any]:
+        arguments = json.loads(json.dumps(args))
+        return measure_case(f"{case.__module__}:{case.__name__}", arguments, repeats)
+
+    for name in ("encoder", "ranking", "tokenization", "data_preparation"):
+        module = __import__(f"benchmarks.{name}", fromlist=["run_alone"])
+        monkeypatch.setattr(module, "run_alone", here)
+
+
+def memory_case(megabytes: int) -> Work:
+    return Work(lambda: b"x" * (megabytes * 10**6), len)
+
+
+def test_a_row_holds_what_was_measured() -> None:
+    values = row("x", 2.0, "y", 5.0, amount=100, unit="tokens", peak_memory_mb=1234.6, note="n")
+    assert set(values) == FIELDS
+    assert values["ratio"] == 2.5
+    assert row("x", 2.0)["ratio"] is None
+    words = line(values).split()
+    assert words == ["x", "2", "50", "tokens", "5", "2.50", "1,235", "y", "n"]
+    assert line(values).splitlines()[1] == "    n"
+
+
+def test_functions_take_turns_after_a_warm_up() -> None:
+    calls: list[str] = []
+    times = in_turns(2, lambda: calls.append("a"), lambda: calls.append("b"))
+    assert calls == ["a", "b"] * 3
+    assert len(times) == 2
+
+
+def test_seconds_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 100, 100, 101, 101, 106, 106, 108])  # a warm-up of 100, then 1, 5 and 2
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    assert in_turns(3, lambda: None) == [2]
+
+
+def test_memory_is_that_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    held = b"x" * 10**8  # what the parent held does not count
+    measured = run_alone(memory_case, 50)
+    assert measured["summary"] == 50 * 10**6
+    assert measured["seconds"] is None
+    assert 45 < measured["peak_memory_mb"] < 60
+    del held
+
+
+def test_a_failed_case_is_named() -> None:
+    with pytest.raises(SystemExit, match="memory_case"):
+        run_alone(memory_case, 50)  # this module cannot be imported there
+
+
+def test_pairs_that_see_each_other() -> None:
+    # each of 3 tokens sees itself, 1 on either side, and the last one <s>: 2 + 3 + 3
+    assert encoder.visible_pairs([3], 1) == 8
+    # of 5 tokens: 2, 3, 3 + <s>, 3 + <s>, 2 + <s>
+    assert encoder.visible_pairs([5, 1], 1) == 16 + 1
+    assert encoder.visible_pairs([5], 32) == 25
+
+
+def test_operations_are_those_of_the_layers() -> None:
+    config = RecformerConfig(
+        hidden_size=4,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_window=2,
+    )
+    # a token: 2 * (4 * 16 + 2 * 32) = 256 in linear layers; pairs: 8 of 4 * 4 operations;
+    # <s>: 6 * 16 for its own projections and 4 * 4 * 2 for each of 3 tokens
+    layer = 3 * 256 + 8 * 16 + 96 + 96
+    assert encoder.operations(config, [3], pooled=False) == 2 * layer
+    # the last layer has output and feed-forward of <s> alone: 256 - 6 * 16
+    assert encoder.operations(config, [3], pooled=True) == layer + 160 + 96 + 96
+    _, counted = encoder.products(config, 3, torch.float32)
+    assert counted == 2 * 3 * 256
+
+
+def test_long_work_of_the_peer_is_cut_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "available_gb", lambda: 5.0)  # 2 spared, 2 for the table
+    assert ranking._fitting(10**9, 1000) == 10**6
+    assert ranking._fitting(10, 1000) == 10
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_every_benchmark_runs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "speed.json"
+    command.main([name, "--quick", "--threads", "1", "--json", str(path)])
+    written = json.loads(path.read_text())
+    assert written["machine"]["threads"] == 1
+    assert written["machine"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert written["rows"]
+    for values in written["rows"]:
+        assert set(values) == FIELDS | {"benchmark"}
+        assert values["benchmark"] == name
+        assert values["ours_seconds"] > 0
+        assert values["what"] in printed
+    if name in ("encoder", "training"):
+        for values in written["rows"]:
+            kind, _, error = values["note"].rpartition(" ")
+            limit = 1e-4 if "float32" in values["what"] else 0.1
+            if "cosine" in kind:
+                assert float(error) > 0.999
+            else:
+                assert float(error) < limit
+    if name == "ranking":
+        assert written["rows"][0]["note"] == "100.00% of users with the same rank"
+
+
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["encodre"])
+    assert "encodre" in capsys.readouterr().err
