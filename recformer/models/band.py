@@ -24,8 +24,8 @@ from recformer.models.dropout import BITS, clear, draw_keep, keep_scale
 # Fewer queries a block copy every key more often, more of them score more pairs outside the band;
 # 64 was the quickest on CPU for the published window of 64.
 QUERY_BLOCK = 64
-# Scores that a training step on CPU holds at once: few enough to stay in the cache.
-SCORES_AT_ONCE = 1 << 21
+# Scores that are computed at once on CPU: few enough to stay in the cache.
+SCORES_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,17 @@ class Band:
         block: Q, queries a block.
         half: tokens visible on either side.
         first: (N,) int64 the token that serves as the extra key of each block.
-        mask: (N, Q, K) additive, 0 or -inf. Key 0 is the extra one, key 1 + j the token
-            `block * n - half + j`.
+        queries: (N * Q,) int64 token of each query; any token beyond the end of the run.
+        keys: (N, K) int64 token of each key. Key 0 is the extra one, key 1 + j the token
+            `block * n - half + j`; any token where that is outside the run.
+        mask: (N, Q, K) additive, 0 or -inf.
     """
 
     block: int
     half: int
     first: Tensor
+    queries: Tensor
+    keys: Tensor
     mask: Tensor
 
     @property
@@ -81,9 +85,10 @@ def build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.dt
     key = start - half + torch.arange(num_keys - 1, device=device)  # (N, K - 1)
     last = num_tokens - 1
     real_query = query <= last
-    query_sequence = torch.where(real_query, sequence_ids[query.clamp(max=last)], -1)
+    query_token, key_token = query.clamp(max=last), key.clamp(0, last)
+    query_sequence = torch.where(real_query, sequence_ids[query_token], -1)
     real_key = (key >= 0) & (key <= last)
-    key_sequence = torch.where(real_key, sequence_ids[key.clamp(0, last)], -2)
+    key_sequence = torch.where(real_key, sequence_ids[key_token], -2)
     is_first = real_key & (key == first[key_sequence.clamp(min=0)])
 
     near = (query[:, :, None] - key[:, None, :]).abs() <= half  # (N, Q, K - 1)
@@ -100,7 +105,14 @@ def build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.dt
 
     visible = torch.cat([sees_extra[:, :, None], in_slice], dim=2)  # (N, Q, K)
     mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-    return Band(block, half, extra, mask.masked_fill_(~visible, float("-inf")))
+    return Band(
+        block=block,
+        half=half,
+        first=extra,
+        queries=query_token.flatten(),
+        keys=torch.cat([extra[:, None], key_token], dim=1),
+        mask=mask.masked_fill_(~visible, float("-inf")),
+    )
 
 
 def band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0.0) -> Tensor:
@@ -113,9 +125,7 @@ def band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0
     Returns:
         (T, H).
     """
-    if qkv.device.type == "cpu" and (torch.is_grad_enabled() or dropout_p > 0):
-        # The fused kernel knows no dropout on CPU, and is slow backward. With dropout the same code
-        # must run whether gradients are on or off: checkpointing repeats a forward pass with them.
+    if qkv.device.type == "cpu":  # where the fused kernel is slower, and knows no dropout
         return _BandAttention.apply(qkv, band, num_heads, dropout_p)
     return fused_band_attention(qkv, band, num_heads, dropout_p)
 
@@ -145,21 +155,20 @@ def _query_view(padded: Tensor, band: Band, start: int, end: int, shape: tuple[i
     )
 
 
+def _query_blocks(qkv: Tensor, band: Band, start: int, end: int, shape: tuple[int, int]) -> Tensor:
+    """Blocks `start:end` of the queries in (T, 3 * H): (n, A, Q, D)."""
+    tokens = band.queries[start * band.block : end * band.block]
+    rows = qkv[:, : shape[0] * shape[1]].index_select(0, tokens)
+    return rows.view(end - start, band.block, *shape).transpose(1, 2)
+
+
 def _key_blocks(
-    padded: Tensor, band: Band, start: int, end: int, shape: tuple[int, int], column: int
+    qkv: Tensor, band: Band, start: int, end: int, shape: tuple[int, int], column: int
 ) -> Tensor:
-    """Blocks `start:end` of the keys, or values, from `column` on of (P, R): (n, A, K, D)."""
-    num_heads, dim = shape
-    row = padded.shape[1]
-    slices = padded.as_strided(
-        (end - start, num_heads, band.num_keys - 1, dim),
-        (band.block * row, dim, row, 1),
-        start * band.block * row + column,
-    )
-    extra = padded[:, column : column + num_heads * dim].index_select(
-        0, band.first[start:end] + band.half
-    )
-    return torch.cat([extra.view(-1, num_heads, 1, dim), slices], dim=2)
+    """Blocks `start:end` of the keys, or values, from `column` on of (T, 3 * H): (n, A, K, D)."""
+    columns = qkv[:, column : column + shape[0] * shape[1]]
+    rows = columns.index_select(0, band.keys[start:end].flatten())
+    return rows.view(end - start, band.num_keys, *shape).transpose(1, 2)
 
 
 def _add_key_blocks(total: Tensor, band: Band, start: int, blocks: Tensor, column: int) -> Tensor:
@@ -196,10 +205,9 @@ class _Blocks(torch.autograd.Function):
         hidden = qkv.shape[1] // 3
         shape = (num_heads, hidden // num_heads)
         ctx.band, ctx.num_tokens = band, qkv.shape[0]
-        padded = _pad(qkv, band)
-        query = _query_view(padded, band, 0, band.num_blocks, shape)
-        key = _key_blocks(padded, band, 0, band.num_blocks, shape, hidden)
-        value = _key_blocks(padded, band, 0, band.num_blocks, shape, 2 * hidden)
+        query = _query_blocks(qkv, band, 0, band.num_blocks, shape)
+        key = _key_blocks(qkv, band, 0, band.num_blocks, shape, hidden)
+        value = _key_blocks(qkv, band, 0, band.num_blocks, shape, 2 * hidden)
         return query, key, value
 
     @staticmethod
@@ -217,7 +225,7 @@ class _Blocks(torch.autograd.Function):
 
 
 class _BandAttention(torch.autograd.Function):
-    """`band_attention` for training on CPU: a few blocks at a time, out of the cache.
+    """`band_attention` on CPU: a few blocks at a time, out of the cache.
 
     Kept for the way back are the weights before dropout, with a minus sign where they were dropped.
     """
@@ -228,33 +236,35 @@ class _BandAttention(torch.autograd.Function):
         num_blocks, block, num_keys = band.mask.shape
         shape = (num_heads, hidden // num_heads)
         sign = torch.iinfo(BITS[qkv.dtype]).min
-        padded = _pad(qkv, band)
-        signed_weights = qkv.new_empty((num_blocks, num_heads, block, num_keys))
+        learns = ctx.needs_input_grad[0]
+        signed_weights = qkv.new_empty((num_blocks if learns else 0, num_heads, block, num_keys))
         context = qkv.new_empty((num_blocks, block, *shape))
-        for start, end in _pieces(signed_weights):
-            query = _scaled(_query_view(padded, band, start, end, shape), shape[1] ** -0.5)
-            key = _key_blocks(padded, band, start, end, shape, hidden).flatten(0, 1)
+        for start, end in _pieces(band, num_heads):
+            query = _scaled(_query_blocks(qkv, band, start, end, shape), shape[1] ** -0.5)
+            key = _key_blocks(qkv, band, start, end, shape, hidden).flatten(0, 1)
             scores = torch.bmm(query, key.transpose(1, 2))
             scores.view(-1, num_heads, block, num_keys).add_(band.mask[start:end, None])
-            weights = signed_weights[start:end].flatten(0, 1)
+            weights = (
+                signed_weights[start:end].flatten(0, 1) if learns else torch.empty_like(scores)
+            )
             torch.softmax(scores, dim=-1, out=weights)
             if dropout_p > 0:
                 keep = draw_keep(weights.shape, dropout_p, weights.dtype)
                 kept = clear(weights, keep)
                 weights.view(keep.dtype).bitwise_or_(keep.bitwise_not_().bitwise_and_(sign))
                 weights = kept
-            value = _key_blocks(padded, band, start, end, shape, 2 * hidden).flatten(0, 1)
+            value = _key_blocks(qkv, band, start, end, shape, 2 * hidden).flatten(0, 1)
             piece = torch.bmm(weights, value).view(-1, num_heads, block, shape[1])
             torch.mul(piece.transpose(1, 2), keep_scale(dropout_p), out=context[start:end])
         result = context.view(-1, hidden)[:num_tokens]
-        ctx.save_for_backward(padded, signed_weights, result)
+        ctx.save_for_backward(qkv, signed_weights, result)
         ctx.band, ctx.num_heads, ctx.dropout_p = band, num_heads, dropout_p
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        padded, signed_weights, context = ctx.saved_tensors
+        qkv, signed_weights, context = ctx.saved_tensors
         band: Band = ctx.band
         num_heads, hidden = ctx.num_heads, context.shape[1]
         shape = (num_heads, hidden // num_heads)
@@ -265,16 +275,16 @@ class _BandAttention(torch.autograd.Function):
         mean = (grad.to(exact) * context).view(-1, *shape).sum(dim=2).to(grad.dtype)
         mean = F.pad(mean, (0, 0, 0, band.num_blocks * band.block - grad.shape[0]))
         mean = mean.view(band.num_blocks, band.block, num_heads).transpose(1, 2)  # (N, A, Q)
-        total = torch.zeros_like(padded)
-        extra = padded.new_zeros((band.num_blocks, 3 * hidden))
+        total = qkv.new_zeros((band.padded_size, 3 * hidden))
+        extra = qkv.new_zeros((band.num_blocks, 3 * hidden))
 
         def as_blocks(left: Tensor, right: Tensor) -> Tensor:
             return torch.bmm(left, right).unflatten(0, (-1, num_heads))
 
-        for start, end in _pieces(signed_weights):
-            query = _scaled(_query_view(padded, band, start, end, shape), scale)
-            key = _key_blocks(padded, band, start, end, shape, hidden).flatten(0, 1)
-            value = _key_blocks(padded, band, start, end, shape, 2 * hidden).flatten(0, 1)
+        for start, end in _pieces(band, num_heads):
+            query = _scaled(_query_blocks(qkv, band, start, end, shape), scale)
+            key = _key_blocks(qkv, band, start, end, shape, hidden).flatten(0, 1)
+            value = _key_blocks(qkv, band, start, end, shape, 2 * hidden).flatten(0, 1)
             out = _query_view(padded_grad, band, start, end, shape)
             out = _scaled(out, keep_scale(ctx.dropout_p))
             weights = kept = signed_weights[start:end].flatten(0, 1)
@@ -295,8 +305,9 @@ class _BandAttention(torch.autograd.Function):
         return total[band.half : band.half + grad.shape[0]], None, None, None
 
 
-def _pieces(weights: Tensor) -> list[tuple[int, int]]:
-    """Cut the N blocks of (N, A, Q, K) into runs of at most `SCORES_AT_ONCE` scores."""
-    num_blocks = weights.shape[0]
-    step = max(1, SCORES_AT_ONCE // weights[0].numel())
-    return [(start, min(start + step, num_blocks)) for start in range(0, num_blocks, step)]
+def _pieces(band: Band, num_heads: int) -> list[tuple[int, int]]:
+    """Cut the N blocks into runs of at most `SCORES_AT_ONCE` scores."""
+    step = max(1, SCORES_AT_ONCE // (num_heads * band.block * band.num_keys))
+    return [
+        (start, min(start + step, band.num_blocks)) for start in range(0, band.num_blocks, step)
+    ]
