@@ -203,23 +203,23 @@ class RecformerSelfAttention(nn.Module):
         query = query.transpose(0, 1).index_select(0, layout.chunk_sequence)  # (C, A, H)
 
         chunks = layout.gather_chunks(hidden)  # (C, S, H)
-        scores = _exact(torch.matmul(chunks, query.transpose(1, 2)))  # (C, S, A)
-        scores = scores.masked_fill(~layout.chunk_valid[:, :, None], float("-inf"))
+        scores = _exact(torch.matmul(query, chunks.transpose(1, 2)))  # (C, A, S)
+        scores = scores.masked_fill(~layout.chunk_valid[:, None], float("-inf"))
         with torch.no_grad():  # for the range of exp alone: the softmax does not depend on it
             top = scores.new_full((layout.batch_size, heads), float("-inf"))
             index = layout.chunk_sequence[:, None].expand(-1, heads)
-            top.scatter_reduce_(0, index, scores.amax(dim=1), "amax")
-            top = top.index_select(0, layout.chunk_sequence)[:, None]
+            top.scatter_reduce_(0, index, scores.amax(dim=2), "amax")
+            top = top.index_select(0, layout.chunk_sequence)[:, :, None]
         weights = (scores - top).exp()
-        total = layout.sum_chunks(weights.sum(dim=1)).index_select(0, layout.chunk_sequence)
-        weights = dropout(weights / total[:, None], self.dropout_p, self.training)  # (C, S, A)
+        total = layout.sum_chunks(weights.sum(dim=2)).index_select(0, layout.chunk_sequence)
+        weights = dropout(weights / total[:, :, None], self.dropout_p, self.training)  # (C, A, S)
 
-        summed = _exact(torch.matmul(weights.to(chunks.dtype).transpose(1, 2), chunks))  # (C, A, H)
+        summed = _exact(torch.matmul(weights.to(chunks.dtype), chunks))  # (C, A, H)
         summed = layout.sum_chunks(summed).to(hidden.dtype)  # (B, A, H)
         value_weight = self.value_global.weight.view(heads, dim, width)
         context = torch.matmul(summed.transpose(0, 1), value_weight.transpose(1, 2))  # (A, B, D)
         # The weights add up to 1 unless some were dropped.
-        mass = layout.sum_chunks(weights.sum(dim=1))  # (B, A)
+        mass = layout.sum_chunks(weights.sum(dim=2))  # (B, A)
         bias = self.value_global.bias.view(heads, dim) * mass[:, :, None]
         context = (context.transpose(0, 1) + bias).reshape(-1, width).to(hidden.dtype)
         return _ZeroGradient.apply(context, self.key_global.bias)

@@ -24,8 +24,8 @@ from recformer.models.dropout import BITS, clear, draw_keep, keep_scale
 # Fewer queries a block copy every key more often, more of them score more pairs outside the band;
 # 64 was the quickest on CPU for the published window of 64.
 QUERY_BLOCK = 64
-# Scores that are computed at once on CPU: few enough to stay in the cache.
-SCORES_AT_ONCE = 1 << 19
+# Scores that a training step on CPU holds at once: few enough to stay in the cache.
+SCORES_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Band:
     Attributes:
         block: Q, queries a block.
         half: tokens visible on either side.
-        first: (N,) int64 the token that serves as the extra key of each block.
         queries: (N * Q,) int64 token of each query; any token beyond the end of the run.
         keys: (N, K) int64 token of each key. Key 0 is the extra one, key 1 + j the token
             `block * n - half + j`; any token where that is outside the run.
@@ -44,7 +43,6 @@ class Band:
 
     block: int
     half: int
-    first: Tensor
     queries: Tensor
     keys: Tensor
     mask: Tensor
@@ -108,7 +106,6 @@ def build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.dt
     return Band(
         block=block,
         half=half,
-        first=extra,
         queries=query_token.flatten(),
         keys=torch.cat([extra[:, None], key_token], dim=1),
         mask=mask.masked_fill_(~visible, float("-inf")),
@@ -125,7 +122,9 @@ def band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0
     Returns:
         (T, H).
     """
-    if qkv.device.type == "cpu":  # where the fused kernel is slower, and knows no dropout
+    if qkv.device.type == "cpu" and (torch.is_grad_enabled() or dropout_p > 0):
+        # The fused kernel knows no dropout on CPU, and is slow backward. With dropout the same code
+        # must run whether gradients are on or off: checkpointing repeats a forward pass with them.
         return _BandAttention.apply(qkv, band, num_heads, dropout_p)
     return fused_band_attention(qkv, band, num_heads, dropout_p)
 
@@ -220,12 +219,12 @@ class _Blocks(torch.autograd.Function):
         extra = query.new_zeros((band.num_blocks, 3 * hidden))
         extra[:, hidden : 2 * hidden] = _add_key_blocks(total, band, 0, key, hidden)
         extra[:, 2 * hidden :] = _add_key_blocks(total, band, 0, value, 2 * hidden)
-        total.index_add_(0, band.first + band.half, extra)
+        total.index_add_(0, band.keys[:, 0] + band.half, extra)
         return total[band.half : band.half + ctx.num_tokens], None, None
 
 
 class _BandAttention(torch.autograd.Function):
-    """`band_attention` on CPU: a few blocks at a time, out of the cache.
+    """`band_attention` for training on CPU: a few blocks at a time, out of the cache.
 
     Kept for the way back are the weights before dropout, with a minus sign where they were dropped.
     """
@@ -236,17 +235,14 @@ class _BandAttention(torch.autograd.Function):
         num_blocks, block, num_keys = band.mask.shape
         shape = (num_heads, hidden // num_heads)
         sign = torch.iinfo(BITS[qkv.dtype]).min
-        learns = ctx.needs_input_grad[0]
-        signed_weights = qkv.new_empty((num_blocks if learns else 0, num_heads, block, num_keys))
+        signed_weights = qkv.new_empty((num_blocks, num_heads, block, num_keys))
         context = qkv.new_empty((num_blocks, block, *shape))
-        for start, end in _pieces(band, num_heads):
+        for start, end in _pieces(signed_weights):
             query = _scaled(_query_blocks(qkv, band, start, end, shape), shape[1] ** -0.5)
             key = _key_blocks(qkv, band, start, end, shape, hidden).flatten(0, 1)
             scores = torch.bmm(query, key.transpose(1, 2))
             scores.view(-1, num_heads, block, num_keys).add_(band.mask[start:end, None])
-            weights = (
-                signed_weights[start:end].flatten(0, 1) if learns else torch.empty_like(scores)
-            )
+            weights = signed_weights[start:end].flatten(0, 1)
             torch.softmax(scores, dim=-1, out=weights)
             if dropout_p > 0:
                 keep = draw_keep(weights.shape, dropout_p, weights.dtype)
@@ -281,7 +277,7 @@ class _BandAttention(torch.autograd.Function):
         def as_blocks(left: Tensor, right: Tensor) -> Tensor:
             return torch.bmm(left, right).unflatten(0, (-1, num_heads))
 
-        for start, end in _pieces(band, num_heads):
+        for start, end in _pieces(signed_weights):
             query = _scaled(_query_blocks(qkv, band, start, end, shape), scale)
             key = _key_blocks(qkv, band, start, end, shape, hidden).flatten(0, 1)
             value = _key_blocks(qkv, band, start, end, shape, 2 * hidden).flatten(0, 1)
@@ -301,13 +297,12 @@ class _BandAttention(torch.autograd.Function):
             torch.mul(
                 as_blocks(scores, key), scale, out=_query_view(total, band, start, end, shape)
             )
-        total.index_add_(0, band.first + band.half, extra)
+        total.index_add_(0, band.keys[:, 0] + band.half, extra)
         return total[band.half : band.half + grad.shape[0]], None, None, None
 
 
-def _pieces(band: Band, num_heads: int) -> list[tuple[int, int]]:
-    """Cut the N blocks into runs of at most `SCORES_AT_ONCE` scores."""
-    step = max(1, SCORES_AT_ONCE // (num_heads * band.block * band.num_keys))
-    return [
-        (start, min(start + step, band.num_blocks)) for start in range(0, band.num_blocks, step)
-    ]
+def _pieces(weights: Tensor) -> list[tuple[int, int]]:
+    """Cut the N blocks of (N, A, Q, K) into runs of at most `SCORES_AT_ONCE` scores."""
+    num_blocks = weights.shape[0]
+    step = max(1, SCORES_AT_ONCE // weights[0].numel())
+    return [(start, min(start + step, num_blocks)) for start in range(0, num_blocks, step)]
