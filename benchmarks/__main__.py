@@ -26,10 +26,13 @@ BENCHMARKS = {
     "training": "benchmarks.encoder:training_rows",
     "lengths": "benchmarks.encoder:length_rows",
     "tricks": "benchmarks.tricks:rows",
+    "items": "benchmarks.item_encoding:rows",
     "ranking": "benchmarks.ranking:rows",
     "loader": "benchmarks.loader:rows",
     "tokenization": "benchmarks.tokenization:rows",
     "data_preparation": "benchmarks.data_preparation:rows",
+    "gsasrec": "benchmarks.sequence_models:rows",
+    "generation": "benchmarks.generation:rows",
 }
 
 

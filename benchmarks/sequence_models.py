@@ -1,15 +1,15 @@
 """Training of the id-based baselines against the usual ways of doing it, in one run.
 
-    python -m benchmarks.sequence_models gsasrec
-    python -m benchmarks.sequence_models sasrec --data_path FOLDER --rectools_python PYTHON
+    python -m benchmarks gsasrec
+    python -m benchmarks.sequence_models --data_path FOLDER --rectools_python PYTHON
 
-`gsasrec`: a training step at the size of MovieLens-1M (128 sequences of 200 items, 3,416 items, 256
+The first: a training step at the size of MovieLens-1M (128 sequences of 200 items, 3,416 items, 256
 negatives a position, 128 dimensions, 2 blocks), forward, backward and AdamW, against the same
 network whose loss gathers the 257 item vectors of every position, with the published form of gBCE.
 Same weights, same negatives; the losses are compared first. The two take turns; medians count.
 
-`sasrec`: an epoch of SASRec with full softmax (128 dimensions, 2 blocks, 50 items, batch 256) on a
-processed folder against `SASRecModel` of RecTools 0.19, one after the other. RecTools needs numpy
+The second: an epoch of SASRec with full softmax (128 dimensions, 2 blocks, 50 items, batch 256) on
+a processed folder against `SASRecModel` of RecTools 0.19, one after the other. RecTools needs numpy
 below 2, so it runs as a subprocess in an environment of its own:
 
     python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0" "numpy<2"
@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,8 @@ from baselines.id_sequences import CausalCollator
 from baselines.item_table import ItemTable
 from baselines.recommender import Objective, SequenceRecommender
 from baselines.sasrec import SASRec
-from recformer.files import UserError, exit_with_message, write_json
+from benchmarks.measure import REPEATS, header, in_turns, line, pin_threads, row
+from recformer.files import UserError, exit_with_message
 from recformer.losses import sample_negatives
 
 NUM_ITEMS, LENGTH, HIDDEN, NEGATIVES, CALIBRATION = 3416, 200, 128, 256, 0.75
@@ -81,8 +80,9 @@ def gathered_loss(users: Tensor, table: Tensor, labels: Tensor, negatives: Tenso
     return F.binary_cross_entropy_with_logits(logits, truth)
 
 
-def gsasrec_step(batch_size: int, length: int, repeats: int) -> dict[str, Any]:
-    """A row: median seconds of a training step, ours and with gathered vectors."""
+def rows(quick: bool) -> Iterator[dict[str, Any]]:
+    """The training step of gSASRec, ours and with gathered vectors."""
+    batch_size, length = (4, 8) if quick else (128, LENGTH)
     torch.manual_seed(0)
     models = []
     for _ in range(2):
@@ -116,8 +116,16 @@ def gsasrec_step(batch_size: int, length: int, repeats: int) -> dict[str, Any]:
     losses = step(0), step(1)  # also the warm-up
     if abs(losses[0] - losses[1]) > 1e-5:
         raise AssertionError(f"the losses differ: {losses}")
-    seconds = _in_turns([lambda: step(0), lambda: step(1)], repeats)
-    return _row("gSASRec training step", seconds[0], "257 vectors gathered a position", seconds[1])
+    ours, theirs = in_turns(REPEATS, lambda: step(0), lambda: step(1))
+    yield row(
+        f"gSASRec training step, {batch_size} x {length} items, {NEGATIVES} negatives",
+        ours,
+        f"{NEGATIVES + 1} vectors gathered a position",
+        theirs,
+        amount=batch_size * length,
+        unit="positions",
+        note=f"losses {losses[0]:.6f} and {losses[1]:.6f}",
+    )
 
 
 def sasrec_epoch(data_path: Path, python: str) -> dict[str, Any]:
@@ -150,56 +158,25 @@ def sasrec_epoch(data_path: Path, python: str) -> dict[str, Any]:
     if done.returncode != 0:
         raise UserError(f"{python} could not run RecTools: {done.stderr.strip()[-300:]}")
     theirs = json.loads(done.stdout.strip().splitlines()[-1])
-    return _row("SASRec epoch, full softmax", times[1] - times[0], "RecTools 0.19", theirs)
-
-
-def _in_turns(calls: list[Callable[[], Any]], repeats: int) -> list[float]:
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, taken in zip(calls, times, strict=True):
-            started = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
-
-
-def _row(what: str, ours: float, peer: str, theirs: float) -> dict[str, Any]:
-    return {
-        "what": what,
-        "ours_seconds": ours,
-        "peer": peer,
-        "peer_seconds": theirs,
-        "ratio": theirs / ours,
-    }
+    return row("SASRec epoch, full softmax", times[1] - times[0], "RecTools 0.19", theirs)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.sequence_models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["gsasrec", "sasrec"])
-    parser.add_argument("--batch_size", type=int, default=128, help="gsasrec: sequences")
-    parser.add_argument("--length", type=int, default=LENGTH, help="gsasrec: items a sequence")
-    parser.add_argument("--repeats", type=int, default=3, help="gsasrec")
-    parser.add_argument("--data_path", type=Path, help="sasrec: processed folder")
-    parser.add_argument("--rectools_python", default=sys.executable, help="sasrec: its Python")
-    parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--json", help="file for the row")
+    parser.add_argument("--data_path", type=Path, required=True, help="processed folder")
+    parser.add_argument(
+        "--rectools_python", required=True, help="of an environment that has RecTools"
+    )
+    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.what == "gsasrec":
-        row = gsasrec_step(args.batch_size, args.length, args.repeats)
-    else:
-        if args.data_path is None:
-            raise UserError("sasrec needs --data_path, a processed folder")
-        row = sasrec_epoch(args.data_path, args.rectools_python)
-    print(
-        f"{row['what']}: {row['ours_seconds']:.2f} s; {row['peer']}: {row['peer_seconds']:.2f} s; "
-        f"ratio {row['ratio']:.1f}; {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    if args.json:
-        write_json(args.json, row, indent=1)
+    pin_threads(args.threads)
+    values = sasrec_epoch(args.data_path, args.rectools_python)
+    print(header())
+    print(line(values))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,14 @@ from benchmarks import encoder, measure, ranking
 from benchmarks.measure import Work, in_turns, line, measure_case, row, run_alone
 from recformer import RecformerConfig
 
+BENCHMARKS_WITH_MEMORY = (
+    "encoder",
+    "item_encoding",
+    "ranking",
+    "tokenization",
+    "data_preparation",
+    "generation",
+)
 FIELDS = {
     "what",
     "ours_seconds",
@@ -49,7 +57,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments = json.loads(json.dumps(args))
         return measure_case(f"{case.__module__}:{case.__name__}", arguments, repeats)
 
-    for name in ("encoder", "ranking", "tokenization", "data_preparation"):
+    for name in BENCHMARKS_WITH_MEMORY:
         module = __import__(f"benchmarks.{name}", fromlist=["run_alone"])
         monkeypatch.setattr(module, "run_alone", here)
 
@@ -153,6 +161,8 @@ def test_every_benchmark_runs(
                 assert float(error) > 0.999
             else:
                 assert float(error) < limit
+    if name == "generation":
+        assert written["rows"][0]["note"].startswith("100.00% of the places")
     if name == "ranking":
         assert written["rows"][0]["note"] == "100.00% of users with the same rank"
 
