@@ -261,7 +261,7 @@ def test_zero_shot_only_evaluates(data, finished, tmp_path, monkeypatch):
 
 
 def test_training_learns_the_order_of_things(data, tmp_path):
-    settings = {"num_train_epochs": 25, "verbose": 5, "stages": "1", "batch_size": 8}
+    settings = {"num_train_epochs": 40, "verbose": 5, "stages": "1", "batch_size": 8}
     settings |= {"gradient_accumulation_steps": 1, "learning_rate": 1e-2}
     result = run(arguments(data, tmp_path, **settings))
     before, after = (result["evaluations"][name]["test"] for name in ("zero_shot", "stage1"))
