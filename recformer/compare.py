@@ -133,7 +133,9 @@ def draw(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, compare, print and write."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m recformer.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER[:EVALUATION]")
     parser.add_argument("--metric", default="NDCG@10", help="of the paired test (NDCG@10)")

@@ -91,7 +91,11 @@ def run(args: EncodeArguments) -> Vectors:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(EncodeArguments, description=__doc__.split("\n\n")[0])
+    parser = HfArgumentParser(
+        EncodeArguments,
+        prog="python -m recformer.encode_items",
+        description=__doc__.split("\n\n")[0],
+    )
     (args,) = parser.parse_args_into_dataclasses(argv)
     run(args)
 

@@ -235,7 +235,9 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(FinetuneArguments, description=__doc__.split("\n\n")[0])
+    parser = HfArgumentParser(
+        FinetuneArguments, prog="python -m recformer.finetune", description=__doc__.split("\n\n")[0]
+    )
     (args,) = parser.parse_args_into_dataclasses(with_protocol(argv, "evaluation"))
     run(args)
 

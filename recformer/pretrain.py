@@ -421,7 +421,9 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(PretrainArguments, description=__doc__.split("\n\n")[0])
+    parser = HfArgumentParser(
+        PretrainArguments, prog="python -m recformer.pretrain", description=__doc__.split("\n\n")[0]
+    )
     (args,) = parser.parse_args_into_dataclasses(argv)
     Run(args).train()
 

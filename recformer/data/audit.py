@@ -664,7 +664,9 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, audit, print and write."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m recformer.data.audit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", help="as finetune_data/process.py writes it")
     parser.add_argument(
