@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, LongformerConfig, LongformerModel
 
@@ -330,6 +331,58 @@ def test_bfloat16_points_the_same_way(encoder: RecformerModel) -> None:
     for got in (autocast, weights):
         assert got.dtype == torch.bfloat16
         assert torch.cosine_similarity(got.float(), expected).min() > 0.999
+
+
+def test_layer_norms_in_float32_change_nothing(
+    encoder: RecformerModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast a GPU gives the output of LayerNorm in float32, a CPU does not."""
+
+    def layer_norm(self: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+
+    packed = random_batch([13, 1, 40])
+
+    def vectors() -> list[Tensor]:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return [encoder.encode(packed), *encoder.encode_tokens(packed)]
+
+    expected = vectors()
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", layer_norm)
+    for got, before in zip(vectors(), expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert torch.cosine_similarity(got.float(), before.float()).min() > 0.999
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pooler_type", ["cls", "avg"])
+def test_a_gpu_gives_the_same_vectors_and_gradients(pooler_type: str) -> None:
+    check_device(pooler_type, "cuda")
+
+
+def check_device(pooler_type: str, device: str) -> None:
+    """Vectors and gradients in float32 and under autocast, against those in float64 on the CPU."""
+    model = RecformerModel(tiny_config(pooler_type=pooler_type, initializer_range=0.2)).eval()
+    packed, weight = random_batch([13, 1, 40, 100]), torch.randn(4, 16)
+
+    def run(model: RecformerModel, device: str, autocast: bool) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            pooled = model.encode(packed.to(device))
+        (pooled * weight.to(pooled)).sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return pooled.detach().double().cpu(), grads.double().cpu()
+
+    exact = run(model.double(), "cpu", False)
+    model = model.float().to(device)
+    for got, expected in zip(run(model, device, False), exact, strict=True):
+        assert (got - expected).norm() < 1e-5 * expected.norm()
+    for got, expected in zip(run(model, device, True), exact, strict=True):
+        assert torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.99
+    loss = model.train().encode(packed.to(device)).square().sum()  # with dropout
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("pooler_type", ["cls", "avg"])

@@ -94,8 +94,9 @@ class _ResidualOutput(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        hidden = self.dense(hidden)
-        return self.LayerNorm(add_dropout(residual, hidden, self.dropout_p, self.training))
+        hidden = add_dropout(residual, self.dense(hidden), self.dropout_p, self.training)
+        # Autocast on a GPU gives the output of LayerNorm in float32.
+        return self.LayerNorm(hidden).to(residual.dtype)
 
 
 class RecformerAttention(nn.Module):
