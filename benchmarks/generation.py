@@ -247,6 +247,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks.generation import main  # cases run in processes that import them by this name
-
     main()

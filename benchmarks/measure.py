@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -25,8 +26,11 @@ from typing import Any
 
 import torch
 
+from recformer.files import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 3
+WHAT_WIDTH = 72  # of the table's first column
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 # What decides about matrix products.
 ISA_FLAGS = (
@@ -128,7 +132,9 @@ def run_alone(case: Callable[..., Work], *args: Any, repeats: int = 0) -> dict[s
     Raises:
         SystemExit: the case failed; its own message stands above.
     """
-    name = f"{case.__module__}:{case.__name__}"
+    # The module of a command is called __main__ here, but not there.
+    module = getattr(sys.modules[case.__module__].__spec__, "name", case.__module__)
+    name = f"{module}:{case.__name__}"
     command = [sys.executable, "-m", __spec__.name, name, json.dumps(args), str(repeats)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     if done.returncode:
@@ -161,14 +167,17 @@ def _peak_mb(reset: bool) -> float:
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status")
-    if not status.is_file():  # not Linux: the peak cannot start anew
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024 / 1e6
+        # Not Linux, or a sandbox: the peak cannot start anew.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status")
+    text = status.read_text() if status.is_file() else ""
+    lines = dict(line.split(":", 1) for line in text.splitlines())
+    if "VmHWM" in lines:
+        return int(lines["VmHWM"].split()[0]) * 1024 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def available_gb() -> float:
@@ -181,7 +190,13 @@ def available_gb() -> float:
 
 
 def pin_threads(count: int | None) -> int:
-    """Tie this process and its children to `count` cores (None: all) and as many threads."""
+    """Tie this process and its children to `count` cores (None: all) and as many threads.
+
+    Raises:
+        UserError: `count` is less than 1.
+    """
+    if count is not None and count < 1:
+        raise UserError(f"--threads {count}: must be at least 1")
     if hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         count = min(count or len(cores), len(cores))
@@ -219,8 +234,8 @@ def machine(threads: int) -> dict[str, Any]:
 def header() -> str:
     """Head of the table."""
     return (
-        f"{'what':<58}{'ours s':>9}{'a second':>17}{'peer s':>10}{'ratio':>7}{'ceiling':>9}"
-        f"{'MB':>9}{'peer MB':>9}  peer"
+        f"{'what':<{WHAT_WIDTH}}{'ours s':>9}{'a second':>17}{'peer s':>10}{'ratio':>7}"
+        f"{'ceiling':>9}{'MB':>9}{'peer MB':>9}  peer"
     )
 
 
@@ -234,7 +249,7 @@ def line(values: dict[str, Any]) -> str:
     if values["amount"] is not None:
         rate = f"{values['amount'] / values['ours_seconds']:,.0f} {values['unit']}"
     text = (
-        f"{values['what']:<58}{values['ours_seconds']:>9.4g}{rate:>17}"
+        f"{values['what']:<{WHAT_WIDTH}}{values['ours_seconds']:>9.4g}{rate:>17}"
         f"{number('peer_seconds', '.4g'):>10}{number('ratio', '.2f'):>7}"
         f"{number('share_of_ceiling', '.0%'):>9}{number('peak_memory_mb', ',.0f'):>9}"
         f"{number('peer_peak_memory_mb', ',.0f'):>9}  {values['peer']}"

@@ -130,7 +130,7 @@ def _training_rows(size: str) -> Iterator[dict[str, Any]]:
                 lambda: patch.object(attention, "band_attention", band.fused_band_attention),
             ),
             (
-                "attention in pieces that fit in the cache",
+                "attention in pieces of cache size",
                 lambda: patch.object(band, "SCORES_AT_ONCE", 2**62),
             ),
             ("dropout from 16 random bits", _bernoulli),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks import __main__ as command
 from benchmarks import encoder, measure, ranking
 from benchmarks.measure import Work, in_turns, line, measure_case, row, run_alone
 from recformer import RecformerConfig
+from recformer.files import UserError
 
 BENCHMARKS_WITH_MEMORY = (
     "encoder",
@@ -99,6 +101,24 @@ def test_memory_is_that_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> No
     del held
 
 
+def test_a_case_of_the_command_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `python -m` its module is called __main__, in the process of the case it is not."""
+    monkeypatch.setattr(memory_case, "__module__", "__main__")
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules[__name__])
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    assert run_alone(memory_case, 1)["summary"] == 10**6
+
+
+def test_a_peak_that_cannot_start_anew_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert measure._peak_mb(reset=True) > 100  # torch alone is more
+    monkeypatch.setattr(Path, "read_text", lambda _: "Name:\tpython\nVmRSS:\t1 kB\n")  # gVisor's
+    assert measure._peak_mb(reset=True) > 100
+
+
 def test_a_failed_case_is_named() -> None:
     with pytest.raises(SystemExit, match="memory_case"):
         run_alone(memory_case, 50)  # this module cannot be imported there
@@ -153,6 +173,7 @@ def test_every_benchmark_runs(
         assert values["benchmark"] == name
         assert values["ours_seconds"] > 0
         assert values["what"] in printed
+        assert len(values["what"]) < measure.WHAT_WIDTH
     if name in ("encoder", "training"):
         for values in written["rows"]:
             kind, _, error = values["note"].rpartition(" ")
@@ -165,6 +186,12 @@ def test_every_benchmark_runs(
         assert written["rows"][0]["note"].startswith("100.00% of the places")
     if name == "ranking":
         assert written["rows"][0]["note"] == "100.00% of users with the same rank"
+
+
+@pytest.mark.parametrize("threads", ["0", "-1"])
+def test_too_few_threads_are_refused(threads: str) -> None:
+    with pytest.raises(UserError, match=f"--threads {threads}: must be at least 1"):
+        command.main(["lengths", "--quick", "--threads", threads])
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
