@@ -168,9 +168,9 @@ def draw(groups: Sequence[Sequence[Row]], path: Path, metric: str = METRICS[0]) 
     for axis, group in zip(axes[:, 0], groups, strict=True):
         for place, row in enumerate(group):
             value, low, high = row.figures[metric]
-            trained = "C7" if row.run.name in UNTRAINED else "C0"
-            axis.plot([low, high], [place, place], color=trained)
-            axis.plot(value, place, "o", color=trained)
+            color = "C7" if row.parameters == 0 else "C0"  # nothing was trained
+            axis.plot([low, high], [place, place], color=color)
+            axis.plot(value, place, "o", color=color)
         axis.set_yticks(range(len(group)), [row.run.name for row in group])
         axis.invert_yaxis()
         axis.set_xlim(left=0)
