@@ -80,7 +80,10 @@ def row_of(text: str, folder: ProcessedFolder | None = None) -> Row:
     values = per_user_metrics(run.ranks, (10, 50), run.rule["ties"])
     intervals = {name: bootstrap_interval(values[name]) for name in METRICS}
     seconds: float | None = 0.0
-    if evaluation != "zero_shot":
+    parameters = metrics.get("parameters")
+    if evaluation == "zero_shot":
+        parameters = 0
+    else:
         rows = [row for stage in metrics["stages"].values() for row in stage["rows"]]
         seconds = float(sum(row["seconds"] for row in rows))
     parts = {n: [p["num_users"], p[METRICS[0]]] for n, p in figures.get("slices", {}).items()}
@@ -91,7 +94,7 @@ def row_of(text: str, folder: ProcessedFolder | None = None) -> Row:
         run,
         {name: [float(values[name].mean()), *intervals[name]] for name in METRICS},
         parts,
-        metrics.get("parameters"),
+        parameters,
         seconds,
         1000 * metrics["seconds_a_user"] if metrics.get("seconds_a_user") else None,
     )

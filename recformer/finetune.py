@@ -207,12 +207,14 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
                 evaluations[stage] = evaluations["stage1"]
                 say(f"{stage} did not improve on {args.metric} {best:.4f}: stage 1's model stays")
     final = list(evaluations)[-1]
+    trained = [weight for weight in this.model.parameters() if weight.requires_grad]
     result: dict[str, Any] = {
         "test": evaluations[final]["test"],
         "validation": evaluations[final]["val"],
         "evaluations": evaluations,
         "stages": stages,
         **this.experiment.summary(),
+        "parameters": 0 if args.zero_shot else sum(weight.numel() for weight in trained),
         "seconds": round(time.monotonic() - started, 1),
     }
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -257,6 +257,9 @@ def test_zero_shot_only_evaluates(data, finished, tmp_path, monkeypatch):
     monkeypatch.setattr("recformer.training.item_encoder.pack_sequences", None)
     result = run(arguments(data, tmp_path, zero_shot=True))
     assert result["evaluations"] == {"zero_shot": finished[1]["evaluations"]["zero_shot"]}
+    assert result["parameters"] == 0
+    weights = RecformerForSeqRec.from_pretrained(finished[0] / "best_model").longformer
+    assert finished[1]["parameters"] == sum(weight.numel() for weight in weights.parameters())
     assert not (tmp_path / "best_model").exists()
 
 

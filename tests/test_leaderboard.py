@@ -61,7 +61,7 @@ def test_a_table_by_hand(tmp_path, capsys):
     # Four users differ: 2 of 16, times three or less, and the smaller is not below the larger.
     assert rows[1]["p"] == rows[2]["p"] == pytest.approx(2 * 2 / 16, abs=0.03)
     assert rows[0]["train_seconds"] == 90
-    assert rows[2]["train_seconds"] == 0
+    assert rows[2]["train_seconds"] == rows[2]["parameters"] == 0
     assert "|good|1.0000 [1.0000, 1.0000]|" in printed
     assert "|1,234|1.5 min|2.0|" in printed
     assert "|cold target (2)|" in printed
