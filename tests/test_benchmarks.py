@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import encoder, measure, ranking
+from benchmarks import encoder, measure, ranking, tricks
 from benchmarks.measure import Work, in_turns, line, measure_case, row, run_alone
 from recformer import RecformerConfig
 from recformer.files import UserError
+from recformer.models import attention
+from recformer.models.attention import AttentionLayout, RecformerSelfAttention
+from recformer.models.band import fused_band_attention
+from recformer.models.dropout import dropout
 
 BENCHMARKS_WITH_MEMORY = (
     "encoder",
@@ -148,6 +152,43 @@ def test_operations_are_those_of_the_layers() -> None:
     assert encoder.operations(config, [3], pooled=True) == layer + 160 + 96 + 96
     _, counted = encoder.products(config, 3, torch.float32)
     assert counted == 2 * 3 * 256
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "plain"),
+    [
+        (RecformerSelfAttention, "_attend_from_first", tricks._project_every_token),
+        (AttentionLayout, "gather_chunks", tricks._gather_chunks),
+        (attention, "band_attention", fused_band_attention),
+    ],
+)
+def test_without_a_trick_the_encoder_computes_the_same(
+    owner: Any, name: str, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = encoder.build_ours("tiny").double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    packed = encoder.pack([5, 1, 40, 90], 1000)
+    weight = torch.randn(packed.num_tokens, model.config.hidden_size)
+
+    def run() -> list[torch.Tensor]:
+        model.zero_grad()
+        hidden = model.encode_tokens(packed)[0]
+        (hidden * weight).sum().backward()
+        return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = run()
+    monkeypatch.setattr(owner, name, plain)
+    for got, before in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, before, rtol=1e-8, atol=1e-8)
+
+
+def test_plain_dropout_drops_the_share_it_says() -> None:
+    x = torch.ones(400, 500)
+    with tricks._bernoulli():
+        y = dropout(x, 0.1, training=True)
+    assert float((y == 0).float().mean()) == pytest.approx(0.1, abs=0.005)  # 7 sigma
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.9), rtol=1e-4, atol=0)
 
 
 def test_long_work_of_the_peer_is_cut_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
