@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,22 @@ def test_a_single_cold_item_is_tested_or_validated_on() -> None:
     assert 8 < outcomes.count(on_val) < 32
 
 
+def test_the_lowest_draws_of_users_are_split_as_well() -> None:
+    names = [f"u{n}" for n in range(400)]
+    few = np.flatnonzero(draw_names(names, 40, seed=0)).tolist()  # as --max_users 40 keeps them
+    data = histories(*(ordered(0, 1, 4, 2, 3) for _ in few))
+    data = replace(data, user_names=[names[user] for user in few])
+    data = replace(data, item_names=next(
+        drawn for n in range(1000)
+        if draw_names(drawn := [f"{n} {item}" for item in range(5)], 1, 0)[4]
+    ))  # fmt: skip
+    split = hold_out_items(data, split_leave_one_out(data), share=0.2, seed=0)
+    val, test = (Counter(map(tuple, part)) for part in lists(split, data)[1:])
+    assert set(val) == {(4,), (1,)}
+    assert set(test) == {(2, 3), (4,)}
+    assert 8 < test[4,] < 32
+
+
 def test_nothing_left_to_train_on() -> None:
     data = histories(ordered(0, 0, 0))
     with pytest.raises(UserError, match="nothing to train on"):
@@ -248,6 +266,19 @@ def test_k_core_goes_on_until_nothing_changes() -> None:
     assert counts == {"interactions_outside_k_core": 4}
     nothing, _ = filter_interactions(events(*rows), k_core=3)
     assert left(nothing) == []
+
+
+def test_repeats_that_k_core_brings_together_go_too() -> None:
+    # y is met once and leaves: a met x, x, z then, of which one x stays.
+    rows = [(0, 0, 1), (0, 1, 2), (0, 0, 3), (0, 2, 4), (1, 0, 1), (1, 2, 2), (2, 2, 1), (2, 0, 2)]
+    kept, counts = filter_interactions(events(*rows), drop_consecutive_repeats=True, k_core=2)
+    assert left(kept) == [rows[n] for n in (0, 3, 4, 5, 6, 7)]
+    assert counts == {"consecutive_repeats_removed": 1, "interactions_outside_k_core": 1}
+    # Here a is left with a single x after that, and goes in a second round.
+    rows = [(0, 0, 1), (0, 1, 2), (0, 0, 3), (1, 0, 1), (1, 2, 2), (2, 0, 1), (2, 2, 2)]
+    kept, counts = filter_interactions(events(*rows), drop_consecutive_repeats=True, k_core=2)
+    assert left(kept) == rows[3:]
+    assert counts == {"consecutive_repeats_removed": 1, "interactions_outside_k_core": 2}
 
 
 @pytest.mark.parametrize(

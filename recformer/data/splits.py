@@ -180,40 +180,51 @@ def filter_interactions(
         drop_consecutive_repeats: where a user, in order of time, meets the same item several times
             running, keep the first.
         k_core: leave out users and items with fewer interactions than this, again and again until
-            none is left; 0 and 1 leave all in.
+            none is left; 0 and 1 leave all in. What it leaves out may bring repeats together:
+            where both are asked for, both go on until neither finds anything.
 
     Returns:
         What is left, with the codes of users and items as they were, and how many interactions
         each step that was asked for left out.
     """
     counts = {}
-    frame = interactions.frame().with_row_index("place")
+    kept = np.arange(len(interactions))
     if deduplicate:
-        before = len(frame)
+        frame = interactions.frame().with_row_index("place")
         frame = frame.unique(["user", "item", "time"], keep="first", maintain_order=True)
-        counts["duplicates_removed"] = before - len(frame)
+        kept = frame["place"].to_numpy().astype(np.int64)
+        counts["duplicates_removed"] = len(interactions) - len(kept)
     if drop_consecutive_repeats:
-        before = len(frame)
-        repeats = (pl.col("user") == pl.col("user").shift()) & (
-            pl.col("item") == pl.col("item").shift()
-        )
-        frame = (
-            frame.sort("user", "time", maintain_order=True)
-            .filter(~repeats.fill_null(False))
-            .sort("place")
-        )
-        counts["consecutive_repeats_removed"] = before - len(frame)
-    kept = frame["place"].to_numpy().astype(np.int64)
+        counts["consecutive_repeats_removed"] = 0
     if k_core > 1:
+        counts["interactions_outside_k_core"] = 0
+    before = None
+    while len(kept) != before:
         before = len(kept)
-        kept = _k_core(interactions, kept, k_core)
-        counts["interactions_outside_k_core"] = before - len(kept)
+        if drop_consecutive_repeats:
+            kept = _first_of_repeats(interactions, kept)
+            counts["consecutive_repeats_removed"] += before - len(kept)
+        if k_core > 1:
+            with_small = len(kept)
+            kept = _k_core(interactions, kept, k_core)
+            counts["interactions_outside_k_core"] += with_small - len(kept)
     return replace(
         interactions,
         users=interactions.users[kept],
         items=interactions.items[kept],
         times=interactions.times[kept],
     ), counts
+
+
+def _first_of_repeats(interactions: Interactions, kept: np.ndarray) -> np.ndarray:
+    users, items, times = (
+        column[kept] for column in (interactions.users, interactions.items, interactions.times)
+    )
+    order = np.lexsort((times, users))  # stable: at equal times the order of the source
+    users, items = users[order], items[order]
+    repeats = np.zeros(len(kept), dtype=bool)
+    repeats[order[1:]] = (users[1:] == users[:-1]) & (items[1:] == items[:-1])
+    return kept[~repeats]
 
 
 def _k_core(interactions: Interactions, kept: np.ndarray, k: int) -> np.ndarray:
@@ -365,7 +376,10 @@ def hold_out_items(histories: Histories, split: Split, *, share: float, seed: in
         ends = sequences.offsets[1:] - 1
         heads = np.zeros(len(sequences), dtype=bool)
         single = np.flatnonzero((last >= 0) & (earlier < 0) & (last < ends) & may_validate)
-        heads[single] = sample_users([histories.user_names[user] for user in single], 0.5, seed)
+        # Half of the largest draw, not 0.5: where users were sampled by the same seed, the lowest
+        # draws are all that is left.
+        draws = _draws(histories.user_names, seed)
+        heads[single] = draws[single] < draws[may_validate].max(initial=0) / 2
 
         # Where the test target and the validation target stand; -1: there is none.
         test_at = np.where(heads, ends, last)
