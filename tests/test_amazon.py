@@ -147,6 +147,7 @@ def test_markup_and_script_are_taken_out(text: str, clean: str) -> None:
 def test_text_of_other_values() -> None:
     assert text_parts("a") == ["a"]
     assert text_parts(None) == []
+    assert text_parts(float("nan")) == []
     assert text_parts(7) == ["7"]
     assert text_parts(2.5) == ["2.5"]
     assert text_parts([["a", ["b"]], None, "", 3]) == ["a", "b", "", "3"]

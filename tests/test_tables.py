@@ -204,6 +204,17 @@ def test_wrong_interactions(tmp_path: Path, log: list[str], columns: Columns, me
     assert not (tmp_path / "out").exists()
 
 
+def test_wrong_parquet(tmp_path: Path) -> None:
+    log, items = as_parquet(tmp_path)
+    timeless = pl.read_parquet(log).with_columns(timestamp=pl.Series([1, None, *range(7)]))
+    timeless.write_parquet(log)
+    with pytest.raises(UserError, match="line 2: timestamp is missing"):
+        prepare_finetuning(log, items, tmp_path / "out")
+    log.write_bytes(log.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"log.parquet cannot be read as parquet"):
+        prepare_finetuning(log, items, tmp_path / "out")
+
+
 def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     log, items = as_csv(tmp_path)
     text(log, [*log.read_text().splitlines(), "u,1,5,soon", ",1,5,3"])

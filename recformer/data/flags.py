@@ -97,7 +97,11 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
     for flag, what in (
         ("user", "users, in the interactions"),
         ("item", "items, in the interactions"),
-        ("time", "times, in the interactions; without times their order in the file counts"),
+        (
+            "time",
+            "times, in the interactions, fractions are cut off; without times their order in the "
+            "file counts",
+        ),
         ("rating", "ratings, in the interactions"),
         ("item_key", "items, in the file of items"),
     ):

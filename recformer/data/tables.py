@@ -306,7 +306,9 @@ def _scan(path: Path, kind: Kind) -> pl.LazyFrame:
     """The table with every column as text, except Parquet's own types; nothing is read yet."""
     try:
         if kind == "parquet":
-            return pl.scan_parquet(path)
+            table = pl.scan_parquet(path)
+            table.collect_schema()  # a damaged file shows itself here
+            return table
         if kind == "sasrec":
             lines = pl.scan_csv(
                 path,
@@ -352,7 +354,8 @@ def _unreadable(path: Path, kind: Kind, error: Exception) -> UserError:
 
 
 def _number(column: str, as_type: Any) -> pl.Expr:
-    """A number out of text or a number; `881250949.0` is whole, anything else becomes null."""
+    """A number out of text or a number, null out of anything else; of a whole one the fraction is
+    cut off (`881250949.0`)."""
     value = pl.col(column)
     if as_type == pl.Int64:
         # Through float only where it must: nanoseconds do not fit a float's 53 bits.
@@ -368,7 +371,7 @@ def _refuse(
     frame: pl.DataFrame, wrong: pl.Expr, reason: str, source: Any, bad_lines: BadLines
 ) -> pl.DataFrame:
     """Without the rows that are wrong, each noted with its line."""
-    header = 0 if source.kind == "sasrec" else 1
+    header = 0 if source.kind in ("sasrec", "parquet") else 1
     for line in frame.filter(wrong)["line_number"]:
         bad_lines.add(source.path, line + header + 1, reason)
     return frame.filter(~wrong)

@@ -87,14 +87,14 @@ class OddValueError(ValueError):
 def text_parts(value: Any) -> list[str]:
     """The texts in a JSON value, nested lists laid out in order.
 
-    Numbers become their text; null gives nothing.
+    Numbers become their text; null gives nothing, nor does NaN, which tables hold in its place.
 
     Raises:
         OddValueError: an object or a truth value stands where text was expected.
     """
     if isinstance(value, str):
         return [value]
-    if value is None:
+    if value is None or value != value:
         return []
     if isinstance(value, list):
         return [part for entry in value for part in text_parts(entry)]
