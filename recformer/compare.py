@@ -56,7 +56,8 @@ def compare(
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"runs of the same name: {', '.join(names)}; give names: NAME=FOLDER")
-    ks = sorted({int(name.partition("@")[2]) for name in (*METRICS, metric) if "@" in name})
+    cuts = {name.partition("@")[2] for name in (*METRICS, metric)}
+    ks = sorted({int(cut) for cut in cuts if cut.isdecimal()})
     values = [per_user_metrics(run.ranks, ks, first.rule["ties"]) for run in runs]
     if metric not in values[0]:
         raise UserError(f"--metric {metric}: expected one of NDCG@k, Recall@k, MRR@k, MRR, AUC")

@@ -402,6 +402,23 @@ def test_synthetic_times_are_a_note_of_leave_one_out(tmp_path: Path) -> None:
     ]
 
 
+def test_two_users_do_not_make_times_synthetic(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.parts, shop.times = shop.parts[:2], shop.times[:2]
+    assert not audit(shop.write(tmp_path))["times"]["synthetic"]
+
+
+def test_days_in_microseconds(tmp_path: Path) -> None:
+    # As the date and time columns of Parquet are read.
+    shop = Shop()
+    days = [[moment(user, place) // 10 for place in range(5)] for user in range(8)]
+    shop.times = [[(START // 86_400 + day - days[0][0]) * 86_400_000_000 for day in user]
+                  for user in days]  # fmt: skip
+    found = audit(shop.write(tmp_path))
+    assert found["times"]["unit"] == "us"
+    assert "times are known to the day" in found["notes"]
+
+
 def test_held_out_items_are_no_fault(tmp_path: Path) -> None:
     shop = Shop(split={**LEAVE_ONE_OUT, "cold_items": 0.1})
     cold_target(shop)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recformer.compare import RankedRun, compare, main
+from recformer.files import UserError
 from recformer.metrics import Evaluator, TargetRanks
 from recformer.statistics import bootstrap_interval, holm, permutation_p
 
@@ -97,6 +98,8 @@ def test_names_and_metrics_are_checked():
         compare([run, run])
     with pytest.raises(ValueError, match="--metric Precision@3"):
         compare([run, ranked("b", [1, 2, 3])], "Precision@3")
+    with pytest.raises(UserError, match="--metric NDCG@ten"):
+        compare([run, ranked("b", [1, 2, 3])], "NDCG@ten")
 
 
 def write_run(folder: Path, above: list[int], evaluations: tuple[str, ...]) -> None:

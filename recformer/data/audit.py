@@ -62,7 +62,7 @@ CUT = 0.1
 LIMITS = ("max_token_num", "max_item_embeddings", "max_attr_num", "max_attr_length")
 PARTS = ("train", "val", "test")
 TRAIN, VAL, TEST = range(3)
-DAY = {"s": 86_400, "ms": 86_400_000}
+DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000}
 TOKENIZED_AT_ONCE = 8192  # items: bounds memory
 BARS = 40  # of a histogram
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -330,8 +330,8 @@ def _times(log: _Log, times: np.ndarray, split: Mapping[str, Any]) -> dict[str, 
         "users_out_of_order": _figure(_distinct(log.rows[1:][backwards]), log.num_users),
     }
     found["synthetic"] = bool(
-        (len(starts) > 1 and same_start >= SAME_START * len(starts))
-        or (commonest_gap and same_gap >= SAME_GAP * len(gaps))
+        (same_start > 1 and same_start >= SAME_START * len(starts))
+        or (commonest_gap and same_gap > 1 and same_gap >= SAME_GAP * len(gaps))
     )
     if split["name"] == "temporal":
         found["after_the_cut"] = {
@@ -365,11 +365,12 @@ def _distinct(rows: np.ndarray) -> int:
 
 
 def _unit(times: np.ndarray) -> str | None:
-    """Seconds or milliseconds since 1970, by their size; None: something else."""
+    """Seconds, milli- or microseconds since 1970, by their size; None: something else."""
     middle = float(np.median(times))
-    if 1e8 < middle < 1e10:  # 1973 … 2286
-        return "s"
-    return "ms" if 1e11 < middle < 1e13 else None
+    for unit, day in DAY.items():
+        if 1e8 < middle / day * DAY["s"] < 1e10:  # 1973 … 2286
+            return unit
+    return None
 
 
 def _after_the_cut(log: _Log, times: np.ndarray, part: int, cut: int | None) -> dict[str, Any]:
