@@ -117,6 +117,7 @@ def test_a_peak_that_cannot_start_anew_is_read(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any) -> None:
         raise PermissionError
 
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(Path, "write_text", refuse)
     assert measure._peak_mb(reset=True) > 100  # torch alone is more
     monkeypatch.setattr(Path, "read_text", lambda _: "Name:\tpython\nVmRSS:\t1 kB\n")  # gVisor's
@@ -169,7 +170,7 @@ def test_without_a_trick_the_encoder_computes_the_same(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     packed = encoder.pack([5, 1, 40, 90], 1000)
-    weight = torch.randn(packed.num_tokens, model.config.hidden_size)
+    weight = torch.randn(packed.num_tokens, model.config.hidden_size, device=encoder.DEVICE)
 
     def run() -> list[torch.Tensor]:
         model.zero_grad()
