@@ -73,11 +73,12 @@ def main() -> None:
     flags.report_bad_lines(counts["bad_lines"])
     for name, number in counts.get("filters", {}).items():
         print(f"{name.replace('_', ' ')}: {number}")
+    kept = "" if "filters" in counts else " kept"  # a filter may have taken them out
     print(
         f"{args.output_path}: {dataset['num_users']} users, {dataset['num_items']} items, "
         f"{dataset['num_interactions']} interactions; {counts['metadata']['products']} products "
         f"in meta_data.json; {counts['reviews']['reviews_of_unknown_products']} reviews of unknown "
-        f"products left out, {counts['reviews']['duplicate_reviews']} duplicate reviews kept; "
+        f"products left out, {counts['reviews']['duplicate_reviews']} duplicate reviews{kept}; "
         f"split {dataset['split_hash'][:12]}, more in dataset.json"
     )
     try:

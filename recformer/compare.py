@@ -87,11 +87,17 @@ def compare(
 
 
 def markdown(
-    rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metric: str, num_users: int
+    rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metric: str, run: RankedRun
 ) -> str:
-    """Both tables."""
+    """Both tables, under the rules that all runs share with `run`."""
     metrics = [name for name in rows[0] if name != "name"]
-    lines = [f"{num_users:,} test users; 95 % bootstrap intervals over users", ""]
+    rule, users = run.rule, len(run.user_ids)
+    seen = "filtered" if rule["filter_seen"] else "kept"
+    lines = [
+        f"Split {str(rule['split_hash'])[:12]}, {users:,} test users, full ranking, ties "
+        f"{rule['ties']}, seen items {seen}; 95 % bootstrap intervals over users",
+        "",
+    ]
     lines += ["| |" + "|".join(metrics) + "|", "|---|" + "---|" * len(metrics)]
     for row in rows:
         cells = [
@@ -149,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{len(args.runs)} run given, two or more can be compared")
     runs = [RankedRun.load(text) for text in args.runs]
     rows, pairs = compare(runs, args.metric, args.seed)
-    text = markdown(rows, pairs, args.metric, len(runs[0].user_ids))
+    text = markdown(rows, pairs, args.metric, runs[0])
     print(text, end="")
     if args.output_dir is not None:
         with atomic_write(args.output_dir / "comparison.md") as handle:

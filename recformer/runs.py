@@ -43,7 +43,9 @@ class RankedRun:
         """
         import pyarrow.parquet as pq
 
-        given, _, place = text.rpartition("=")
+        given, _, place = text.partition("=") if "=" in text else ("", "", text)
+        if Path(text.partition(":")[0]).is_dir():  # an equals sign may stand in a folder's name
+            given, place = "", text
         path, _, evaluation = place.partition(":")
         folder = Path(path)
         metrics = read_json(folder / "metrics.json")

@@ -122,11 +122,17 @@ def test_from_folders_to_table_and_picture(tmp_path, capsys):
     runs = [f"popularity={tmp_path / 'line'}", str(tmp_path / "run"), f"{tmp_path / 'run'}:stage1"]
     main([*runs, "--metric", "Recall@10", "--output_dir", str(out)])
     printed = capsys.readouterr().out
+    assert printed.startswith(
+        "Split s, 4 test users, full ranking, ties expected, seen items kept;"
+    )
     assert "|popularity - run|-0.5000|" in printed
     assert "|run - run:stage1|+0.0000|" in printed
     assert (out / "comparison.md").read_text() in printed
     assert json.loads((out / "comparison.json").read_text())["runs"][0]["name"] == "popularity"
     assert (out / "comparison.png").stat().st_size > 1000
+    write_run(tmp_path / "lr=0.1", [0, 20, 30, 40], ("untrained",))
+    named = [RankedRun.load(f"{name}{tmp_path / 'lr=0.1'}").name for name in ("", "a=")]
+    assert named == ["lr=0.1", "a"]
     with pytest.raises(ValueError, match="has the evaluations zero_shot, stage1, stage2"):
         main([str(tmp_path / "line"), f"{tmp_path / 'run'}:stage3"])
     with pytest.raises(ValueError, match="has the evaluations untrained; "):

@@ -117,8 +117,11 @@ def process(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def test_data_follow_a_protocol_and_say_so(process):
+def test_data_follow_a_protocol_and_say_so(process, capsys):
     folder = process("--protocol", "unisrec")
+    printed = capsys.readouterr().out
+    assert "duplicates removed: 6\n" in printed
+    assert "6 duplicate reviews; split" in printed
     about = read_json(folder / "dataset.json")
     assert about["protocol"] == {
         "name": "unisrec",
