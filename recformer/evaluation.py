@@ -88,21 +88,21 @@ def per_user(evaluator: Evaluator) -> dict[str, NDArray[np.float64]]:
 
 
 def check_sampled_negatives(folder: ProcessedFolder, count: int) -> None:
-    """Refuse more sampled negatives than some user leaves, before any long work.
+    """Refuse more sampled negatives than some test user leaves, before any long work.
 
     Raises:
         UserError: names the user and the largest possible number.
     """
-    splits: tuple[SplitName, ...] = ("val", "test")
-    for split in splits:
-        examples = folder.eval_examples(split)
-        for row, user in enumerate(examples.user_ids):
-            met = np.union1d(examples.histories[row], examples.targets[row])
-            if (left := folder.num_items - len(met)) < count:
-                raise UserError(
-                    f"--sampled_negatives {count}: user {user} has met all but {left} of "
-                    f"{folder.num_items} items; ask for at most {left}"
-                )
+    examples = folder.eval_examples("test")
+    left = [
+        folder.num_items - len(np.union1d(examples.histories[row], examples.targets[row]))
+        for row in range(len(examples))
+    ]
+    if left and (least := min(left)) < count:
+        raise UserError(
+            f"--sampled_negatives {count}: user {examples.user_ids[left.index(least)]} has met all "
+            f"but {least} of {folder.num_items} items; ask for at most {least}"
+        )
 
 
 def intervals(values: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation import (
     RESAMPLES,
+    check_sampled_negatives,
     detailed_figures,
     format_slices,
     format_table,
@@ -29,21 +32,26 @@ VAL = [[2], [2], [3], [2], []]
 TEST = [[0], [1], [3], [2, 0], [4]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> ProcessedFolder:
-    path = tmp_path_factory.mktemp("folder")
+def written(
+    path: Path, train: list[list[int]], val: list[list[int]], test: list[list[int]]
+) -> ProcessedFolder:
     asins = [f"i{item}" for item in range(5)]
     write_processed(
         path,
-        train=Sequences.from_lists(TRAIN),
-        val=Sequences.from_lists(VAL),
-        test=Sequences.from_lists(TEST),
-        user_names=[f"u{user}" for user in range(len(TRAIN))],
+        train=Sequences.from_lists(train),
+        val=Sequences.from_lists(val),
+        test=Sequences.from_lists(test),
+        user_names=[f"u{user}" for user in range(len(train))],
         asins=asins,
         meta={asin: {"title": asin} for asin in asins},
         dataset={},
     )
     return ProcessedFolder.load(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> ProcessedFolder:
+    return written(tmp_path_factory.mktemp("folder"), TRAIN, VAL, TEST)
 
 
 def evaluator_of(users, targets, above, tied=0) -> Evaluator:
@@ -102,6 +110,13 @@ def test_figures_of_all_and_of_slices(folder):
     cold = figures["slices"]["cold target"]["intervals"]
     assert cold["MRR"] == list(bootstrap_interval(values["MRR"][[2, 4]], resamples=RESAMPLES))
     assert cold["Recall@1"] == [0, 1]  # both users missed, and both found, a quarter of the draws
+
+
+def test_more_sampled_negatives_than_are_left(tmp_path):
+    folder = written(tmp_path, [[0, 0], [1, 2]], [[0], [1]], [[3], [4]])  # met: 0, 3 and 1, 2, 4
+    check_sampled_negatives(folder, 2)
+    with pytest.raises(UserError, match="user 1 has met all but 2 of 5 items; ask for at most 2"):
+        check_sampled_negatives(folder, 4)
 
 
 def test_ranks_of_another_split_are_refused(folder):

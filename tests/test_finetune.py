@@ -292,6 +292,8 @@ def test_sampled_negatives_stand_apart(data, finished, tmp_path, capsys):
     assert result["sampled_negatives"] == 10
     plain = {name: x for name, x in result["test"].items() if name != "sampled"}
     assert not [name for name in flat(plain) if "sampled" in name]
+    evaluations = result["evaluations"].values()
+    assert not [e for e in evaluations if "sampled" in e["val"] or "sampled" not in e["test"]]
     sampled = result["test"]["sampled"]
     assert all(name.endswith("(10 sampled)") for name in sampled if name != "intervals")
     assert set(sampled["intervals"]) == set(sampled) - {"intervals"}

@@ -154,6 +154,8 @@ class Experiment:
         splits: tuple[SplitName, ...] = ("val", "test")
         for split in splits:
             loader = self.data.val_dataloader() if split == "val" else self.data.test_dataloader()
+            # Of the test alone: a user's validation batch does not know which later items were met.
+            module.sampled_negatives = self.args.sampled_negatives if split == "test" else None
             started = time.monotonic()
             trainer.test(module, loader, verbose=False)
             seconds = time.monotonic() - started
