@@ -4,8 +4,9 @@
 `python -m baselines` and of `recformer.finetune` (its last evaluation; zero-shot as a row of its
 own). With `--data_path` and `--models` it first runs those that are not there yet, each into
 FOLDER/NAME; a model is a name (`sasrec`) or a file of flags (`baselines/configs/t4r.yaml`). Flags
-that are not its own it hands to `python -m baselines`. `--data_path` also gives slices to runs that
-were written before there were any.
+that are not its own it hands to `python -m baselines`; what is not trained gets none of the trained
+models' settings. Where a run fails the others go on, the table is written, and the exit status
+is 1. `--data_path` also gives slices to runs that were written before there were any.
 
 Runs that differ in split, tie rule or `filter_seen` get tables of their own.
 """
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from baselines.models import UNTRAINED
+from baselines.models import MODELS, UNTRAINED
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation import slices
 from recformer.files import UserError, atomic_write, exit_with_message, read_json, write_json
@@ -53,29 +54,21 @@ class Row:
     p: float | None = None
 
 
-def find_runs(folder: Path) -> list[str]:
-    """What `RankedRun.load` takes, for every run right under `folder` or in it, by name.
-
-    Raises:
-        UserError: there is none.
-    """
+def find_runs(folder: Path) -> list[tuple[Path, str, str]]:
+    """What `RankedRun.read` takes, for every run right under `folder`, by name."""
     found = []
     for path in sorted(p.parent for p in folder.glob("*/metrics.json")):
         evaluations = list(read_json(path / "metrics.json").get("evaluations", ()))
         if "zero_shot" in evaluations and len(evaluations) > 1:
-            found.append(f"{path.name}, zero-shot={path}:zero_shot")
-        found.append(f"{path.name}={path}")
-    if not found:
-        raise UserError(f"no folder in {folder} holds a metrics.json")
+            found.append((path, "zero_shot", f"{path.name}, zero-shot"))
+        found.append((path, "", path.name))
     return found
 
 
-def row_of(text: str, folder: ProcessedFolder | None = None) -> Row:
-    """Read one run; see `RankedRun.load`. The data give slices to a run that has none."""
-    run = RankedRun.load(text)
-    _, _, place = text.rpartition("=")
-    path, _, evaluation = place.partition(":")
-    metrics = read_json(Path(path) / "metrics.json")
+def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | None = None) -> Row:
+    """Read one run; see `RankedRun.read`. The data give slices to a run that has none."""
+    run = RankedRun.read(path, evaluation, name)
+    metrics = read_json(path / "metrics.json")
     figures = metrics["evaluations"][evaluation]["test"] if evaluation else metrics["test"]
     values = per_user_metrics(run.ranks, (10, 50), run.rule["ties"])
     intervals = {name: bootstrap_interval(values[name]) for name in METRICS}
@@ -86,7 +79,11 @@ def row_of(text: str, folder: ProcessedFolder | None = None) -> Row:
     else:
         rows = [row for stage in metrics["stages"].values() for row in stage["rows"]]
         seconds = float(sum(row["seconds"] for row in rows))
-    parts = {n: [p["num_users"], p[METRICS[0]]] for n, p in figures.get("slices", {}).items()}
+    parts = {
+        slice_name: [part["num_users"], part[METRICS[0]]]
+        for slice_name, part in figures.get("slices", {}).items()
+        if METRICS[0] in part  # --metric_ks may have been others
+    }
     if not parts and folder is not None and run.rule["split_hash"] == folder.split_hash:
         for name, chosen in slices(folder, "test", run.user_ids, run.targets).items():
             parts[name] = [int(chosen.sum()), float(values[METRICS[0]][chosen].mean())]
@@ -185,26 +182,54 @@ def draw(groups: Sequence[Sequence[Row]], path: Path, metric: str = METRICS[0]) 
     pyplot.close(figure)
 
 
-def run_models(folder: Path, data_path: str, models: Sequence[str], flags: Sequence[str]) -> None:
+def run_models(
+    folder: Path, data: ProcessedFolder, models: Sequence[str], flags: Sequence[str]
+) -> list[str]:
     """Run those models that FOLDER has no finished run of; an unfinished one goes on.
 
     Each runs in a process of its own, so that it gives its memory back.
 
+    Returns:
+        Names of the runs that failed.
+
     Raises:
-        UserError: a run failed.
+        UserError: two models of one name, or a finished run on other data.
     """
-    for model in models:
-        is_file = model.endswith((".yaml", ".yml"))
-        name = Path(model).stem if is_file else model
-        if (folder / name / "metrics.json").exists():
+    names = [Path(m).stem if m.endswith((".yaml", ".yml")) else m for m in models]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--models: two are called {twice}, and a name is a folder of {folder}")
+    finished = {n: path for n in names if (path := folder / n / "metrics.json").exists()}
+    for path in finished.values():
+        if read_json(path).get("split_hash") != data.split_hash:
+            raise UserError(f"{path.parent} is a run on other data than {data.path}")
+    failed = []
+    for model, name in zip(models, names, strict=True):
+        if name in finished:
             continue
         print(f"== {name}", flush=True)
-        command = [sys.executable, "-m", "baselines", *(["--config"] if is_file else ["--model"])]
-        command += [model, "--data_path", data_path, "--output_dir", str(folder / name)]
-        if name not in UNTRAINED:
-            command += flags
+        command = [sys.executable, "-m", "baselines", "--model" if name == model else "--config"]
+        command += [model, "--data_path", str(data.path), "--output_dir", str(folder / name)]
+        command += flags_without_training(name, flags) if name in UNTRAINED else flags
         if subprocess.run(command, check=False).returncode != 0:
-            raise UserError(f"{name} failed: {' '.join(command)}")
+            print(f"{name} failed: {' '.join(command)}", file=sys.stderr, flush=True)
+            failed.append(name)
+    return failed
+
+
+def flags_without_training(name: str, flags: Sequence[str]) -> list[str]:
+    """Flags, each with its values, but for settings that other models have and this one has not.
+
+    How it is evaluated must reach every model, or they would not stand in one table.
+    """
+    foreign = set().union(*MODELS.values()) - set(MODELS[name])
+    kept, keep = [], True
+    for word in flags:
+        if word.startswith("--"):
+            keep = word[2:].partition("=")[0] not in foreign
+        if keep:
+            kept.append(word)
+    return kept
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -223,8 +248,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags and not args.models:
         raise UserError(f"{flags[0]}: flags of models need --models")
     data = ProcessedFolder.load(args.data_path) if args.data_path else None
-    run_models(args.folder, args.data_path, args.models, flags)
-    groups = tables([row_of(text, data) for text in find_runs(args.folder)])
+    failed = [] if data is None else run_models(args.folder, data, args.models, flags)
+    failure = f"{', '.join(failed)} failed, see above"
+    runs = find_runs(args.folder)
+    if not runs:
+        raise UserError(failure if failed else f"no folder in {args.folder} holds a metrics.json")
+    groups = tables([row_of(*run, data) for run in runs])
     text = "\n".join(markdown(group) for group in groups)
     print(text, end="")
     with atomic_write(args.folder / "leaderboard.md") as handle:
@@ -240,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(args.folder / "leaderboard.json", rows, indent=1)
     draw(groups, args.folder / "leaderboard.png")
     print(f"written to {args.folder}: leaderboard.md, leaderboard.json, leaderboard.png")
+    if failed:
+        raise UserError(failure)
 
 
 if __name__ == "__main__":

@@ -38,20 +38,35 @@ class RankedRun:
         """Read `[NAME=]FOLDER[:EVALUATION]`.
 
         Raises:
+            FileNotFoundError, UserError: as `read`.
+        """
+        given, _, place = text.partition("=") if "=" in text else ("", "", text)
+        if Path(text.partition(":")[0]).is_dir():  # an equals sign may stand in a folder's name
+            given, place = "", text
+        path, _, evaluation = place.partition(":")
+        return cls.read(Path(path), evaluation, given)
+
+    @classmethod
+    def read(cls, folder: Path, evaluation: str = "", name: str = "") -> RankedRun:
+        """Read one evaluation of a run.
+
+        Args:
+            folder: its output folder.
+            evaluation: its name; the last one that has ranks if empty.
+            name: in tables; by default that of the folder.
+
+        Raises:
             FileNotFoundError: no such folder, metrics or ranks.
             UserError: the run has no such evaluation.
         """
         import pyarrow.parquet as pq
 
-        given, _, place = text.partition("=") if "=" in text else ("", "", text)
-        if Path(text.partition(":")[0]).is_dir():  # an equals sign may stand in a folder's name
-            given, place = "", text
-        path, _, evaluation = place.partition(":")
-        folder = Path(path)
         metrics = read_json(folder / "metrics.json")
         evaluations = list(metrics.get("evaluations", ()))
         if not evaluations or (evaluation and evaluation not in evaluations):
-            raise UserError(f"{folder} has the evaluations {', '.join(evaluations)}; {text!r}?")
+            raise UserError(
+                f"{folder} has the evaluations {', '.join(evaluations)}; {evaluation!r}?"
+            )
         # A stage that brought nothing has no ranks of its own.
         kept = [e for e in evaluations if (folder / "ranks" / f"{e}_test.parquet").exists()]
         chosen = evaluation or (kept or evaluations)[-1]
@@ -63,7 +78,7 @@ class RankedRun:
         table = pq.read_table(file)
         columns = {name: table[name].to_numpy() for name in table.column_names}
         return cls(
-            name=given or (f"{folder.name}:{evaluation}" if evaluation else folder.name),
+            name=name or (f"{folder.name}:{evaluation}" if evaluation else folder.name),
             rule={name: metrics.get(name) for name in RULE},
             user_ids=columns["user_id"],
             targets=columns["target"],

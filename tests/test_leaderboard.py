@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from baselines import leaderboard
-from baselines.leaderboard import find_runs, main, markdown, row_of, tables
+from baselines.leaderboard import find_runs, flags_without_training, main, markdown, row_of, tables
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
 from recformer.metrics import Evaluator, TargetRanks
@@ -75,7 +76,7 @@ def test_runs_by_other_rules_never_share_a_table(tmp_path, rule):
     write_run(tmp_path / "one", [0, 1])
     write_run(tmp_path / "two", [1, 1])
     write_run(tmp_path / "three", [0, 0], **rule)
-    groups = tables([row_of(text) for text in find_runs(tmp_path)])
+    groups = tables([row_of(*run) for run in find_runs(tmp_path)])
     assert [[row.run.name for row in group] for group in groups] == [["one", "two"], ["three"]]
     assert "three" not in markdown(groups[0])
 
@@ -83,7 +84,16 @@ def test_runs_by_other_rules_never_share_a_table(tmp_path, rule):
 def test_runs_of_other_users_never_share_a_table(tmp_path):
     write_run(tmp_path / "one", [0, 1])
     write_run(tmp_path / "two", [1, 1, 1])
-    assert len(tables([row_of(text) for text in find_runs(tmp_path)])) == 2
+    assert len(tables([row_of(*run) for run in find_runs(tmp_path)])) == 2
+
+
+def test_names_of_folders_and_cut_offs_of_runs_are_free(tmp_path):
+    folder = tmp_path / "a=b:c"
+    slices = {"slices": {"cold target": {"num_users": 2, "NDCG@5": 0.25}}}
+    write_run(folder / "lr=0.1:x", [0, 1], test=slices)
+    (row,) = [row_of(*run) for run in find_runs(folder)]
+    assert row.run.name == "lr=0.1:x"
+    assert row.slices == {}
 
 
 def test_slices_of_runs_without_any_come_from_the_data(tmp_path):
@@ -100,9 +110,9 @@ def test_slices_of_runs_without_any_come_from_the_data(tmp_path):
     )
     folder = ProcessedFolder.load(path)
     write_run(tmp_path / "run", [0, 1], test={}, split_hash=folder.split_hash)
-    (text,) = find_runs(tmp_path)
-    assert row_of(text).slices == {}
-    found = row_of(text, folder).slices
+    (place,) = find_runs(tmp_path)
+    assert row_of(*place).slices == {}
+    found = row_of(*place, folder).slices
     assert found["first-time target"] == [1, 1.0]
     assert found["repeat target"] == [1, pytest.approx(1 / np.log2(3))]
 
@@ -120,21 +130,51 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(tmp_path, monkeypatch, 
         return Done
 
     monkeypatch.setattr(leaderboard.subprocess, "run", pretend)
-    monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: None)
+    data = SimpleNamespace(path=Path("D"), split_hash="abc")
+    monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: data)
     models = ["popularity", "cooccurrence", "sasrec", "baselines/configs/t4r.yaml"]
-    main([str(tmp_path), "--data_path", "D", "--num_train_epochs", "3", "--models", *models])
+    flags = ["--loss", "bce", "--metric_ks", "1", "10", "--filter_seen"]
+    main([str(tmp_path), "--data_path", "D", *flags, "--models", *models])
     output = str(tmp_path)
     assert commands == [
-        ["--model", "cooccurrence", "--data_path", "D", "--output_dir", f"{output}/cooccurrence"],
-        ["--model", "sasrec", "--data_path", "D", "--output_dir", f"{output}/sasrec",
-         "--num_train_epochs", "3"],
-        ["--config", models[3], "--data_path", "D", "--output_dir", f"{output}/t4r",
-         "--num_train_epochs", "3"],
+        ["--model", "cooccurrence", "--data_path", "D", "--output_dir", f"{output}/cooccurrence",
+         *flags[2:]],  # which nothing that trains is part of, but all that puts it in a table
+        ["--model", "sasrec", "--data_path", "D", "--output_dir", f"{output}/sasrec", *flags],
+        ["--config", models[3], "--data_path", "D", "--output_dir", f"{output}/t4r", *flags],
     ]  # fmt: skip
     assert "|t4r|" in capsys.readouterr().out
-    Done.returncode = 1
-    with pytest.raises(UserError, match="gsasrec failed"):
-        main([str(tmp_path), "--data_path", "D", "--models", "gsasrec"])
+    data.split_hash = "other"
+    with pytest.raises(UserError, match="sasrec is a run on other data than D"):
+        main([str(tmp_path), "--data_path", "D", "--models", "sasrec"])
+    with pytest.raises(UserError, match="two are called t4r"):
+        main([str(tmp_path), "--data_path", "D", "--models", "t4r", models[3]])
+
+
+def test_flags_without_training():
+    flags = ["--decay", "0", "--num_beams=3", "--device", "-1", "--arch", "bert", "--seed", "1"]
+    assert flags_without_training("popularity", flags) == ["--device", "-1", "--seed", "1"]
+    assert flags_without_training("cooccurrence", flags) == [
+        "--decay", "0", "--device", "-1", "--seed", "1"
+    ]  # fmt: skip
+
+
+def test_a_run_that_fails_leaves_the_others_and_their_table(tmp_path, monkeypatch, capsys):
+    def pretend(command, check):
+        fails = "sasrec" in command
+        if not fails:
+            write_run(Path(command[command.index("--output_dir") + 1]), [1, 0])
+        return SimpleNamespace(returncode=-9 if fails else 0)
+
+    monkeypatch.setattr(leaderboard.subprocess, "run", pretend)
+    data = SimpleNamespace(path=Path("D"), split_hash="abc")
+    monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: data)
+    arguments = [str(tmp_path), "--data_path", "D", "--models", "sasrec"]
+    with pytest.raises(UserError, match="^sasrec failed"):  # and there is no other
+        main(arguments)
+    with pytest.raises(UserError, match="^sasrec failed"):
+        main([*arguments, "popularity"])
+    assert "|popularity|" in (tmp_path / "leaderboard.md").read_text()
+    assert "sasrec failed: " in capsys.readouterr().err
 
 
 def test_flags_that_make_no_sense_are_refused(tmp_path):
