@@ -13,6 +13,7 @@ from recformer.losses import (
     contrastive_scores,
     cosine_scores,
     full_softmax_loss,
+    gbce_loss,
     sample_negatives,
     sampled_softmax_loss,
 )
@@ -193,6 +194,27 @@ def test_sampled_softmax_equals_cross_entropy_over_its_candidates():
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(users.grad, expected_users.grad, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(items.grad, expected_items.grad, atol=1e-6, rtol=1e-6)
+
+
+def test_gbce_by_hand():
+    # 2 negatives of 10 other items: alpha = 1/5 and beta = (t (1 - 5) + 5) / 5
+    positive, negatives = torch.tensor([math.log(3)]), torch.tensor([[0.0, -math.log(3)]])
+    rest = -math.log(1 / 2) - math.log(3 / 4)
+    for t, beta in ((0.0, 1.0), (0.75, 0.4), (1.0, 0.2)):
+        expected = (-beta * math.log(3 / 4) + rest) / 3
+        assert gbce_loss(positive, negatives, 11, t).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.75, 1.0])
+def test_gbce_of_huge_scores_is_finite_and_so_are_its_gradients(t):
+    positive = torch.tensor([-1e4, 1e4], requires_grad=True)
+    negatives = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    beta = 0.25 * (t * (1 - 4) + 4)  # 1 negative of 4 others
+    loss = gbce_loss(positive, negatives, 5, t)
+    assert loss.item() == pytest.approx((beta * 1e4 + 1e4) / 2 / 2, rel=1e-6)
+    loss.backward()
+    assert positive.grad.tolist() == pytest.approx([-beta / 4, 0])
+    assert negatives.grad.flatten().tolist() == pytest.approx([1 / 4, 0])
 
 
 def test_negatives_are_uniform_over_all_items_but_the_target():
