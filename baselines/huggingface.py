@@ -9,6 +9,7 @@ Shapes: B sequences, T items laid end to end, L longest sequence, D hidden.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from baselines.id_sequences import places
 from recformer.files import UserError
 
 OBJECTIVES = ("causal", "masked")
+FEED_FORWARD = ("intermediate_size", "ffn_dim", "d_inner", "hidden_dim")  # names of its size
 
 
 class HuggingFaceNetwork(nn.Module):
@@ -60,9 +62,11 @@ class HuggingFaceNetwork(nn.Module):
             "num_hidden_layers": num_layers,
             "num_attention_heads": num_heads,
             "num_key_value_heads": num_heads,
-            "intermediate_size": 4 * hidden_size,
+            **dict.fromkeys(FEED_FORWARD, 4 * hidden_size),
             "embedding_size": hidden_size,
+            "word_embed_proj_dim": hidden_size,
             "head_dim": hidden_size // num_heads,
+            "d_head": hidden_size // num_heads,
             "max_position_embeddings": max_length + 8,  # some families start after the padding id
             "is_decoder": not self.bidirectional,
             "use_cache": False,
@@ -77,14 +81,16 @@ class HuggingFaceNetwork(nn.Module):
                 wanted[name] = dropout
         for name, value in wanted.items():
             if hasattr(config, name):
-                setattr(config, name, value)
+                with suppress(NotImplementedError):  # XLNet: no longest sequence to be set
+                    setattr(config, name, value)
         try:
             self.model = AutoModel.from_config(config)
-            # No gradient ever reaches it, which several processes would stumble over.
-            self.model.get_input_embeddings().weight.requires_grad_(False)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # also what is not implemented
             raise UserError(f"--arch {arch} cannot be built over item vectors: {error}") from error
+        self.eval()
         self._check(arch, hidden_size)
+        self._freeze_unused(hidden_size)
+        self.train()
 
     def forward(self, vectors: Tensor, offsets: Tensor) -> Tensor:
         """Hidden states (T, D) of vectors (T, D); see `baselines.sasrec.SASRec.forward`."""
@@ -99,15 +105,13 @@ class HuggingFaceNetwork(nn.Module):
     @torch.no_grad()
     def _check(self, arch: str, hidden_size: int) -> None:
         """One forward pass shows whether it takes vectors and which way it looks."""
-        training = self.training
-        self.eval()
-        vectors = torch.linspace(-1, 1, 4 * hidden_size).reshape(4, hidden_size).sin()
+        vectors = torch.linspace(-1, 1, 6 * hidden_size).reshape(6, hidden_size).sin()
         other = vectors.clone()
         other[3] = -vectors[3].flip(0)  # a constant added would be taken away by LayerNorm
-        offsets = torch.tensor([0, 4])
+        offsets = torch.tensor([0, 4, 6])  # the shorter one is padded
         try:
             before, after = self(vectors, offsets), self(other, offsets)
-        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             raise UserError(f"--arch {arch} takes no item vectors: {error}") from error
         sees_future = not torch.allclose(before[0], after[0], rtol=0, atol=1e-7)
         if sees_future != self.bidirectional:
@@ -115,4 +119,13 @@ class HuggingFaceNetwork(nn.Module):
                 f"--arch {arch} looks {'both ways' if sees_future else 'back only'}: "
                 f"--objective {'masked' if sees_future else 'causal'} is for it"
             )
-        self.train(training)
+
+    def _freeze_unused(self, hidden_size: int) -> None:
+        """The table of words, poolers and the like: no gradient reaches them, which several
+        processes would wait for, and they are no parameters of this model."""
+        parameters = list(self.parameters())
+        with torch.enable_grad():
+            hidden = self(torch.ones(2, hidden_size), torch.tensor([0, 2]))
+            gradients = torch.autograd.grad(hidden.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)

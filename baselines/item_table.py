@@ -113,11 +113,14 @@ class ItemTable(nn.Module):
         super()._load_from_state_dict(*args)
 
 
-def nearest_items(vectors: np.ndarray, count: int, chunk_size: int = 1024) -> np.ndarray:
-    """The `count` most similar other items of each item by cosine, int64 (N, count)."""
+def nearest_items(vectors: np.ndarray, count: int, chunk_size: int | None = None) -> np.ndarray:
+    """The `count` most similar other items of each item by cosine, int64 (N, count).
+
+    Their scores are computed `chunk_size` items at a time; by default as many as make 32 MB.
+    """
     table = F.normalize(torch.from_numpy(np.array(vectors, dtype=np.float32)), dim=-1)
     rows = []
-    for part in torch.arange(len(table)).split(chunk_size):
+    for part in torch.arange(len(table)).split(chunk_size or max(1, 2**23 // len(table))):
         scores = table[part] @ table.T  # (C, N)
         scores[torch.arange(len(part)), part] = -torch.inf
         rows.append(scores.topk(count, dim=1).indices)

@@ -8,6 +8,7 @@ are made of a network (`baselines/sasrec.py`, `baselines/huggingface.py`), item 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from baselines.semantic_ids import SemanticIds
 from baselines.text_neighbours import TextNeighbours
 from baselines.text_vectors import text_vectors
 from baselines.tiger import Tiger, TigerTrainCollator
+from recformer.checkpoint import read_state_dict
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.files import UserError, read_json
 from recformer.metrics import TargetRanks, count_ranks_among, top_items
@@ -161,7 +163,7 @@ def build(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Buil
     """
     if model in UNTRAINED:
         baseline = Untrained(UNTRAINED[model](folder, **settings))
-        return Built(baseline, None, HistoryCollator(folder.num_items + folder.train.items.size))
+        return Built(baseline, None, HistoryCollator(sys.maxsize))  # all of it
     if model in GENERATE:
         return _build_generative(model, settings, folder)
     vectors = codes = None
@@ -189,6 +191,11 @@ def build(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Buil
 
     similar = None
     if settings["hard_negatives"]:
+        if settings["hard_negatives"] >= folder.num_items:
+            raise UserError(
+                f"--hard_negatives {settings['hard_negatives']}: an item has only "
+                f"{folder.num_items - 1} others"
+            )
         assert vectors is not None
         similar = torch.from_numpy(nearest_items(vectors, settings["hard_negatives"]))
     recommender = SequenceRecommender(
@@ -257,18 +264,15 @@ def load_published(model: SequenceRecommender, path: str | os.PathLike, asins: l
 
     Args:
         model: a SASRec of the same sizes.
-        path: file that `torch.save` wrote of the state dict.
+        path: file of the state dict.
         asins: item keys in item id order.
 
     Raises:
-        UserError: keys or shapes that are not those of a gSASRec of this size.
+        FileNotFoundError: no such file.
+        UserError: no file of weights, or keys or shapes that are not those of a gSASRec of this
+            size.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch raises many kinds for files that are not its own
-        raise UserError(f"{path} is no file that torch.save wrote: {error}") from error
+    state = read_state_dict(path)
     numbers = np.array([int(a) if a.isdecimal() else 0 for a in asins])
     if sorted(numbers) != list(range(1, len(asins) + 1)):
         raise UserError("--from_published: the items' keys must be the numbers 1 to N")

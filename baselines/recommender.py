@@ -139,8 +139,7 @@ class SequenceRecommender(nn.Module):
         if objective.loss == "in_batch":
             return self._in_batch_loss(users, labels)
         if negatives is None:
-            count = min(objective.num_negatives, scored.num_items - 1)
-            negatives = sample_negatives(labels, scored.num_items, count)
+            negatives = self._negatives(labels)
         candidates = torch.cat([labels[:, None], negatives], dim=1)  # (P, 1 + K)
         if candidates.numel() < scored.num_items:  # of a huge catalogue only what is asked for
             ids, candidates = candidates.unique(return_inverse=True)
@@ -152,6 +151,14 @@ class SequenceRecommender(nn.Module):
             return F.cross_entropy(scores, torch.zeros_like(labels))
         calibration = objective.calibration if objective.loss == "gbce" else 0.0
         return gbce_loss(scores[:, 0], scores[:, 1:], scored.num_items, calibration)
+
+    def _negatives(self, labels: Tensor) -> Tensor:
+        """Items (P, K) sampled for labels (P,); each other item once where there are no more."""
+        count, others = self.objective.num_negatives, self.scored.num_items - 1
+        if count < others:
+            return sample_negatives(labels, others + 1, count)
+        every = torch.arange(others, device=labels.device)
+        return every + (every >= labels[:, None])
 
     def _sides(self, users: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides of the scores, so that their products are the scores."""

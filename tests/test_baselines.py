@@ -14,8 +14,10 @@ import pytest
 import baselines
 from baselines import text_neighbours
 from baselines.__main__ import main
+from baselines.models import build
 from baselines.popularity import Popularity
 from baselines.text_neighbours import TextNeighbours
+from recformer.data.collators import EvalExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
 from recformer.metrics import TargetRanks
@@ -121,6 +123,18 @@ def test_chunks_change_nothing(
     for size in (1, 12):
         monkeypatch.setattr(baselines, "SCORES_AT_A_TIME", size)
         assert [counts(model.rank(examples, filter_seen)) for model in models] == whole
+
+
+def test_histories_longer_than_all_training_are_read_whole(tmp_path: Path) -> None:
+    """A temporal split may leave most of a user behind the cut."""
+    folder = write_folder(
+        tmp_path, ["alpha", "beta", "gamma"], [[0, 1]], [[0] * 5 + [1] * 3], [[0]]
+    )
+    built = build("text_neighbours", {"decay": 1, "text_encoder": None}, folder)
+    history = folder.eval_examples("test").histories[0]
+    batch = built.eval_collator([EvalExample(0, history, 0)])
+    # alpha 6, beta 4; of the newest 5 alone beta would come first
+    assert counts(built.model.rank(batch, False)) == ([0], [0], [3])
 
 
 def test_neighbours_without_seen_items(folder: ProcessedFolder) -> None:

@@ -38,7 +38,10 @@ def network(kind: str, **sizes) -> torch.nn.Module:
     return HuggingFaceNetwork(arch, objective, dropout=0.0, **sizes)
 
 
-NETWORKS = ("sasrec", "gpt2 causal", "bert causal", "bert masked", "llama causal")
+NETWORKS = (
+    "sasrec", "gpt2 causal", "bert causal", "bert masked", "llama causal", "xlnet masked",
+    "opt causal",
+)  # fmt: skip
 
 
 def made(kind: str = "sasrec", items: str = "id", separate: bool = False, **objective):
@@ -157,6 +160,26 @@ def test_the_future_cannot_leak(kind):
     assert moved.tolist() == expected
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_is_trained_gets_a_gradient(kind):
+    """Several processes wait for the gradient of every trained parameter."""
+    model = network(kind)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(
+        model(torch.randn(7, D), torch.tensor([0, 3, 7])).square().sum(), trained, allow_unused=True
+    )
+    assert all(gradient is not None for gradient in gradients)
+
+
+def test_sizes_are_those_asked_for():
+    """A layer: attention 4 D^2 + 4 D, feed-forward 2 * 4 D^2 + 4 D + D, two norms 4 D."""
+    layer = 12 * D * D + 13 * D
+    for arch, name in (("bert", "BertLayer"), ("distilbert", "TransformerBlock")):
+        parts = network(f"{arch} masked").modules()
+        first = next(part for part in parts if type(part).__name__ == name)
+        assert sum(p.numel() for p in first.parameters()) == layer
+
+
 def test_architectures_that_do_not_fit_are_refused_by_name():
     sizes = {"hidden_size": D, "num_layers": 1, "num_heads": 2, "max_length": 8, "dropout": 0.0}
     for arch, objective, message in (
@@ -164,6 +187,7 @@ def test_architectures_that_do_not_fit_are_refused_by_name():
         ("gpt2", "masked", "looks back only"),
         ("gpt2", "sideways", "expected causal or masked"),
         ("resnet", "causal", "--arch resnet"),
+        ("longformer", "masked", "--arch longformer takes no item vectors"),
     ):
         with pytest.raises(UserError, match=message):
             HuggingFaceNetwork(arch, objective, **sizes)
@@ -229,6 +253,16 @@ def test_sampled_softmax_over_all_other_items_is_the_full_softmax():
         torch.testing.assert_close(
             sampled.loss(users, labels, others), full.loss(users, labels), atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("count", [N - 1, 1000])
+def test_more_negatives_than_items_are_all_others_once(count):
+    users, labels = torch.randn(4, D), torch.tensor([0, 5, 5, 11])
+    others = torch.tensor([[i for i in range(N) if i != label] for label in labels])
+    sampled, full = made(loss="sampled_softmax", num_negatives=count), made(loss="softmax")
+    torch.testing.assert_close(sampled.loss(users, labels), full.loss(users, labels))
+    gbce = made(loss="gbce", num_negatives=count)
+    torch.testing.assert_close(gbce.loss(users, labels), gbce.loss(users, labels, others))
 
 
 def test_gbce_without_calibration_is_binary_cross_entropy():
@@ -510,9 +544,17 @@ def test_a_published_file_can_be_evaluated_and_wrong_ones_are_refused(data, tmp_
         )  # fmt: skip
     with pytest.raises(UserError, match="numbers 1 to N"):
         models.load_published(model, tmp_path / "published.pt", ["a"] * 6)
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "training.pt")
+    models.load_published(fresh.model, tmp_path / "training.pt", folder.asins)
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(UserError, match=r"no file that torch\.save wrote"):
+    with pytest.raises(UserError, match="no checkpoint"):
         models.load_published(model, tmp_path / "text.pt", folder.asins)
+
+
+def test_more_hard_negatives_than_items_are_refused(data, encoder):
+    settings = {"loss": "in_batch", "hard_negatives": 6, "text_encoder": encoder}
+    with pytest.raises(UserError, match="--hard_negatives 6: an item has only 5 others"):
+        models.build("sasrec", models.settings_of("sasrec", settings), ProcessedFolder.load(data))
 
 
 @pytest.mark.parametrize(
