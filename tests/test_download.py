@@ -139,6 +139,26 @@ def test_names() -> None:
             remote_files(wrong)
 
 
+def test_movielens_100k_and_10m_become_the_newer_form(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "ml-100k.zip", "w") as files:
+        files.writestr("ml-100k/u.data", "196\t242\t3\t881250949\n")
+        files.writestr("ml-100k/u.genre", "unknown|0\nAction|1\nDrama|2\n\n")
+        movie = "242|Misérables, Les (1995)|01-Jan-1995||http://imdb|0|1|1\n"
+        files.writestr("ml-100k/u.item", movie.encode("latin-1"))
+    with zipfile.ZipFile(tmp_path / "ml-10m.zip", "w") as files:
+        files.writestr("ml-10M100K/ratings.dat", "1::122::4.5::838985046\n")
+        files.writestr("ml-10M100K/movies.dat", "122::Amélie (2001)::Comedy|Romance\n")
+    ratings, movies = unpack_movielens(tmp_path / "ml-100k.zip")
+    assert ratings.read_text() == "userId,movieId,rating,timestamp\n196,242,3,881250949\n"
+    assert movies.read_text(encoding="utf-8").splitlines() == [
+        "movieId,title,genres",
+        '242,"Misérables, Les (1995)",Action|Drama',
+    ]
+    ratings, movies = unpack_movielens(tmp_path / "ml-10m.zip")
+    assert ratings.read_text().splitlines()[1] == "1,122,4.5,838985046"
+    assert movies.read_text(encoding="utf-8").splitlines()[1] == "122,Amélie (2001),Comedy|Romance"
+
+
 def test_movielens_end_to_end(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

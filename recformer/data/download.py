@@ -13,7 +13,7 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +70,18 @@ AMAZON = {
     ),
 }
 
-# SHA-256 as recorded by TensorFlow Datasets (url_checksums/movielens.txt).
+# SHA-256 as recorded by TensorFlow Datasets (url_checksums/movielens.txt) where it has them.
 MOVIELENS = {
+    "ml-100k": "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
     "ml-1m": "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+    "ml-10m": "813c411ccb6122564edfe752e7f80c4dcc5aa25fa94c93622f6877a7ba252862",
     "ml-20m": "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
     "ml-25m": "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
     "ml-latest-small": None,  # GroupLens renews it from time to time
+}
+_COLUMNS = {
+    "ratings": ["userId", "movieId", "rating", "timestamp"],
+    "movies": ["movieId", "title", "genres"],
 }
 MOVIELENS_PAGE = "https://grouplens.org/datasets/movielens/"
 
@@ -199,21 +205,18 @@ def _check(file: RemoteFile, path: Path, page: str) -> None:
 def unpack_movielens(archive: str | os.PathLike) -> list[Path]:
     """ratings.csv and movies.csv beside the archive, as the newer sets have them.
 
-    ML-1M's `::` between fields and its Latin-1 text are rewritten.
+    The older ones are rewritten: `::` between fields, Latin-1 (ML-10M is UTF-8), and in ML-100K a
+    column of 0 or 1 for every genre.
 
     Raises:
         UserError: the archive is damaged or lacks the two files.
     """
     archive = Path(archive)
-    columns = {
-        "ratings": ["userId", "movieId", "rating", "timestamp"],
-        "movies": ["movieId", "title", "genres"],
-    }
     written = []
     try:
         with zipfile.ZipFile(archive) as files:
             names = {Path(name).name: name for name in files.namelist()}
-            for name, header in columns.items():
+            for name, header in _COLUMNS.items():
                 target = archive.parent / archive.stem / f"{name}.csv"
                 if f"{name}.csv" in names:
                     with (
@@ -222,18 +225,40 @@ def unpack_movielens(archive: str | os.PathLike) -> list[Path]:
                     ):
                         while piece := source.read(_CHUNK):
                             handle.write(piece)
-                elif f"{name}.dat" in names:
-                    with files.open(names[f"{name}.dat"]) as source, atomic_write(target) as handle:
+                elif f"{name}.dat" in names or "u.data" in names:
+                    with atomic_write(target) as handle:
                         rows = csv.writer(handle, lineterminator="\n")
                         rows.writerow(header)
-                        for line in io.TextIOWrapper(source, encoding="latin-1"):
-                            rows.writerow(line.rstrip("\r\n").split("::"))
+                        rows.writerows(_old_rows(files, names, name))
                 else:
                     raise UserError(f"{archive} holds no {name}.csv or {name}.dat")
                 written.append(target)
     except zipfile.BadZipFile as error:
         raise UserError(f"{archive} is damaged ({error}): delete it and fetch it again") from error
     return written
+
+
+def _old_rows(files: zipfile.ZipFile, names: dict[str, str], name: str) -> Iterator[list[str]]:
+    """Ratings or movies of ML-100K, ML-1M or ML-10M; `names` finds a file in the archive."""
+
+    def lines(file: str, encoding: str = "latin-1") -> Iterator[str]:
+        with files.open(names[file]) as source:
+            for line in io.TextIOWrapper(source, encoding=encoding):
+                if line.strip():
+                    yield line.rstrip("\r\n")
+
+    if f"{name}.dat" in names:
+        ten_million = names[f"{name}.dat"].startswith("ml-10M")
+        for line in lines(f"{name}.dat", "utf-8" if ten_million else "latin-1"):
+            yield line.split("::")
+    elif name == "ratings":
+        for line in lines("u.data"):
+            yield line.split("\t")
+    else:
+        genres = [line.split("|")[0] for line in lines("u.genre")]
+        for line in lines("u.item"):
+            movie, title, _, _, _, *flags = line.split("|")
+            yield [movie, title, "|".join(g for g, flag in zip(genres, flags) if flag == "1")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
