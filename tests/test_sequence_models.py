@@ -40,7 +40,7 @@ def network(kind: str, **sizes) -> torch.nn.Module:
 
 NETWORKS = (
     "sasrec", "gpt2 causal", "bert causal", "bert masked", "llama causal", "xlnet masked",
-    "opt causal",
+    "opt causal", "falcon causal",
 )  # fmt: skip
 
 
@@ -187,6 +187,7 @@ def test_architectures_that_do_not_fit_are_refused_by_name():
         ("gpt2", "masked", "looks back only"),
         ("gpt2", "sideways", "expected causal or masked"),
         ("resnet", "causal", "--arch resnet"),
+        ("levit", "masked", "--arch levit"),
         ("longformer", "masked", "--arch longformer takes no item vectors"),
     ):
         with pytest.raises(UserError, match=message):
