@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recformer.files import UserError
 
@@ -103,6 +104,23 @@ class CodeTrie(nn.Module):
         count = self.first_child[nodes + 1] - start
         real = slot < count[..., None]  # (..., M)
         return start[..., None] + torch.minimum(slot, count[..., None] - 1), real
+
+    def open_nodes(self, excluded: Tensor) -> list[Tensor]:
+        """Which prefixes some item is left under, for each user.
+
+        Args:
+            excluded: bool (B, N), items that are out.
+
+        Returns:
+            For each level 1 .. L bool (B, nodes of the level), in the order of the nodes.
+        """
+        levels = [~excluded[:, self.items]]
+        for level in range(self.num_levels - 1, 0, -1):
+            start, stop = self.level_starts[level : level + 2]
+            begin = self.first_child[start : stop + 1] - stop  # among the next level's nodes
+            before = F.pad(levels[0].cumsum(1), (1, 0))  # open ones before each of them
+            levels.insert(0, before[:, begin].diff(dim=1) > 0)
+        return levels
 
     def parents_of(self, nodes: Tensor) -> Tensor:
         """The node above each node but the root, int64 of the same shape."""

@@ -20,6 +20,7 @@ from baselines.generation import (
     Generated,
     HistoryCollator,
     Read,
+    format_code_accuracy,
     pad_items,
     ranks_among,
 )
@@ -136,6 +137,34 @@ def test_excluded_items_leave_their_places_to_others() -> None:
     assert generated.log_probs.tolist() == [[pytest.approx(np.log(0.3)), -np.inf]]
 
 
+def test_no_beam_is_spent_on_beginnings_of_excluded_items_alone() -> None:
+    # The most likely first code is 0, but nothing is left behind it.
+    generated = TwoLevels(num_beams=1).generate(ONE_USER, torch.tensor([[True, True, False]]))
+    assert generated.items.tolist() == [[2]]
+    assert generated.log_probs.exp().tolist() == [[pytest.approx(0.36)]]
+
+
+def test_recommended_items_by_hand() -> None:
+    batch = dict(ONE_USER)
+    model = TwoLevels(num_beams=2)
+    model.rank(batch, filter_seen=False)
+    best = model.recommend(batch, 3, False)
+    assert (best[0, 0], best[0, 2]) == (2, NO_ITEM)
+    assert best[0, 1] in (0, 1)
+    # All scores are known: there are more items than beams.
+    model = TwoLevels(num_beams=1, exact_rank=True)
+    model.rank(batch, filter_seen=False)
+    assert model.recommend(batch, 4, False).tolist() == [[2, 0, 1, NO_ITEM]]
+    model.rank(batch, filter_seen=True)  # 2 is seen; so is 1, but it is the target
+    assert model.recommend(batch, 2, True).tolist() == [[0, 1]]
+
+
+def test_code_accuracy_in_words() -> None:
+    assert format_code_accuracy({"1": 0.5, "2": 0.25}) == (
+        "codes of the best item that are right, no figures of items: first 1 0.5000, first 2 0.2500"
+    )
+
+
 def test_ranks_among_generated_items() -> None:
     generated = Generated(
         torch.tensor([[4, 2, 7], [4, 2, 7], [4, 2, 7], [5, NO_ITEM, NO_ITEM]]),
@@ -179,6 +208,34 @@ def test_scores_are_those_of_transformers_own_forward(make: Make, codes: np.ndar
                 logits = model.gpt2(input_ids=inputs).logits[:, -4:-1]
         log_probs = logits.log_softmax(-1).gather(2, model.item_tokens[..., None])
         torch.testing.assert_close(scores[user], log_probs.sum((1, 2)))
+
+
+@MODELS
+def test_as_many_items_as_beams_although_most_are_seen(make: Make, codes: np.ndarray) -> None:
+    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    model = randomised(make(codes, num_beams=5))
+    excluded = torch.ones(6, 40, dtype=torch.bool)
+    left = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)).topk(7).indices
+    excluded.scatter_(1, left, False)
+    generated = model.generate(batch, excluded)
+    assert (generated.items != NO_ITEM).all()
+    assert not excluded.gather(1, generated.items).any()
+    everything = randomised(make(codes, num_beams=7)).generate(batch, excluded)
+    assert everything.items.sort(1).values.tolist() == left.sort(1).values.tolist()
+
+
+@MODELS
+@pytest.mark.gpu
+@pytest.mark.parametrize("exact_rank", [False, True])
+def test_a_gpu_recommends_the_same(make: Make, codes: np.ndarray, exact_rank: bool) -> None:
+    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    on_gpu = {n: tuple(x.cuda() for x in v) if n == "seen" else v.cuda() for n, v in batch.items()}
+    model = randomised(make(codes, num_beams=6, exact_rank=exact_rank))
+    ranks = model.rank(batch, filter_seen=True)
+    expected = model.recommend(batch, 8, True)
+    model.cuda()
+    assert model.rank(on_gpu, filter_seen=True).above.tolist() == ranks.above.tolist()
+    assert model.recommend(on_gpu, 8, True).tolist() == expected.tolist()
 
 
 @MODELS

@@ -38,6 +38,16 @@ def test_children_by_hand() -> None:
     assert real.tolist() == [[[True, False]], [[True, True]]]
 
 
+def test_open_nodes_by_hand() -> None:
+    excluded = torch.zeros(3, 5, dtype=torch.bool)
+    excluded[0, [3, 0]] = True  # node 3 has no other item, node 4 has
+    excluded[1, [4, 1]] = True  # all that is below node 2
+    first, second, items = CodeTrie(CODES).open_nodes(excluded)
+    assert first.tolist() == [[True, True], [True, False], [True, True]]
+    assert second.tolist() == [[False, True, True, True], [True, True, False, False], [True] * 4]
+    assert items.int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1] * 5]
+
+
 def test_one_item() -> None:
     trie = CodeTrie(np.array([[9, 0]]))
     assert (trie.level_starts, trie.widths) == ([0, 1, 2, 3], [1, 1])
