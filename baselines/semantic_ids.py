@@ -159,7 +159,7 @@ class SemanticIds:
                 method=value["method"],
                 vectors=value["vectors"],
             )
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{path}: {error}; make the ids again") from error
         if ids.hash != value["hash"]:
             raise UserError(
@@ -204,7 +204,7 @@ def _checked(path: str | os.PathLike, value: Any) -> dict[str, Any]:
 def add_level(
     codes: np.ndarray, asins: Sequence[str], taken: np.ndarray | None = None
 ) -> np.ndarray:
-    """Append to each item's codes the first number, from 0, that no item of the same codes has.
+    """Append to each item's codes a number from 0 on, the next that no item of these codes has.
 
     Args:
         codes: int64 (N, L).
@@ -252,11 +252,7 @@ def reassign(
     """
     used = set() if taken is None else set(map(tuple, taken.tolist()))
     levels, codebook_size, _ = codebooks.shape
-    if len(used) + len(codes) > codebook_size**levels:
-        raise UserError(
-            f"{len(used) + len(codes):,} items and {codebook_size} codes at {levels} levels: raise "
-            f"--codebook_size or --levels, or use --collisions level"
-        )
+    _check_room(len(used) + len(codes), levels, codebook_size)
     ids = [tuple(row) for row in codes.tolist()]
     waiting = []
     for row in sorted(range(len(asins)), key=asins.__getitem__):
@@ -270,6 +266,15 @@ def reassign(
         ids[row] = next(code for code in walk if code not in used)
         used.add(ids[row])
     return np.array(ids, dtype=np.int64).reshape(codes.shape)
+
+
+def _check_room(num_items: int, levels: int, codebook_size: int) -> None:
+    """Raises UserError where there are fewer codes than items."""
+    if num_items > codebook_size**levels:
+        raise UserError(
+            f"{num_items:,} items and {codebook_size} codes at {levels} levels: raise "
+            f"--codebook_size or --levels, or use --collisions level"
+        )
 
 
 def nearest_first(latent: np.ndarray, codebooks: np.ndarray) -> Iterator[tuple[int, ...]]:
@@ -303,7 +308,7 @@ def code_statistics(codes: np.ndarray, codebook_size: int) -> dict[str, Any]:
         share = np.bincount(level, minlength=codebook_size) / len(level)
         share = share[share > 0]
         usage.append(len(share) / codebook_size)
-        entropy.append(float(-(share * np.log2(share)).sum()))
+        entropy.append(float((share * np.log2(1 / share)).sum()))
     _, counts = np.unique(codes, axis=0, return_counts=True)
     return {
         "usage": usage,
@@ -318,6 +323,8 @@ def reconstruction_error(
 ) -> list[float]:
     """Share of the variance of item vectors (N, H) that is lost with the codes of 1, 2, … levels.
 
+    0 for vectors that are all the same.
+
     Args:
         codes: int64 (N, L).
     """
@@ -328,7 +335,8 @@ def reconstruction_error(
         latents += codebook[column]
         with torch.no_grad():
             restored = quantiser.decode(latents).numpy()
-        lost.append(float(np.square(restored - vectors).sum() / variance))
+        squares = np.square(restored - vectors).sum()
+        lost.append(float(squares / variance) if variance > 0 else 0.0)
     return lost
 
 
@@ -507,6 +515,11 @@ def run(args: SemanticIdArguments) -> SemanticIds:
         quantiser, trained_with = load_quantiser(Path(args.extend) / QUANTISER_FILE)
         text_encoder = args.text_encoder or trained_with
     folder = ProcessedFolder.load(args.data_path)
+    if args.extend is None and chosen["collisions"] == "reassign":
+        _check_room(folder.num_items, chosen["levels"], chosen["codebook_size"])
+    elif args.extend is not None and len(before.codebook_size) == before.levels:
+        together = set(before.asins).union(folder.asins)
+        _check_room(len(together), before.levels, before.codebook_size[0])
     started = time.monotonic()
     vectors = np.asarray(text_vectors(folder, text_encoder))
     seconds = {"vectors": time.monotonic() - started}

@@ -87,6 +87,10 @@ def double(value: dict[str, Any]) -> None:
     value["codes"]["C"] = [1, 0, 0]
 
 
+def huge(value: dict[str, Any]) -> None:
+    value["codes"]["C"] = [0, 10**30, 0]
+
+
 def ragged(value: dict[str, Any]) -> None:
     value["codes"]["C"] = [1, 0]
 
@@ -114,6 +118,7 @@ def no_hash(value: dict[str, Any]) -> None:
         (rename, "other codes than its hash"),
         (double, "'B' and 'C' have the same id"),
         (ragged, "inhomogeneous"),
+        (huge, "too large"),
         (outside, "outside their codebooks"),
         (no_number, r"'C' has \[1, 0, true\]"),
         (another_level, "3 codebook sizes for 1 levels"),
@@ -275,6 +280,15 @@ def test_reconstruction_error_by_hand() -> None:
     variance = 2.5**2 + 8.5**2 + 12**2 + 6**2
     expected = [(1.5**2 + 0.5**2 + 1 + 9) / variance, (0.5**2 + 0.5**2 + 0 + 1) / variance]
     assert reconstruction_error(quantiser, vectors, codes) == pytest.approx(expected)
+
+
+def test_nothing_is_lost_of_vectors_that_are_all_the_same() -> None:
+    quantiser = ResidualKMeans(1, levels=2, codebook_size=3)
+    vectors = np.full((1000, 1), 0.5, dtype=np.float32)
+    quantiser.fit(vectors)
+    codes = quantise(vectors, quantiser.codebooks.numpy())
+    assert reconstruction_error(quantiser, vectors, codes) == [0.0, 0.0]
+    assert str(code_statistics(codes, 3)["entropy"]) == "[0.0, 0.0]"  # not -0.0
 
 
 OTHER_PROCESS = """
@@ -448,6 +462,28 @@ def test_the_command(
 def test_flags_that_make_no_sense(folder: Path, flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(["--data_path", str(folder), *flags])
+
+
+def test_too_few_codes_are_told_before_any_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--method", "rkmeans", "--codebook_size", "6", "--levels", "2", "--text_encoder", "t"]
+    flags += ["--collisions", "reassign", "--output_dir", str(tmp_path / "out")]
+    encoded = []
+
+    def encode(folder: ProcessedFolder, encoder: str) -> np.ndarray:
+        encoded.append(folder.num_items)
+        return fake_vectors(folder, encoder)
+
+    monkeypatch.setattr(semantic_ids, "text_vectors", encode)
+    with pytest.raises(UserError, match="40 items and 6 codes at 2 levels"):
+        main(["--data_path", str(folder), *flags])
+    small = write_shop(tmp_path / "small", 30)
+    main(["--data_path", str(small), *flags])
+    # 30 known items and 10 new ones.
+    with pytest.raises(UserError, match="40 items and 6 codes at 2 levels"):
+        main(["--data_path", str(folder), "--extend", str(tmp_path / "out")])
+    assert encoded == [30]
 
 
 @pytest.mark.usefixtures("_fake_encoder")
