@@ -16,15 +16,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning import seed_everything
 from safetensors.torch import save
 from transformers import HfArgumentParser
 
-from baselines.generation import CodeAccuracy
+from baselines.generation import CodeAccuracy, format_code_accuracy
 from baselines.id_sequences import CausalCollator
-from baselines.models import GENERATE, MODELS, build, settings_of
+from baselines.models import GENERATE, MODELS, Built, build, settings_of
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation import report
@@ -53,10 +52,14 @@ class BaselineArguments(RunArguments):
     evaluate_only: bool = flag(False, "rank with the weights of --from_published, do not train")
     # A model's own settings; unset, the model's defaults (baselines/models.py) stand.
     hidden_size: int | None = flag(None, "size of item vectors and hidden states (128)")
-    num_layers: int | None = flag(None, "transformer layers (2)")
-    num_heads: int | None = flag(None, "attention heads (2)")
-    dropout: float | None = flag(None, "of embeddings, attention and feed-forward layers (0.2)")
-    max_length: int | None = flag(None, "newest items read of a sequence (50)")
+    num_layers: int | None = flag(None, "transformer layers (2; tiger, gpt2_codes: 4)")
+    num_heads: int | None = flag(None, "attention heads (2; tiger: 6 of 64 each; gpt2_codes: 4)")
+    dropout: float | None = flag(
+        None, "of embeddings, attention and feed-forward layers (0.2; tiger, gpt2_codes: 0.1)"
+    )
+    max_length: int | None = flag(
+        None, "newest items read of a sequence (50; tiger, gpt2_codes: 20)"
+    )
     loss: str | None = flag(
         None,
         "softmax, sampled_softmax, bce, gbce, or in_batch: softmax over the batch's targets "
@@ -87,7 +90,11 @@ class BaselineArguments(RunArguments):
     semantic_ids: str | None = flag(
         None, "tiger, gpt2_codes, --items codes: file of python -m baselines.semantic_ids"
     )
-    num_beams: int | None = flag(None, "tiger, gpt2_codes: items generated for a user (50)")
+    num_beams: int | None = flag(
+        None,
+        "tiger, gpt2_codes: items generated for a user, 1 for greedy decoding (50, or the largest "
+        "of --metric_ks if that is more)",
+    )
     exact_rank: bool | None = flag(
         None, "tiger, gpt2_codes: rank by the scores of all items in place of beam search"
     )
@@ -124,8 +131,17 @@ def run(args: BaselineArguments) -> dict[str, Any]:
         raise UserError(f"--patience {args.patience}: must be at least 1")
     if args.evaluate_only and not args.from_published:
         raise UserError("--evaluate_only goes with --from_published: else nothing was trained")
-    settings = settings_of(args.model, args.own())
+    own, generative = args.own(), args.model in GENERATE
+    if generative:
+        own.setdefault("num_beams", max([MODELS[args.model]["num_beams"], *args.metric_ks]))
+    settings = settings_of(args.model, own)
     experiment = Experiment(args, ["training"], schedule="constant")
+    if generative and not settings["exact_rank"] and settings["num_beams"] < max(args.metric_ks):
+        say(
+            f"--num_beams {settings['num_beams']}: no more items are generated for a user, so that "
+            f"figures at --metric_ks beyond count these alone; --num_beams {max(args.metric_ks)} "
+            "or --exact_rank gives them in full"
+        )
     folder = ProcessedFolder.load(args.data_path)
     say(
         f"{args.data_path}: {folder.num_users:,} users, {folder.num_items:,} items, "
@@ -145,7 +161,9 @@ def run(args: BaselineArguments) -> dict[str, Any]:
     experiment.begin(
         built.model,
         data,
-        asdict(args) | settings | {"split_hash": folder.split_hash},
+        asdict(args)
+        | settings
+        | {"split_hash": folder.split_hash, "semantic_ids_hash": built.semantic_ids_hash},
     )
     if args.wandb:
         experiment.logger = wandb_logger(experiment.output_dir, args.model)
@@ -154,7 +172,6 @@ def run(args: BaselineArguments) -> dict[str, Any]:
     if built.train_collator is not None and not args.evaluate_only:
         name = "trained"
         stages["training"] = experiment.train("training", args.patience)
-    generative = args.model in GENERATE
     evaluations = {name: experiment.evaluate(name, lambda: [CodeAccuracy()] if generative else [])}
     weights = [p for p in built.model.parameters() if p.requires_grad]
     result: dict[str, Any] = {
@@ -174,29 +191,35 @@ def run(args: BaselineArguments) -> dict[str, Any]:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         written = "metrics.json, ranks"
         if stages:
-            save_best(
-                experiment.output_dir / "best_model", built.model, args.model, settings, folder
-            )
+            save_best(experiment.output_dir / "best_model", built, args.model, settings, folder)
             rows = {stage: entry["rows"] for stage, entry in stages.items()}
             draw_history(rows, experiment.output_dir / "curves.png", args.metric)
             written += ", curves.png, best_model"
         write_json(experiment.output_dir / "metrics.json", result, indent=1)
         print("\n" + experiment.headline(result["test"]))
         print(report({args.model: result["test"]}, args.metric))
+        if generative:
+            print(format_code_accuracy(result["test"]["code_accuracy"]))
         print(f"written to {experiment.output_dir}: {written}")
     return result
 
 
 def save_best(
-    path: Path, model: torch.nn.Module, name: str, settings: dict[str, Any], folder: ProcessedFolder
+    path: Path, built: Built, name: str, settings: dict[str, Any], folder: ProcessedFolder
 ) -> None:
     """The trained model as a folder that `baselines.models.load` reads."""
     path.mkdir(parents=True, exist_ok=True)
     # Cloned: tied tensors share their memory, which the format has no room for.
-    state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().clone().contiguous() for k, v in built.model.state_dict().items()}
     with atomic_write(path / "model.safetensors", "wb") as handle:
         handle.write(save(state))
-    write_json(path / "config.json", {"model": name, "settings": settings, "asins": folder.asins})
+    config = {
+        "model": name,
+        "settings": settings,
+        "semantic_ids_hash": built.semantic_ids_hash,
+        "asins": folder.asins,
+    }
+    write_json(path / "config.json", config)
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from baselines.text_vectors import text_vectors
 from baselines.tiger import Tiger, TigerTrainCollator
 from recformer.checkpoint import read_state_dict
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
-from recformer.files import UserError, read_json
+from recformer.files import UserError, read_json, sha256_of
 from recformer.metrics import TargetRanks, count_ranks_among, top_items
 
 SEQUENCE = {
@@ -92,11 +92,17 @@ GENERATE: dict[str, type[CodeRecommender]] = {"tiger": Tiger, "gpt2_codes": Gpt2
 
 @dataclass(frozen=True)
 class Built:
-    """A model and how its batches are made; `train_collator` is None where nothing is trained."""
+    """A model and how its batches are made.
+
+    Attributes:
+        train_collator: None where nothing is trained.
+        semantic_ids_hash: of the items' codes and the sizes of their codebooks; None without codes.
+    """
 
     model: nn.Module
     train_collator: Callable | None
     eval_collator: Callable
+    semantic_ids_hash: str | None = None
 
 
 def settings_of(model: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -166,11 +172,12 @@ def build(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Buil
         return Built(baseline, None, HistoryCollator(sys.maxsize))  # all of it
     if model in GENERATE:
         return _build_generative(model, settings, folder)
-    vectors = codes = None
+    vectors = codes = codes_hash = None
     if settings["text_encoder"] is not None:
         vectors = text_vectors(folder, settings["text_encoder"])
     if settings["semantic_ids"] is not None:
-        codes = SemanticIds.load(settings["semantic_ids"], folder.asins).codes
+        ids = SemanticIds.load(settings["semantic_ids"], folder.asins)
+        codes, codes_hash = ids.codes, _hash(ids)
     hidden_size, max_length = settings["hidden_size"], settings["max_length"]
     if model in ("sasrec", "gsasrec"):
         network: nn.Module = SASRec(
@@ -213,8 +220,9 @@ def build(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Buil
             recommender,
             MaskedCollator(max_length, folder.num_items, settings["mask_probability"]),
             HistoryCollator(max_length, folder.num_items),
+            codes_hash,
         )
-    return Built(recommender, CausalCollator(max_length), HistoryCollator(max_length))
+    return Built(recommender, CausalCollator(max_length), HistoryCollator(max_length), codes_hash)
 
 
 def _build_generative(model: str, settings: dict[str, Any], folder: ProcessedFolder) -> Built:
@@ -222,11 +230,17 @@ def _build_generative(model: str, settings: dict[str, Any], folder: ProcessedFol
     max_length = settings["max_length"]
     sizes = {n: settings[n] for n in ("hidden_size", "num_layers", "num_heads", "dropout")}
     search = (settings["num_beams"], settings["exact_rank"])
+    collator = CodeHistoryCollator(max_length)
     if model == "tiger":
         tiger = Tiger(ids.codes, ids.codebook_size, *search, **sizes)
-        return Built(tiger, TigerTrainCollator(max_length), CodeHistoryCollator(max_length))
+        return Built(tiger, TigerTrainCollator(max_length), collator, _hash(ids))
     gpt2 = Gpt2Codes(ids.codes, ids.codebook_size, *search, max_items=max_length, **sizes)
-    return Built(gpt2, Gpt2CodesTrainCollator(max_length), CodeHistoryCollator(max_length))
+    return Built(gpt2, Gpt2CodesTrainCollator(max_length), collator, _hash(ids))
+
+
+def _hash(ids: SemanticIds) -> str:
+    """Of all that a model has of the ids: the file may have been written again since."""
+    return sha256_of(ids.hash, str(ids.codebook_size))
 
 
 def _objective(settings: dict[str, Any]) -> Objective:
@@ -245,12 +259,17 @@ def load(path: str | os.PathLike, folder: ProcessedFolder) -> Built:
 
     Raises:
         FileNotFoundError: the folder is not whole.
-        UserError: it was trained on other items.
+        UserError: it was trained on other items, or its file of semantic ids holds other codes now.
     """
     saved = read_json(Path(path) / "config.json")
     if saved["asins"] != folder.asins:
         raise UserError(f"{path} was trained on other items than those of {folder.path}")
     built = build(saved["model"], saved["settings"] | {"from_published": None}, folder)
+    if saved.get("semantic_ids_hash") != built.semantic_ids_hash:
+        raise UserError(
+            f"{path} was trained with other codes than {saved['settings']['semantic_ids']} holds "
+            "now: put the file of its training there"
+        )
     built.model.load_state_dict(load_file(Path(path) / "model.safetensors"))
     built.model.eval()
     return built

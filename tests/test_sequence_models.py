@@ -464,6 +464,45 @@ def test_every_model_learns_a_circle_and_ranks_the_same_when_loaded(
     assert (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.parametrize("name", ["sasrec codes", "gpt2_codes"])
+def test_codes_that_were_made_again_are_refused(data, tmp_path, name):
+    """The same items and the same sizes, but other codes, in the file of the training."""
+    path = tmp_path / "semantic_ids.json"
+    asins = [str(i + 1) for i in range(6)]
+    codes = np.array([[i % 2, i // 2] for i in range(6)])
+    SemanticIds(asins, codes, 2, [2, 3], "test", "none").save(path)
+    args = arguments(data, tmp_path / "run", name, codes=str(path), num_train_epochs=1, verbose=1)
+    result = run(args)
+    best, folder = tmp_path / "run" / "best_model", ProcessedFolder.load(data)
+    models.load(best, folder)
+    assert run(args)["test"] == result["test"]
+    for changed, sizes in ((codes[::-1], [2, 3]), (codes, [2, 4])):
+        SemanticIds(asins, changed, 2, sizes, "test", "none").save(path)
+        with pytest.raises(UserError, match="trained with other codes than .*semantic_ids.json"):
+            models.load(best, folder)
+        with pytest.raises(UserError, match="another run .different: semantic_ids_hash"):
+            run(args)
+
+
+def test_the_largest_cut_off_tells_how_many_items_are_generated(
+    data, semantic_ids, tmp_path, capsys
+):
+    def beams(place: str, **more) -> int:
+        given = {"num_train_epochs": 1, "verbose": 1, "num_beams": None} | more
+        args = arguments(data, tmp_path / place, "gpt2_codes", codes=semantic_ids, **given)
+        return run(args)["settings"]["num_beams"]
+
+    assert beams("default") == 50
+    assert beams("deeper", metric_ks=[5, 100]) == 100
+    printed = capsys.readouterr().out
+    assert "no more items are generated" not in printed
+    assert "codes of the best item that are right, no figures of items: first 1 " in printed
+    assert beams("exact", num_beams=1, exact_rank=True) == 1
+    assert "no more items are generated" not in capsys.readouterr().out
+    assert beams("greedy", num_beams=1) == 1
+    assert "--num_beams 5 or --exact_rank gives them in full" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["popularity", "text_neighbours", "cooccurrence"])
 def test_models_without_training_go_the_same_way(data, tmp_path, name):
     result = run(
