@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from recformer.data.collators import pack_sequences
+from recformer.data.datamodule import rank_and_world
 from recformer.data.items import TokenizedItems
 from recformer.files import UserError, sha256_of
 from recformer.item_vectors import Keys, Vectors, content_keys, open_or_build
@@ -93,13 +94,6 @@ def encoder_key(model: PreTrainedModel, *settings: str) -> str:
     return sha256_of(weights_hash(model), config, *settings)
 
 
-def _processes() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 @contextmanager
 def _evaluating(
     model: torch.nn.Module, autocast: AbstractContextManager | None
@@ -138,7 +132,7 @@ def encode_items(
     Raises:
         UserError: the model gives NaN or infinite vectors.
     """
-    rank, world = _processes()
+    rank, world = rank_and_world()
     first, inverse = distinct_items(store)
     if item_ids is not None:
         texts, inverse = np.unique(inverse[item_ids], return_inverse=True)
@@ -189,7 +183,7 @@ def catalogue_vectors(
         UserError: the model gives NaN or infinite vectors.
         OSError: not enough room on the disk.
     """
-    rank, world = _processes()
+    rank, world = rank_and_world()
     hidden_size = model.config.hidden_size
     with _evaluating(model, autocast) as device:
 
