@@ -15,6 +15,7 @@ read so far, n items of the longest history of a batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def join_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
-class CodeRecommender(nn.Module):
+class CodeRecommender(nn.Module, ABC):
     """What models over item codes share; a subclass brings `start`, `step` and `training_loss`.
 
     Args:
@@ -135,10 +136,11 @@ class CodeRecommender(nn.Module):
         self.register_buffer("item_tokens", tokens)  # (N, L)
         self.register_buffer("first_tokens", torch.from_numpy(first_tokens), persistent=False)
 
+    @abstractmethod
     def start(self, batch: dict[str, Any]) -> tuple[Tensor, Read]:
         """Logits of the first code, (B, 1, V), after the histories of an evaluation batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, read: Read, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Read]:
         """Logits of the next code, (B, W, V), of beams that add a token to one of those before.
 
@@ -147,7 +149,6 @@ class CodeRecommender(nn.Module):
             parents: int64 (B, W), the beam of the step before that each continues.
             tokens: int64 (B, W), what each adds.
         """
-        raise NotImplementedError
 
     def history_tokens(self, items: Tensor) -> Tensor:
         """Tokens of padded items, int64 (B, n) -> (B, n * L); START where there is no item."""
