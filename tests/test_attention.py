@@ -133,7 +133,7 @@ def test_long_work_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         return output, torch.autograd.grad(output.square().sum(), qkv)[0]
 
     whole = run()
-    monkeypatch.setattr(band_module, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(band_module, "SCORE_BYTES", 1)
     pieces = run()
     for a, b in zip(whole, pieces, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -11,6 +11,7 @@ N blocks (n of them at once) of Q queries and K keys; P tokens that the blocks s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch.autograd.function import once_differentiable
 
 from recformer.models.dropout import BITS, clear, draw_keep, keep_scale
 
-# Fewer queries a block copy every key more often, more of them score more pairs outside the band;
-# 64 was the quickest on CPU for the published window of 64.
-QUERY_BLOCK = 64
-# Scores that a training step on CPU holds at once: few enough to stay in the cache.
-SCORES_AT_ONCE = 1 << 21
+# Keys a block come in multiples of this, which suits matrix units and the vectors of the softmax: 63
+# queries see 128 keys under the published window of 64.
+KEY_MULTIPLE = 64
+# Fewer queries a block copy every key more often, more of them score more pairs outside the band.
+LEAST_QUERIES = 48
+# Bytes of scores held at once on CPU: few enough to stay in the cache.
+SCORE_BYTES = 3 << 20
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ def build_band(sequence_ids: Tensor, first: Tensor, window: int, dtype: torch.dt
     device = sequence_ids.device
     half = window // 2
     num_tokens = sequence_ids.numel()
-    block = max(QUERY_BLOCK, half)
+    least_keys = 1 + window + max(LEAST_QUERIES, half)
+    num_keys = -(-least_keys // KEY_MULTIPLE) * KEY_MULTIPLE
+    block = num_keys - window - 1
     num_blocks = -(-num_tokens // block)
-    # The slice reaches a little further right than it must: kernels like a multiple of 8.
-    num_keys = -(-(1 + block + window) // 8) * 8
 
     start = torch.arange(num_blocks, device=device)[:, None] * block  # (N, 1)
     query = start + torch.arange(block, device=device)  # (N, Q)
@@ -122,9 +125,7 @@ def band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: float = 0
     Returns:
         (T, H).
     """
-    if qkv.device.type == "cpu" and (torch.is_grad_enabled() or dropout_p > 0):
-        # The fused kernel knows no dropout on CPU, and is slow backward. With dropout the same code
-        # must run whether gradients are on or off: checkpointing repeats a forward pass with them.
+    if qkv.device.type == "cpu":
         return _BandAttention.apply(qkv, band, num_heads, dropout_p)
     return fused_band_attention(qkv, band, num_heads, dropout_p)
 
@@ -136,11 +137,6 @@ def fused_band_attention(qkv: Tensor, band: Band, num_heads: int, dropout_p: flo
         query, key, value, attn_mask=band.mask[:, None], dropout_p=dropout_p
     )
     return context.transpose(1, 2).reshape(-1, qkv.shape[1] // 3)[: qkv.shape[0]]
-
-
-def _pad(x: Tensor, band: Band) -> Tensor:
-    """(T, R) -> (P, R), zeros at tokens outside the run."""
-    return F.pad(x, (0, 0, band.half, band.padded_size - band.half - x.shape[0]))
 
 
 def _query_view(padded: Tensor, band: Band, start: int, end: int, shape: tuple[int, int]) -> Tensor:
@@ -191,9 +187,34 @@ def _add_key_blocks(total: Tensor, band: Band, start: int, blocks: Tensor, colum
     return blocks[:, 0]
 
 
-def _scaled(blocks: Tensor, factor: float) -> Tensor:
-    """A view (n, A, Q, D) times `factor`, laid out as (n * A, Q, D)."""
-    return torch.mul(blocks, factor, out=blocks.new_empty(blocks.shape)).flatten(0, 1)
+def _copy_blocks(
+    out: Tensor, rows: Tensor, tokens: Tensor, first: int, block: int, column: int
+) -> Tensor:
+    """Copy blocks of rows that overlap, or lie end to end, apart.
+
+    Args:
+        out: (n, A, R, D), filled and returned.
+        rows: (T, C), of which `A * D` columns from `column` on are taken.
+        tokens: (n, R) int64 row of each place. Those of block i are `first + i * block` and on,
+            other than where that would leave the rows there are.
+    """
+    num_blocks, num_heads, size, dim = out.shape
+    num_rows, row = rows.shape[0], rows.stride(0)
+    # Blocks inside are copied out of a view, quicker than by index.
+    start = min(max(-(first // block), 0), num_blocks)
+    end = min(max((num_rows - size - first) // block + 1, start), num_blocks)
+    if start < end:
+        out[start:end] = rows.as_strided(
+            (end - start, num_heads, size, dim),
+            (block * row, dim, row, 1),
+            rows.storage_offset() + (first + start * block) * row + column,
+        )
+    for outside in (slice(0, start), slice(end, num_blocks)):
+        index = tokens[outside].flatten()
+        if index.numel():
+            taken = rows[:, column : column + num_heads * dim].index_select(0, index)
+            out[outside] = taken.view(-1, size, num_heads, dim).transpose(1, 2)
+    return out
 
 
 class _Blocks(torch.autograd.Function):
@@ -223,35 +244,85 @@ class _Blocks(torch.autograd.Function):
         return total[band.half : band.half + ctx.num_tokens], None, None
 
 
-class _BandAttention(torch.autograd.Function):
-    """`band_attention` for training on CPU: a few blocks at a time, out of the cache.
+class _Piece:
+    """Room for a few blocks of queries, keys and values, filled again and again."""
 
-    Kept for the way back are the weights before dropout, with a minus sign where they were dropped.
+    def __init__(self, band: Band, num_heads: int, qkv: Tensor) -> None:
+        self.band, self.num_heads = band, num_heads
+        self.hidden = qkv.shape[1] // 3
+        self.dim = self.hidden // num_heads
+        scores = num_heads * band.block * band.num_keys
+        self.step = min(max(1, SCORE_BYTES // (scores * qkv.itemsize)), band.num_blocks)
+        self.query = self.new(qkv, band.block)
+        self.key = self.new(qkv, band.num_keys)
+        self.value = self.new(qkv, band.num_keys)
+
+    def new(self, like: Tensor, rows: int, columns: int | None = None) -> Tensor:
+        """Room for (n, A, rows, columns), D columns unless told."""
+        return like.new_empty((self.step, self.num_heads, rows, columns or self.dim))
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """First block of each piece and the one after its last."""
+        for start in range(0, self.band.num_blocks, self.step):
+            yield start, min(start + self.step, self.band.num_blocks)
+
+    def queries(self, out: Tensor, rows: Tensor, start: int, end: int) -> Tensor:
+        """Rows of the queries of blocks `start:end`, heads side by side: (n * A, Q, D)."""
+        block = self.band.block
+        tokens = self.band.queries.view(-1, block)[start:end]
+        return _copy_blocks(
+            out[: end - start], rows, tokens, start * block, block, column=0
+        ).flatten(0, 1)
+
+    def keys(self, out: Tensor, qkv: Tensor, start: int, end: int, column: int) -> Tensor:
+        """Keys, or values, of blocks `start:end` from `column` on of (T, 3 * H): (n * A, K, D)."""
+        band = self.band
+        out, tokens = out[: end - start], band.keys[start:end]
+        first = start * band.block - band.half
+        _copy_blocks(out[:, :, 1:], qkv, tokens[:, 1:], first, band.block, column)
+        extra = qkv[:, column : column + self.hidden].index_select(0, tokens[:, 0])
+        out[:, :, 0] = extra.view(-1, self.num_heads, self.dim)
+        return out.flatten(0, 1)
+
+
+class _BandAttention(torch.autograd.Function):
+    """`band_attention` on CPU: a few blocks at a time, out of the cache.
+
+    torch's fused kernel knows no dropout there, and is slow backward. Kept for the way back are the
+    weights before dropout, with a minus sign where they were dropped.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, band: Band, num_heads: int, dropout_p: float) -> Tensor:
         num_tokens, hidden = qkv.shape[0], qkv.shape[1] // 3
         num_blocks, block, num_keys = band.mask.shape
-        shape = (num_heads, hidden // num_heads)
+        piece = _Piece(band, num_heads, qkv)
+        scale = piece.dim**-0.5
         sign = torch.iinfo(BITS[qkv.dtype]).min
-        signed_weights = qkv.new_empty((num_blocks, num_heads, block, num_keys))
-        context = qkv.new_empty((num_blocks, block, *shape))
-        for start, end in _pieces(signed_weights):
-            query = _scaled(_query_blocks(qkv, band, start, end, shape), shape[1] ** -0.5)
-            key = _key_blocks(qkv, band, start, end, shape, hidden).flatten(0, 1)
-            scores = torch.bmm(query, key.transpose(1, 2))
-            scores.view(-1, num_heads, block, num_keys).add_(band.mask[start:end, None])
-            weights = signed_weights[start:end].flatten(0, 1)
+        keep_weights = ctx.needs_input_grad[0]
+        kept_blocks = num_blocks if keep_weights else piece.step
+        signed_weights = qkv.new_empty((kept_blocks, num_heads, block, num_keys))
+        scores_room = piece.new(qkv, block, num_keys)
+        out_room = piece.new(qkv, block)
+        context = qkv.new_empty((num_blocks, block, num_heads, piece.dim))
+        for start, end in piece.spans():
+            query = piece.queries(piece.query, qkv, start, end)
+            key = piece.keys(piece.key, qkv, start, end, hidden)
+            scores = scores_room[: end - start]
+            scores.copy_(band.mask[start:end, None])
+            scores = scores.flatten(0, 1).baddbmm_(query, key.transpose(1, 2), alpha=scale)
+            place = start if keep_weights else 0
+            weights = signed_weights[place : place + end - start].flatten(0, 1)
             torch.softmax(scores, dim=-1, out=weights)
             if dropout_p > 0:
                 keep = draw_keep(weights.shape, dropout_p, weights.dtype)
                 kept = clear(weights, keep)
                 weights.view(keep.dtype).bitwise_or_(keep.bitwise_not_().bitwise_and_(sign))
                 weights = kept
-            value = _key_blocks(qkv, band, start, end, shape, 2 * hidden).flatten(0, 1)
-            piece = torch.bmm(weights, value).view(-1, num_heads, block, shape[1])
-            torch.mul(piece.transpose(1, 2), keep_scale(dropout_p), out=context[start:end])
+            value = piece.keys(piece.value, qkv, start, end, 2 * hidden)
+            out = out_room[: end - start]
+            torch.bmm(weights, value, out=out.flatten(0, 1))
+            torch.mul(out.transpose(1, 2), keep_scale(dropout_p), out=context[start:end])
         result = context.view(-1, hidden)[:num_tokens]
         ctx.save_for_backward(qkv, signed_weights, result)
         ctx.band, ctx.num_heads, ctx.dropout_p = band, num_heads, dropout_p
@@ -263,9 +334,10 @@ class _BandAttention(torch.autograd.Function):
         qkv, signed_weights, context = ctx.saved_tensors
         band: Band = ctx.band
         num_heads, hidden = ctx.num_heads, context.shape[1]
-        shape = (num_heads, hidden // num_heads)
-        scale = shape[1] ** -0.5
-        padded_grad = _pad(grad, band)
+        piece = _Piece(band, num_heads, qkv)
+        shape = (num_heads, piece.dim)
+        scale, survivors = piece.dim**-0.5, keep_scale(ctx.dropout_p)
+        grad = grad.contiguous()
         # The softmax takes away the mean of the gradient under the weights, which is this:
         exact = torch.promote_types(grad.dtype, torch.float32)
         mean = (grad.to(exact) * context).view(-1, *shape).sum(dim=2).to(grad.dtype)
@@ -273,36 +345,35 @@ class _BandAttention(torch.autograd.Function):
         mean = mean.view(band.num_blocks, band.block, num_heads).transpose(1, 2)  # (N, A, Q)
         total = qkv.new_zeros((band.padded_size, 3 * hidden))
         extra = qkv.new_zeros((band.num_blocks, 3 * hidden))
+        grad_room, out_room = piece.new(qkv, band.num_keys), piece.new(qkv, band.block)
+        scores_room = piece.new(qkv, band.block, band.num_keys)
 
-        def as_blocks(left: Tensor, right: Tensor) -> Tensor:
-            return torch.bmm(left, right).unflatten(0, (-1, num_heads))
+        def product(room: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+            """(n * A, ...) times (n * A, ...) into the first n of `room`: (n, A, ...)."""
+            result = room[: left.shape[0] // num_heads]
+            result.flatten(0, 1).baddbmm_(left, right, beta=0, alpha=factor)
+            return result
 
-        for start, end in _pieces(signed_weights):
-            query = _scaled(_query_blocks(qkv, band, start, end, shape), scale)
-            key = _key_blocks(qkv, band, start, end, shape, hidden).flatten(0, 1)
-            value = _key_blocks(qkv, band, start, end, shape, 2 * hidden).flatten(0, 1)
-            out = _query_view(padded_grad, band, start, end, shape)
-            out = _scaled(out, keep_scale(ctx.dropout_p))
+        for start, end in piece.spans():
+            query = piece.queries(piece.query, qkv, start, end)
+            key = piece.keys(piece.key, qkv, start, end, hidden)
+            value = piece.keys(piece.value, qkv, start, end, 2 * hidden)
+            out = piece.queries(out_room, grad, start, end)
+            if end == band.num_blocks:  # no gradient comes from beyond the last token
+                out_room[end - start - 1, :, grad.shape[0] - (end - 1) * band.block :] = 0
             weights = kept = signed_weights[start:end].flatten(0, 1)
             if ctx.dropout_p > 0:
                 weights, kept = weights.abs(), weights.relu()
-            extra[start:end, 2 * hidden :] = _add_key_blocks(
-                total, band, start, as_blocks(kept.transpose(1, 2), out), 2 * hidden
-            )
-            scores = torch.bmm(out, value.transpose(1, 2)).mul_(kept)
+            values = product(grad_room, kept.transpose(1, 2), out, survivors)
+            extra[start:end, 2 * hidden :] = _add_key_blocks(total, band, start, values, 2 * hidden)
+            scores = product(scores_room, out, value.transpose(1, 2), survivors).flatten(0, 1)
+            scores.mul_(kept)
             scores.addcmul_(weights, mean[start:end].reshape(-1, band.block, 1), value=-1)
+            keys = product(grad_room, scores.transpose(1, 2), query, scale)
             extra[start:end, hidden : 2 * hidden] = _add_key_blocks(
-                total, band, start, as_blocks(scores.transpose(1, 2), query), hidden
+                total, band, start, keys, hidden
             )
-            torch.mul(
-                as_blocks(scores, key), scale, out=_query_view(total, band, start, end, shape)
-            )
+            queries = product(piece.query, scores, key)
+            torch.mul(queries, scale, out=_query_view(total, band, start, end, shape))
         total.index_add_(0, band.keys[:, 0] + band.half, extra)
         return total[band.half : band.half + grad.shape[0]], None, None, None
-
-
-def _pieces(weights: Tensor) -> list[tuple[int, int]]:
-    """Cut the N blocks of (N, A, Q, K) into runs of at most `SCORES_AT_ONCE` scores."""
-    num_blocks = weights.shape[0]
-    step = max(1, SCORES_AT_ONCE // weights[0].numel())
-    return [(start, min(start + step, num_blocks)) for start in range(0, num_blocks, step)]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -23,6 +23,9 @@ from recformer.packing import PackedTokens
 # oneDNN, which multiplies 16-bit matrices on CPU, prepares for every new number of rows. That takes
 # longer than the product itself, and what it prepared is kept.
 CPU_TOKEN_MULTIPLE = 256
+# Without gradients the feed-forward goes over rows in pieces whose inner states take at most this:
+# what is larger the C library takes from the kernel anew, page by page, whenever it is needed.
+CPU_INNER_BYTES = 16 << 20
 # Buffers that released files carry and nobody needs.
 STALE_BUFFERS = ("position_ids",)
 
@@ -94,7 +97,11 @@ class _ResidualOutput(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        hidden = add_dropout(residual, self.dense(hidden), self.dropout_p, self.training)
+        hidden = self.dense(hidden)
+        if torch.is_grad_enabled():
+            hidden = add_dropout(residual, hidden, self.dropout_p, self.training)
+        else:
+            hidden = dropout(hidden, self.dropout_p, self.training).add_(residual)
         # Autocast on a GPU gives the output of LayerNorm in float32.
         return self.LayerNorm(hidden).to(residual.dtype)
 
@@ -122,7 +129,10 @@ class RecformerIntermediate(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden))
+        hidden = self.dense(hidden)
+        if isinstance(self.activation, GELUActivation) and not torch.is_grad_enabled():
+            return torch.ops.aten.gelu_(hidden)
+        return self.activation(hidden)
 
 
 class RecformerLayer(GradientCheckpointingLayer):
@@ -137,6 +147,12 @@ class RecformerLayer(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, layout: AttentionLayout, first_only: bool) -> Tensor:
         """(T, H) -> (T, H), or (B, H) of the `<s>` tokens if `first_only`."""
         hidden = self.attention(hidden, layout, first_only)
+        if torch.is_grad_enabled() or hidden.device.type != "cpu":
+            return self._feed_forward(hidden)
+        rows = max(1, CPU_INNER_BYTES // (self.intermediate.dense.out_features * hidden.itemsize))
+        return torch.cat([self._feed_forward(piece) for piece in hidden.split(rows)])
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
         return self.output(self.intermediate(hidden), hidden)
 
 
