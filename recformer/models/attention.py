@@ -190,7 +190,9 @@ class RecformerSelfAttention(nn.Module):
         )
         dropout_p = self.dropout_p if self.training else 0.0
         context_local = band_attention(qkv, layout.bands[self.window], self.num_heads, dropout_p)
-        return context_local.index_copy(0, layout.first, context)
+        if torch.is_grad_enabled():
+            return context_local.index_copy(0, layout.first, context)
+        return context_local.index_copy_(0, layout.first, context)
 
     def _attend_from_first(self, hidden: Tensor, layout: AttentionLayout) -> Tensor:
         """What `<s>` of every sequence gathers from all its tokens: (T, H) -> (B, H)."""

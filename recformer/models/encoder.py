@@ -149,7 +149,8 @@ class RecformerLayer(GradientCheckpointingLayer):
         hidden = self.attention(hidden, layout, first_only)
         if torch.is_grad_enabled() or hidden.device.type != "cpu":
             return self._feed_forward(hidden)
-        rows = max(1, CPU_INNER_BYTES // (self.intermediate.dense.out_features * hidden.itemsize))
+        rows = CPU_INNER_BYTES // (self.intermediate.dense.out_features * hidden.itemsize)
+        rows = max(rows // CPU_TOKEN_MULTIPLE, 1) * CPU_TOKEN_MULTIPLE
         return torch.cat([self._feed_forward(piece) for piece in hidden.split(rows)])
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
