@@ -24,6 +24,7 @@ from transformers import HfArgumentParser
 from baselines.generation import CodeAccuracy, format_code_accuracy
 from baselines.id_sequences import CausalCollator
 from baselines.models import GENERATE, MODELS, Built, build, settings_of
+from recformer.allocator import keep_freed_memory
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation import report
@@ -256,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if known.config is not None:
         parser.set_defaults(**read_config(known.config))
     args, _ = parser.parse_args_into_dataclasses(argv)
+    keep_freed_memory()
     run(args)
 
 

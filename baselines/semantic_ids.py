@@ -46,6 +46,7 @@ from baselines import code_words
 from baselines.rkmeans import ResidualKMeans, quantise, squared_distances
 from baselines.rqvae import RQVAE
 from baselines.text_vectors import text_vectors
+from recformer.allocator import keep_freed_memory
 from recformer.data.processed import ProcessedFolder
 from recformer.files import (
     UserError,
@@ -615,6 +616,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=SemanticIdArguments.__doc__,
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
+    keep_freed_memory()
     run(args)
 
 

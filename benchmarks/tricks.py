@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,8 +16,12 @@ from torch import Tensor
 
 from benchmarks.encoder import LENGTHS, build_ours, pack, step_of
 from benchmarks.measure import REPEATS, in_turns, row
+from recformer.allocator import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from recformer.models import attention, band, dropout, encoder
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention
+from recformer.models.encoder import RecformerLayer
+
+M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 Call = Callable[[], object]
 Off = Callable[[], AbstractContextManager]
@@ -83,7 +88,26 @@ def _forward_rows(size: str) -> Iterator[dict[str, Any]]:
         lambda: patch.object(attention, "band_attention", masked_anew),
     )
 
+    yield _row(
+        f"{size}, sequences, float32: freed memory kept",
+        tokens_of_sequences,
+        tokens_of_sequences,
+        _memory_given_back,
+    )
+
     model.bfloat16()
+    for what, off in (
+        (
+            "own attention",
+            lambda: patch.object(attention, "band_attention", band.fused_band_attention),
+        ),
+        (
+            "feed-forward in place and in pieces",
+            lambda: patch.object(encoder.RecformerLayer, "forward", _whole_layer),
+        ),
+        ("freed memory kept", _memory_given_back),
+    ):
+        yield _row(f"{size}, items, bfloat16: {what}", tokens_of_items, tokens_of_items, off)
     # No two batches of the same number of tokens, as in training.
     lengths = LENGTHS["items"]
     batches = [pack([*lengths[:-1], 1 + n], vocab_size) for n in range(2 * (REPEATS + 1))]
@@ -98,6 +122,28 @@ def _forward_rows(size: str) -> Iterator[dict[str, Any]]:
         another_batch,
         lambda: patch.object(encoder, "CPU_TOKEN_MULTIPLE", 1),
     )
+
+
+def _whole_layer(
+    self: RecformerLayer, hidden: Tensor, layout: AttentionLayout, first_only: bool
+) -> Tensor:
+    """A layer over all rows at once, each of its steps in new memory."""
+    hidden = self.attention(hidden, layout, first_only)
+    inner = self.intermediate.activation(self.intermediate.dense(hidden))
+    return self.output.LayerNorm(hidden + self.output.dense(inner))
+
+
+@contextmanager
+def _memory_given_back() -> Iterator[None]:
+    """glibc as it comes to be by itself: blocks above 32 MB mapped, the heap trimmed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    mallopt(M_MMAP_MAX, 65536)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def _project_every_token(
@@ -131,9 +177,10 @@ def _training_rows(size: str) -> Iterator[dict[str, Any]]:
             ),
             (
                 "attention in pieces of cache size",
-                lambda: patch.object(band, "SCORES_AT_ONCE", 2**62),
+                lambda: patch.object(band, "SCORE_BYTES", 2**62),
             ),
             ("dropout from 16 random bits", _bernoulli),
+            ("freed memory kept", _memory_given_back),
             (
                 "gradient of a gather as a gather",
                 lambda: patch.object(AttentionLayout, "gather_chunks", _gather_chunks),

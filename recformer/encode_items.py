@@ -22,6 +22,7 @@ import numpy as np
 from lightning.fabric import Fabric
 from transformers import HfArgumentParser
 
+from recformer.allocator import keep_freed_memory
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
 from recformer.files import atomic_write, exit_with_message, write_json
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.split("\n\n")[0],
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
+    keep_freed_memory()
     run(args)
 
 

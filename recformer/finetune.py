@@ -23,6 +23,7 @@ import torch
 from lightning import seed_everything
 from transformers import HfArgumentParser
 
+from recformer.allocator import keep_freed_memory
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.items import TokenizedItems, cache_dir
@@ -241,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         FinetuneArguments, prog="python -m recformer.finetune", description=__doc__.split("\n\n")[0]
     )
     (args,) = parser.parse_args_into_dataclasses(with_protocol(argv, "evaluation"))
+    keep_freed_memory()
     run(args)
 
 

@@ -24,6 +24,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import HfArgumentParser
 
+from recformer.allocator import keep_freed_memory
 from recformer.data.items import cache_dir
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pretraining import PretrainDataModule, PretrainingData
@@ -425,6 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         PretrainArguments, prog="python -m recformer.pretrain", description=__doc__.split("\n\n")[0]
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
+    keep_freed_memory()
     Run(args).train()
 
 

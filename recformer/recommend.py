@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
+from recformer.allocator import keep_freed_memory
 from recformer.files import UserError, atomic_write, exit_with_message
 from recformer.recommendation import CatalogueRecommender
 
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", metavar="FILE", help="JSON Lines of recommendations (default: printed)"
     )
     args = parser.parse_args(argv)
+    keep_freed_memory()
     if args.k < 1:
         raise UserError(f"--k {args.k}: must be at least 1")
     if not args.histories.is_file():

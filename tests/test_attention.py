@@ -86,7 +86,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(lengths: list[int], w
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
-    with torch.no_grad():  # the fused kernel, used without gradients
+    with torch.no_grad():  # in place where it can be
         torch.testing.assert_close(attention(hidden, layout), expected, rtol=0, atol=1e-12)
 
 

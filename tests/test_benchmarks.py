@@ -21,6 +21,7 @@ from recformer.models import attention
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention
 from recformer.models.band import fused_band_attention
 from recformer.models.dropout import dropout
+from recformer.models.encoder import RecformerLayer
 
 BENCHMARKS_WITH_MEMORY = (
     "encoder",
@@ -161,6 +162,7 @@ def test_operations_are_those_of_the_layers() -> None:
         (RecformerSelfAttention, "_attend_from_first", tricks._project_every_token),
         (AttentionLayout, "gather_chunks", tricks._gather_chunks),
         (attention, "band_attention", fused_band_attention),
+        (RecformerLayer, "forward", tricks._whole_layer),
     ],
 )
 def test_without_a_trick_the_encoder_computes_the_same(

@@ -14,7 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import from its own layer and from the ones above it in this list, never from below.
 LAYERS: list[tuple[str, ...]] = [
-    ("recformer.files", "recformer.packing", "recformer.item_vectors", "recformer.protocol"),
+    (
+        "recformer.allocator",
+        "recformer.files",
+        "recformer.item_vectors",
+        "recformer.packing",
+        "recformer.protocol",
+    ),
     ("recformer.config",),
     ("recformer.tokenization", "recformer.data"),
     (

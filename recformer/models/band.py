@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from recformer.models.dropout import BITS, clear, draw_keep, keep_scale
 
-# Keys a block come in multiples of this, which suits matrix units and the vectors of the softmax: 63
-# queries see 128 keys under the published window of 64.
+# Keys a block come in multiples of this, which suits matrix units and the vectors of the softmax:
+# under the published window of 64, 63 queries see 128 keys.
 KEY_MULTIPLE = 64
 # Fewer queries a block copy every key more often, more of them score more pairs outside the band.
 LEAST_QUERIES = 48

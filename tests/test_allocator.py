@@ -1,0 +1,40 @@
+"""Freed memory stays with the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from recformer import allocator
+
+SCRIPT = """
+import resource
+import numpy as np
+from recformer.allocator import keep_freed_memory
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.empty(8 << 20).fill(1)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+left = [page_faults() for _ in range(3)][-1]
+assert keep_freed_memory()
+kept = [page_faults() for _ in range(3)][-1]
+print(left, kept)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+def test_freed_blocks_are_used_again_without_page_faults() -> None:
+    printed = subprocess.check_output([sys.executable, "-c", SCRIPT], text=True)
+    left, kept = map(int, printed.split())
+    assert kept < 100 < left
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
+    assert not allocator.keep_freed_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not allocator.keep_freed_memory()
