@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN, GELUActivation
@@ -23,11 +24,16 @@ from recformer.packing import PackedTokens
 # oneDNN, which multiplies 16-bit matrices on CPU, prepares for every new number of rows. That takes
 # longer than the product itself, and what it prepared is kept.
 CPU_TOKEN_MULTIPLE = 256
-# Without gradients the feed-forward goes over rows in pieces whose inner states take at most this:
+# In inference the feed-forward goes over rows in pieces whose inner states take at most this:
 # what is larger the C library takes from the kernel anew, page by page, whenever it is needed.
 CPU_INNER_BYTES = 16 << 20
 # Buffers that released files carry and nobody needs.
 STALE_BUFFERS = ("position_ids",)
+
+
+def _only_infers(module: nn.Module) -> bool:
+    """Neither gradients nor dropout, which checkpointing draws once without and once with them."""
+    return not (module.training or torch.is_grad_enabled())
 
 
 class RecformerEmbeddings(nn.Module):
@@ -98,12 +104,23 @@ class _ResidualOutput(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         hidden = self.dense(hidden)
-        if torch.is_grad_enabled():
-            hidden = add_dropout(residual, hidden, self.dropout_p, self.training)
-        else:
-            hidden = dropout(hidden, self.dropout_p, self.training).add_(residual)
+        if _only_infers(self):
+            return self._normalise_sum_(hidden, residual)
+        hidden = add_dropout(residual, hidden, self.dropout_p, self.training)
         # Autocast on a GPU gives the output of LayerNorm in float32.
         return self.LayerNorm(hidden).to(residual.dtype)
+
+    def _normalise_sum_(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """LayerNorm of the sum, in place; of 16-bit numbers without rounding the sum to 16 bits."""
+        if hidden.dtype.itemsize > 2:
+            return self.LayerNorm(hidden.add_(residual))
+        norm = self.LayerNorm
+        weight, bias = norm.weight.float(), norm.bias.float()
+        rows = CPU_TOKEN_MULTIPLE if hidden.device.type == "cpu" else len(hidden)  # in the cache
+        for piece, other in zip(hidden.split(rows), residual.split(rows)):
+            total = other.float().add_(piece)
+            piece.copy_(F.layer_norm(total, norm.normalized_shape, weight, bias, norm.eps))
+        return hidden
 
 
 class RecformerAttention(nn.Module):
@@ -130,7 +147,7 @@ class RecformerIntermediate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = self.dense(hidden)
-        if isinstance(self.activation, GELUActivation) and not torch.is_grad_enabled():
+        if isinstance(self.activation, GELUActivation) and _only_infers(self):
             return torch.ops.aten.gelu_(hidden)
         return self.activation(hidden)
 
@@ -147,7 +164,7 @@ class RecformerLayer(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, layout: AttentionLayout, first_only: bool) -> Tensor:
         """(T, H) -> (T, H), or (B, H) of the `<s>` tokens if `first_only`."""
         hidden = self.attention(hidden, layout, first_only)
-        if torch.is_grad_enabled() or hidden.device.type != "cpu":
+        if not _only_infers(self) or hidden.device.type != "cpu":
             return self._feed_forward(hidden)
         rows = CPU_INNER_BYTES // (self.intermediate.dense.out_features * hidden.itemsize)
         rows = max(rows // CPU_TOKEN_MULTIPLE, 1) * CPU_TOKEN_MULTIPLE
