@@ -18,7 +18,6 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks.measure import header, line, machine, pin_threads
-from recformer.allocator import keep_freed_memory
 from recformer.files import exit_with_message, write_json
 
 # Imported when they run: some need what the others do not.
@@ -52,7 +51,6 @@ def main(argv: list[str] | None = None) -> None:
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}, expected some of {', '.join(BENCHMARKS)}")
 
-    keep_freed_memory()  # as our programs do; for both sides
     described = machine(pin_threads(args.threads))
     print(", ".join(f"{key} {_plain(value)}" for key, value in described.items() if value))
     print(header())

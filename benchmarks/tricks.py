@@ -88,12 +88,7 @@ def _forward_rows(size: str) -> Iterator[dict[str, Any]]:
         lambda: patch.object(attention, "band_attention", masked_anew),
     )
 
-    yield _row(
-        f"{size}, sequences, float32: freed memory kept",
-        tokens_of_sequences,
-        tokens_of_sequences,
-        _memory_given_back,
-    )
+    yield _memory_row(f"{size}, sequences, float32", tokens_of_sequences)
 
     model.bfloat16()
     for what, off in (
@@ -105,9 +100,9 @@ def _forward_rows(size: str) -> Iterator[dict[str, Any]]:
             "feed-forward in place and in pieces",
             lambda: patch.object(encoder.RecformerLayer, "forward", _whole_layer),
         ),
-        ("freed memory kept", _memory_given_back),
     ):
         yield _row(f"{size}, items, bfloat16: {what}", tokens_of_items, tokens_of_items, off)
+    yield _memory_row(f"{size}, sequences, bfloat16", tokens_of_sequences)
     # No two batches of the same number of tokens, as in training.
     lengths = LENGTHS["items"]
     batches = [pack([*lengths[:-1], 1 + n], vocab_size) for n in range(2 * (REPEATS + 1))]
@@ -133,17 +128,21 @@ def _whole_layer(
     return self.output.LayerNorm(hidden + self.output.dense(inner))
 
 
-@contextmanager
-def _memory_given_back() -> Iterator[None]:
-    """glibc as it comes to be by itself: blocks above 32 MB mapped, the heap trimmed."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(M_TRIM_THRESHOLD, 64 << 20)
-    mallopt(M_MMAP_MAX, 65536)
-    try:
-        yield
-    finally:
+def _memory_row(what: str, call: Call) -> dict[str, Any]:
+    """`call` in a process that keeps freed memory, and in one that is left as it was."""
+
+    def kept() -> None:
         keep_freed_memory()
+        try:
+            call()
+        finally:
+            # As glibc comes to be by itself: blocks above 32 MB mapped, the heap trimmed.
+            mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+            mallopt(M_MMAP_THRESHOLD, 32 << 20)
+            mallopt(M_TRIM_THRESHOLD, 64 << 20)
+            mallopt(M_MMAP_MAX, 65536)
+
+    return _row(f"{what}: freed memory kept", kept, call)
 
 
 def _project_every_token(
@@ -180,13 +179,13 @@ def _training_rows(size: str) -> Iterator[dict[str, Any]]:
                 lambda: patch.object(band, "SCORE_BYTES", 2**62),
             ),
             ("dropout from 16 random bits", _bernoulli),
-            ("freed memory kept", _memory_given_back),
             (
                 "gradient of a gather as a gather",
                 lambda: patch.object(AttentionLayout, "gather_chunks", _gather_chunks),
             ),
         ):
             yield _row(f"{size}, items, training, {dtype}: {what}", step, step, off)
+        yield _memory_row(f"{size}, items, training, {dtype}", step)
         plain = step_of(model, items, dtype, fused=False)
         yield _row(f"{size}, items, training, {dtype}: fused AdamW", step, plain)
 
