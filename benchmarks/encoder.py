@@ -14,6 +14,7 @@ number of rows and nothing between them.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -302,12 +303,17 @@ def training_rows(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _compare_training(size: str, dtype: str, name: str, lengths: list[int]) -> dict[str, Any]:
+    gc.collect()  # what the row before held: the optimizers are in cycles
+    needed = _peer_training_gb(build_peer(size).config, lengths)
+    fits = DEVICE != "cpu" or needed < available_gb() - 2
+    memory = [  # first, while this process is small
+        run_alone(training_case, side, size, dtype, lengths)["peak_memory_mb"]
+        for side in (("ours", "peer") if fits else ("ours",))
+    ]
     ours, peer = build(size)
     config = ours.config
     packed = pack(lengths, config.vocab_size)
     product, product_operations = products(config, packed.num_tokens, getattr(torch, dtype))
-    needed = _peer_training_gb(peer.config, lengths)
-    fits = DEVICE != "cpu" or needed < available_gb() - 2
     if fits:
         note = f"gradients differ by {_gradient_error(ours, peer, packed, dtype):.1e}"
     else:
@@ -316,11 +322,6 @@ def _compare_training(size: str, dtype: str, name: str, lengths: list[int]) -> d
     if fits:
         sides["peer"] = step_of(peer, packed, dtype)
     *seconds, product_seconds = in_turns(REPEATS, *sides.values(), product)
-    del ours, peer, sides  # the next ones need the memory
-    memory = [
-        run_alone(training_case, side, size, dtype, lengths)["peak_memory_mb"]
-        for side in ("ours", "peer")[: len(seconds)]
-    ]
     return row(
         f"{size}, {name}, training step, {dtype}",
         seconds[0],

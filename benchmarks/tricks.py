@@ -31,6 +31,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
     size = "tiny" if quick else "base"
     yield from _forward_rows(size)
     yield from _training_rows("tiny" if quick else "MiniLM")
+    yield _memory_row(size)
 
 
 def _row(what: str, call: Call, without: Call, off: Off = nullcontext) -> dict[str, Any]:
@@ -88,8 +89,6 @@ def _forward_rows(size: str) -> Iterator[dict[str, Any]]:
         lambda: patch.object(attention, "band_attention", masked_anew),
     )
 
-    yield _memory_row(f"{size}, sequences, float32", tokens_of_sequences)
-
     model.bfloat16()
     for what, off in (
         (
@@ -102,7 +101,6 @@ def _forward_rows(size: str) -> Iterator[dict[str, Any]]:
         ),
     ):
         yield _row(f"{size}, items, bfloat16: {what}", tokens_of_items, tokens_of_items, off)
-    yield _memory_row(f"{size}, sequences, bfloat16", tokens_of_sequences)
     # No two batches of the same number of tokens, as in training.
     lengths = LENGTHS["items"]
     batches = [pack([*lengths[:-1], 1 + n], vocab_size) for n in range(2 * (REPEATS + 1))]
@@ -128,13 +126,15 @@ def _whole_layer(
     return self.output.LayerNorm(hidden + self.output.dense(inner))
 
 
-def _memory_row(what: str, call: Call) -> dict[str, Any]:
-    """`call` in a process that keeps freed memory, and in one that is left as it was."""
+def _memory_row(size: str) -> dict[str, Any]:
+    """A training step in a process that keeps freed memory, and in one that is left as it was."""
+    model = build_ours(size)
+    step = step_of(model, pack(LENGTHS["sequences"], model.config.vocab_size), "float32")
 
     def kept() -> None:
         keep_freed_memory()
         try:
-            call()
+            step()
         finally:
             # As glibc comes to be by itself: blocks above 32 MB mapped, the heap trimmed.
             mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
@@ -142,7 +142,7 @@ def _memory_row(what: str, call: Call) -> dict[str, Any]:
             mallopt(M_TRIM_THRESHOLD, 64 << 20)
             mallopt(M_MMAP_MAX, 65536)
 
-    return _row(f"{what}: freed memory kept", kept, call)
+    return _row(f"{size}, sequences, training, float32: freed memory kept", kept, step)
 
 
 def _project_every_token(
@@ -185,7 +185,6 @@ def _training_rows(size: str) -> Iterator[dict[str, Any]]:
             ),
         ):
             yield _row(f"{size}, items, training, {dtype}: {what}", step, step, off)
-        yield _memory_row(f"{size}, items, training, {dtype}", step)
         plain = step_of(model, items, dtype, fused=False)
         yield _row(f"{size}, items, training, {dtype}: fused AdamW", step, plain)
 

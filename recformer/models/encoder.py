@@ -168,6 +168,8 @@ class RecformerLayer(GradientCheckpointingLayer):
             return self._feed_forward(hidden)
         rows = CPU_INNER_BYTES // (self.intermediate.dense.out_features * hidden.itemsize)
         rows = max(rows // CPU_TOKEN_MULTIPLE, 1) * CPU_TOKEN_MULTIPLE
+        if len(hidden) <= rows:
+            return self._feed_forward(hidden)
         return torch.cat([self._feed_forward(piece) for piece in hidden.split(rows)])
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
