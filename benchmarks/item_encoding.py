@@ -22,7 +22,6 @@ import torch
 
 from benchmarks.encoder import DEVICE, DTYPES, SIZES, build_ours, operations, products
 from benchmarks.measure import REPEATS, Work, header, line, pin_threads, row, run_alone, seconds_of
-from recformer.allocator import keep_freed_memory
 from recformer.data.items import TokenizedItems
 from recformer.files import exit_with_message
 from recformer.training.item_encoder import TOKENS_PER_BATCH, catalogue_vectors
@@ -90,7 +89,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     args = parser.parse_args(argv)
     pin_threads(args.threads)
-    keep_freed_memory()
     print(header())
     for dtype in args.dtype:
         print(line(_row("MiniLM", dtype, args.items, repeats=1)), flush=True)

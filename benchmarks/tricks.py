@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,13 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.encoder import LENGTHS, build_ours, pack, step_of
-from benchmarks.measure import REPEATS, in_turns, row
-from recformer.allocator import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from benchmarks.measure import REPEATS, Work, in_turns, row, run_alone
+from recformer.allocator import keep_freed_memory
 from recformer.models import attention, band, dropout, encoder
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention
 from recformer.models.encoder import RecformerLayer
-
-M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 Call = Callable[[], object]
 Off = Callable[[], AbstractContextManager]
@@ -126,23 +123,24 @@ def _whole_layer(
     return self.output.LayerNorm(hidden + self.output.dense(inner))
 
 
-def _memory_row(size: str) -> dict[str, Any]:
-    """A training step in a process that keeps freed memory, and in one that is left as it was."""
-    model = build_ours(size)
-    step = step_of(model, pack(LENGTHS["sequences"], model.config.vocab_size), "float32")
-
-    def kept() -> None:
+def memory_case(size: str, keep: bool) -> Work:
+    """A training step in a process that keeps freed memory, or in one left as it was."""
+    if keep:
         keep_freed_memory()
-        try:
-            step()
-        finally:
-            # As glibc comes to be by itself: blocks above 32 MB mapped, the heap trimmed.
-            mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-            mallopt(M_MMAP_THRESHOLD, 32 << 20)
-            mallopt(M_TRIM_THRESHOLD, 64 << 20)
-            mallopt(M_MMAP_MAX, 65536)
+    model = build_ours(size)
+    return Work(step_of(model, pack(LENGTHS["sequences"], model.config.vocab_size), "float32"))
 
-    return _row(f"{size}, sequences, training, float32: freed memory kept", kept, step)
+
+def _memory_row(size: str) -> dict[str, Any]:
+    kept, left = (run_alone(memory_case, size, keep, repeats=REPEATS) for keep in (True, False))
+    return row(
+        f"{size}, sequences, training, float32: freed memory kept",
+        kept["seconds"],
+        "without",
+        left["seconds"],
+        peak_memory_mb=kept["peak_memory_mb"],
+        peer_peak_memory_mb=left["peak_memory_mb"],
+    )
 
 
 def _project_every_token(

@@ -137,10 +137,16 @@ def test_long_work_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     pieces = run()
     for a, b in zip(whole, pieces, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    detached = _BandAttention.apply(qkv.detach(), band, HEADS, 0.0)  # one room for all weights
+    torch.testing.assert_close(detached, whole[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("score_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("window", [8, 130])
-def test_gradient_with_dropout_is_the_slope(window: int) -> None:
+def test_gradient_with_dropout_is_the_slope(
+    window: int, score_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(band_module, "SCORE_BYTES", score_bytes)
     lengths = [70, 1, 40]
     band = build_layout(packed_of(lengths), [window], torch.float64).bands[window]
     qkv = torch.randn(sum(lengths), 3 * HIDDEN, dtype=torch.float64, requires_grad=True)

@@ -178,7 +178,10 @@ def test_without_a_trick_the_encoder_computes_the_same(
         model.zero_grad()
         hidden = model.encode_tokens(packed)[0]
         (hidden * weight).sum().backward()
-        return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        with torch.no_grad():
+            inferred = model.encode_tokens(packed)[0]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return [hidden.detach(), inferred, *grads]
 
     expected = run()
     monkeypatch.setattr(owner, name, plain)

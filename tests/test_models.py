@@ -397,6 +397,15 @@ def check_device(pooler_type: str, device: str) -> None:
         assert (got - expected).norm() < 1e-5 * expected.norm()
     for got, expected in zip(run(model, device, True), exact, strict=True):
         assert torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.99
+    with torch.no_grad():
+        inferred = [model.encode(packed.to(device))]
+        with torch.autocast(device, torch.bfloat16):
+            inferred.append(model.encode(packed.to(device)))
+        copy = RecformerModel(model.config).eval()
+        copy.load_state_dict(model.state_dict())
+        inferred.append(copy.bfloat16().to(device).encode(packed.to(device)))
+    for vectors in inferred:
+        assert torch.cosine_similarity(vectors.double().cpu(), exact[0]).min() > 0.999
     loss = model.train().encode(packed.to(device)).square().sum()  # with dropout
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

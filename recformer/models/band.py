@@ -26,7 +26,7 @@ from recformer.models.dropout import BITS, clear, draw_keep, keep_scale
 # under the published window of 64, 63 queries see 128 keys.
 KEY_MULTIPLE = 64
 # Fewer queries a block copy every key more often, more of them score more pairs outside the band.
-LEAST_QUERIES = 48
+LEAST_QUERIES = 47
 # Bytes of scores held at once on CPU: few enough to stay in the cache.
 SCORE_BYTES = 3 << 20
 
@@ -150,24 +150,21 @@ def _query_view(padded: Tensor, band: Band, start: int, end: int, shape: tuple[i
     )
 
 
-def _query_blocks(qkv: Tensor, band: Band, start: int, end: int, shape: tuple[int, int]) -> Tensor:
-    """Blocks `start:end` of the queries in (T, 3 * H): (n, A, Q, D)."""
-    tokens = band.queries[start * band.block : end * band.block]
-    rows = qkv[:, : shape[0] * shape[1]].index_select(0, tokens)
-    return rows.view(end - start, band.block, *shape).transpose(1, 2)
+def _query_blocks(qkv: Tensor, band: Band, shape: tuple[int, int]) -> Tensor:
+    """Blocks of the queries in (T, 3 * H): (N, A, Q, D)."""
+    rows = qkv[:, : shape[0] * shape[1]].index_select(0, band.queries)
+    return rows.view(band.num_blocks, band.block, *shape).transpose(1, 2)
 
 
-def _key_blocks(
-    qkv: Tensor, band: Band, start: int, end: int, shape: tuple[int, int], column: int
-) -> Tensor:
-    """Blocks `start:end` of the keys, or values, from `column` on of (T, 3 * H): (n, A, K, D)."""
+def _key_blocks(qkv: Tensor, band: Band, shape: tuple[int, int], column: int) -> Tensor:
+    """Blocks of the keys, or values, from `column` on of (T, 3 * H): (N, A, K, D)."""
     columns = qkv[:, column : column + shape[0] * shape[1]]
-    rows = columns.index_select(0, band.keys[start:end].flatten())
-    return rows.view(end - start, band.num_keys, *shape).transpose(1, 2)
+    rows = columns.index_select(0, band.keys.flatten())
+    return rows.view(band.num_blocks, band.num_keys, *shape).transpose(1, 2)
 
 
 def _add_key_blocks(total: Tensor, band: Band, start: int, blocks: Tensor, column: int) -> Tensor:
-    """The reverse of `_key_blocks`: add (n, A, K, D) to the places in (P, R) it was taken from.
+    """Add gradients (n, A, K, D) of key blocks from `start` on where their tokens stand in (P, R).
 
     Returns:
         (n, H) of the extra keys, not yet added.
@@ -194,9 +191,11 @@ def _copy_blocks(
 
     Args:
         out: (n, A, R, D), filled and returned.
-        rows: (T, C), of which `A * D` columns from `column` on are taken.
+        rows: (T, C) contiguous.
         tokens: (n, R) int64 row of each place. Those of block i are `first + i * block` and on,
             other than where that would leave the rows there are.
+        first, block: row where block 0 begins, and rows from one block to the next.
+        column: where the `A * D` columns that are taken begin.
     """
     num_blocks, num_heads, size, dim = out.shape
     num_rows, row = rows.shape[0], rows.stride(0)
@@ -225,9 +224,9 @@ class _Blocks(torch.autograd.Function):
         hidden = qkv.shape[1] // 3
         shape = (num_heads, hidden // num_heads)
         ctx.band, ctx.num_tokens = band, qkv.shape[0]
-        query = _query_blocks(qkv, band, 0, band.num_blocks, shape)
-        key = _key_blocks(qkv, band, 0, band.num_blocks, shape, hidden)
-        value = _key_blocks(qkv, band, 0, band.num_blocks, shape, 2 * hidden)
+        query = _query_blocks(qkv, band, shape)
+        key = _key_blocks(qkv, band, shape, hidden)
+        value = _key_blocks(qkv, band, shape, 2 * hidden)
         return query, key, value
 
     @staticmethod
@@ -244,7 +243,7 @@ class _Blocks(torch.autograd.Function):
         return total[band.half : band.half + ctx.num_tokens], None, None
 
 
-class _Piece:
+class _Room:
     """Room for a few blocks of queries, keys and values, filled again and again."""
 
     def __init__(self, band: Band, num_heads: int, qkv: Tensor) -> None:
@@ -294,20 +293,21 @@ class _BandAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, band: Band, num_heads: int, dropout_p: float) -> Tensor:
+        qkv = qkv.contiguous()
         num_tokens, hidden = qkv.shape[0], qkv.shape[1] // 3
         num_blocks, block, num_keys = band.mask.shape
-        piece = _Piece(band, num_heads, qkv)
-        scale = piece.dim**-0.5
+        room = _Room(band, num_heads, qkv)
+        scale = room.dim**-0.5
         sign = torch.iinfo(BITS[qkv.dtype]).min
         keep_weights = ctx.needs_input_grad[0]
-        kept_blocks = num_blocks if keep_weights else piece.step
+        kept_blocks = num_blocks if keep_weights else room.step
         signed_weights = qkv.new_empty((kept_blocks, num_heads, block, num_keys))
-        scores_room = piece.new(qkv, block, num_keys)
-        out_room = piece.new(qkv, block)
-        context = qkv.new_empty((num_blocks, block, num_heads, piece.dim))
-        for start, end in piece.spans():
-            query = piece.queries(piece.query, qkv, start, end)
-            key = piece.keys(piece.key, qkv, start, end, hidden)
+        scores_room = room.new(qkv, block, num_keys)
+        out_room = room.new(qkv, block)
+        context = qkv.new_empty((num_blocks, block, num_heads, room.dim))
+        for start, end in room.spans():
+            query = room.queries(room.query, qkv, start, end)
+            key = room.keys(room.key, qkv, start, end, hidden)
             scores = scores_room[: end - start]
             scores.copy_(band.mask[start:end, None])
             scores = scores.flatten(0, 1).baddbmm_(query, key.transpose(1, 2), alpha=scale)
@@ -319,7 +319,7 @@ class _BandAttention(torch.autograd.Function):
                 kept = clear(weights, keep)
                 weights.view(keep.dtype).bitwise_or_(keep.bitwise_not_().bitwise_and_(sign))
                 weights = kept
-            value = piece.keys(piece.value, qkv, start, end, 2 * hidden)
+            value = room.keys(room.value, qkv, start, end, 2 * hidden)
             out = out_room[: end - start]
             torch.bmm(weights, value, out=out.flatten(0, 1))
             torch.mul(out.transpose(1, 2), keep_scale(dropout_p), out=context[start:end])
@@ -334,9 +334,9 @@ class _BandAttention(torch.autograd.Function):
         qkv, signed_weights, context = ctx.saved_tensors
         band: Band = ctx.band
         num_heads, hidden = ctx.num_heads, context.shape[1]
-        piece = _Piece(band, num_heads, qkv)
-        shape = (num_heads, piece.dim)
-        scale, survivors = piece.dim**-0.5, keep_scale(ctx.dropout_p)
+        room = _Room(band, num_heads, qkv)
+        shape = (num_heads, room.dim)
+        scale, survivors = room.dim**-0.5, keep_scale(ctx.dropout_p)
         grad = grad.contiguous()
         # The softmax takes away the mean of the gradient under the weights, which is this:
         exact = torch.promote_types(grad.dtype, torch.float32)
@@ -345,8 +345,8 @@ class _BandAttention(torch.autograd.Function):
         mean = mean.view(band.num_blocks, band.block, num_heads).transpose(1, 2)  # (N, A, Q)
         total = qkv.new_zeros((band.padded_size, 3 * hidden))
         extra = qkv.new_zeros((band.num_blocks, 3 * hidden))
-        grad_room, out_room = piece.new(qkv, band.num_keys), piece.new(qkv, band.block)
-        scores_room = piece.new(qkv, band.block, band.num_keys)
+        grad_room, out_room = room.new(qkv, band.num_keys), room.new(qkv, band.block)
+        scores_room = room.new(qkv, band.block, band.num_keys)
 
         def product(room: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
             """(n * A, ...) times (n * A, ...) into the first n of `room`: (n, A, ...)."""
@@ -354,26 +354,28 @@ class _BandAttention(torch.autograd.Function):
             result.flatten(0, 1).baddbmm_(left, right, beta=0, alpha=factor)
             return result
 
-        for start, end in piece.spans():
-            query = piece.queries(piece.query, qkv, start, end)
-            key = piece.keys(piece.key, qkv, start, end, hidden)
-            value = piece.keys(piece.value, qkv, start, end, 2 * hidden)
-            out = piece.queries(out_room, grad, start, end)
+        for start, end in room.spans():
+            query = room.queries(room.query, qkv, start, end)
+            key = room.keys(room.key, qkv, start, end, hidden)
+            value = room.keys(room.value, qkv, start, end, 2 * hidden)
+            grad_out = room.queries(out_room, grad, start, end)
             if end == band.num_blocks:  # no gradient comes from beyond the last token
                 out_room[end - start - 1, :, grad.shape[0] - (end - 1) * band.block :] = 0
             weights = kept = signed_weights[start:end].flatten(0, 1)
             if ctx.dropout_p > 0:
                 weights, kept = weights.abs(), weights.relu()
-            values = product(grad_room, kept.transpose(1, 2), out, survivors)
-            extra[start:end, 2 * hidden :] = _add_key_blocks(total, band, start, values, 2 * hidden)
-            scores = product(scores_room, out, value.transpose(1, 2), survivors).flatten(0, 1)
-            scores.mul_(kept)
-            scores.addcmul_(weights, mean[start:end].reshape(-1, band.block, 1), value=-1)
-            keys = product(grad_room, scores.transpose(1, 2), query, scale)
-            extra[start:end, hidden : 2 * hidden] = _add_key_blocks(
-                total, band, start, keys, hidden
+            grad_value = product(grad_room, kept.transpose(1, 2), grad_out, survivors)
+            extra[start:end, 2 * hidden :] = _add_key_blocks(
+                total, band, start, grad_value, 2 * hidden
             )
-            queries = product(piece.query, scores, key)
-            torch.mul(queries, scale, out=_query_view(total, band, start, end, shape))
+            grad_scores = product(scores_room, grad_out, value.transpose(1, 2), survivors)
+            grad_scores = grad_scores.flatten(0, 1).mul_(kept)
+            grad_scores.addcmul_(weights, mean[start:end].reshape(-1, band.block, 1), value=-1)
+            grad_key = product(grad_room, grad_scores.transpose(1, 2), query, scale)
+            extra[start:end, hidden : 2 * hidden] = _add_key_blocks(
+                total, band, start, grad_key, hidden
+            )
+            grad_query = product(room.query, grad_scores, key)
+            torch.mul(grad_query, scale, out=_query_view(total, band, start, end, shape))
         total.index_add_(0, band.keys[:, 0] + band.half, extra)
         return total[band.half : band.half + grad.shape[0]], None, None, None

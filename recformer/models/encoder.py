@@ -24,9 +24,11 @@ from recformer.packing import PackedTokens
 # oneDNN, which multiplies 16-bit matrices on CPU, prepares for every new number of rows. That takes
 # longer than the product itself, and what it prepared is kept.
 CPU_TOKEN_MULTIPLE = 256
-# In inference the feed-forward goes over rows in pieces whose inner states take at most this:
-# what is larger the C library takes from the kernel anew, page by page, whenever it is needed.
+# In inference the feed-forward goes over rows in pieces whose inner states take about this: blocks
+# above 32 MB glibc takes from the kernel anew, page by page, whenever they are needed.
 CPU_INNER_BYTES = 16 << 20
+# Rows that are summed and normalised at once, in the cache.
+CPU_NORM_ROWS = 256
 # Buffers that released files carry and nobody needs.
 STALE_BUFFERS = ("position_ids",)
 
@@ -104,20 +106,19 @@ class _ResidualOutput(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         hidden = self.dense(hidden)
-        if _only_infers(self):
-            return self._normalise_sum_(hidden, residual)
+        if _only_infers(self) and hidden.device.type == "cpu":
+            return self._normalise_sum(hidden, residual)
         hidden = add_dropout(residual, hidden, self.dropout_p, self.training)
         # Autocast on a GPU gives the output of LayerNorm in float32.
         return self.LayerNorm(hidden).to(residual.dtype)
 
-    def _normalise_sum_(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """LayerNorm of the sum, in place; of 16-bit numbers without rounding the sum to 16 bits."""
+    def _normalise_sum(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """LayerNorm of the sum, in the memory of `hidden`; 16-bit numbers are added in float32."""
         if hidden.dtype.itemsize > 2:
             return self.LayerNorm(hidden.add_(residual))
         norm = self.LayerNorm
         weight, bias = norm.weight.float(), norm.bias.float()
-        rows = CPU_TOKEN_MULTIPLE if hidden.device.type == "cpu" else len(hidden)  # in the cache
-        for piece, other in zip(hidden.split(rows), residual.split(rows)):
+        for piece, other in zip(hidden.split(CPU_NORM_ROWS), residual.split(CPU_NORM_ROWS)):
             total = other.float().add_(piece)
             piece.copy_(F.layer_norm(total, norm.normalized_shape, weight, bias, norm.eps))
         return hidden
