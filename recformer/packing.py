@@ -105,12 +105,13 @@ class PackedTokens:
             torch.cat(ends),
         )
 
-    def with_filler(self, multiple: int) -> PackedTokens:
-        """One more sequence at the end, of 1 to `multiple` tokens, making T a multiple of it."""
-        size = multiple - self.num_tokens % multiple
-        ends = F.pad(self.cu_seqlens, (0, 1), value=self.num_tokens + size)
+    def with_filler(self, multiple: int, longest: int) -> PackedTokens:
+        """More sequences at the end, of at most `longest` tokens: T becomes a multiple."""
+        size = -self.num_tokens % multiple
+        starts = torch.arange(0, size, longest, device=self.cu_seqlens.device)
+        ends = (starts + longest).clamp_(max=size) + self.num_tokens
         filled = self._map(lambda tensor: F.pad(tensor, (0, size)))
-        return replace(filled, cu_seqlens=ends)
+        return replace(filled, cu_seqlens=torch.cat([self.cu_seqlens, ends]))
 
     @staticmethod
     def from_padded(

@@ -70,15 +70,19 @@ def gradients(output: Tensor, weight: Tensor, inputs: list[Tensor]) -> list[Tens
     ]
 
 
-@pytest.mark.parametrize(("lengths", "window"), CASES)
-def test_outputs_and_gradients_are_those_of_the_definition(lengths: list[int], window: int) -> None:
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("lengths", "window"), [*CASES, ([38, 40, 37, 1, 40], 8)])
+def test_outputs_and_gradients_are_those_of_the_definition(
+    lengths: list[int], window: int, known: bool
+) -> None:
+    longest = max(lengths) if known else None
     attention = attention_of(window)
     hidden = torch.randn(sum(lengths), HIDDEN, dtype=torch.float64, requires_grad=True)
     inputs = [hidden, *attention.parameters()]
     weight = torch.randn_like(hidden)
     expected = torch.cat([plain_attention(attention, x, window) for x in hidden.split(lengths)])
 
-    layout = build_layout(packed_of(lengths), [window], torch.float64)
+    layout = build_layout(packed_of(lengths), [window], torch.float64, longest)
     got = attention(hidden, layout)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     for a, b in zip(
@@ -229,3 +233,15 @@ def test_added_dropout_is_dropout_added() -> None:
     torch.manual_seed(3)
     torch.testing.assert_close(got, residual + drop(x, 0.2) * keep_scale(0.2))
     torch.testing.assert_close(add_dropout(residual, x, 0.2, training=False), residual + x)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chunks"),
+    [([38, 40, 37], 3), ([64, 60, 3], 3), ([5] * 20 + [64], 26), ([200, 100], 11), ([3], 1)],
+)
+def test_sequences_are_chunks_where_that_makes_fewer_places(
+    lengths: list[int], chunks: int
+) -> None:
+    layout = build_layout(packed_of(lengths), [8], torch.float32, max(lengths))
+    assert len(layout.chunk_tokens) == chunks
+    assert layout.chunk_valid.sum() == sum(lengths)

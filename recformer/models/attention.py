@@ -29,6 +29,7 @@ from recformer.models.dropout import dropout
 from recformer.packing import PackedTokens
 
 # Tokens a chunk of the sums over whole sequences. Every sequence ends with a chunk partly filled.
+# Where sequences are about equally long, as single items are, each is a chunk of its own.
 CHUNK = 32
 
 
@@ -39,7 +40,7 @@ class AttentionLayout:
     Attributes:
         first: (B,) int64 the token that is `<s>` of each sequence.
         chunk_sequence: (C,) int64 sequence of each chunk.
-        chunk_tokens: (C, S) int64 token of each place of a chunk.
+        chunk_tokens: (C, S) int64 token of each place of a chunk; if C is B, all of sequence c.
         chunk_valid: (C, S) bool, False at places beyond the end of the sequence.
         token_places: (T,) int64 place of each token among the C * S.
         lengths: (B,) int64 tokens a sequence.
@@ -63,20 +64,31 @@ class AttentionLayout:
         return _GatherChunks.apply(values, self.chunk_tokens, self.token_places)
 
     def sum_chunks(self, values: Tensor) -> Tensor:
-        """Add up (C, ...) over the chunks of each sequence: (B, ...)."""
+        """Add up (C, ...) over the chunks of each sequence, in float32 at least: (B, ...)."""
+        if len(values) == self.batch_size:  # a chunk each: nothing to add
+            return values
+        values = _exact(values)
         total = values.new_zeros((self.batch_size, *values.shape[1:]))
         return total.index_add(0, self.chunk_sequence, values)
+
+    def max_chunks(self, values: Tensor) -> Tensor:
+        """Greatest of (C, R) over the chunks of each sequence: (B, R)."""
+        if len(values) == self.batch_size:
+            return values
+        greatest = values.new_full((self.batch_size, values.shape[1]), float("-inf"))
+        index = self.chunk_sequence[:, None].expand_as(values)
+        return greatest.scatter_reduce_(0, index, values, "amax")
 
     def mean_tokens(self, hidden: Tensor) -> Tensor:
         """Mean over the tokens of each sequence, `<s>` among them: (T, H) -> (B, H)."""
         weights = self.chunk_valid / self.lengths[self.chunk_sequence, None]  # (C, S)
         chunks = self.gather_chunks(hidden)  # (C, S, H)
         means = torch.matmul(weights.to(hidden.dtype)[:, None], chunks)[:, 0]  # (C, H)
-        return self.sum_chunks(_exact(means)).to(hidden.dtype)
+        return self.sum_chunks(means).to(hidden.dtype)
 
 
 def build_layout(
-    packed: PackedTokens, windows: Iterable[int], dtype: torch.dtype
+    packed: PackedTokens, windows: Iterable[int], dtype: torch.dtype, longest: int | None = None
 ) -> AttentionLayout:
     """Indices and masks of a batch, without waiting for the device.
 
@@ -84,22 +96,26 @@ def build_layout(
         packed: the batch.
         windows: window sizes of the layers, positive and even.
         dtype: floating type that scores are computed in.
+        longest: tokens of the longest sequence, if that is known.
     """
     cu_seqlens = packed.cu_seqlens
     device = cu_seqlens.device
     sequence_ids = packed.sequence_ids
     first, lengths = cu_seqlens[:-1], packed.lengths
 
-    # The number of chunks depends on the lengths; its upper bound is known without reading them.
-    size = packed.num_tokens // CHUNK + packed.batch_size
-    chunk_ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
+    # How many chunks there are depends on the lengths; this bound is known without reading them.
+    tokens_a_chunk, size = CHUNK, packed.num_tokens // CHUNK + packed.batch_size
+    if longest is not None and longest * packed.batch_size <= tokens_a_chunk * size:
+        tokens_a_chunk, size = longest, packed.batch_size
+    chunk_ends = ((lengths + tokens_a_chunk - 1) // tokens_a_chunk).cumsum(0)
     chunk = torch.arange(size, device=device)
     sequence = torch.searchsorted(chunk_ends, chunk, right=True).clamp_(max=packed.batch_size - 1)
     chunk_starts = F.pad(chunk_ends[:-1], (1, 0))
-    place = (chunk - chunk_starts[sequence])[:, None] * CHUNK + torch.arange(CHUNK, device=device)
+    place = (chunk - chunk_starts[sequence])[:, None] * tokens_a_chunk
+    place = place + torch.arange(tokens_a_chunk, device=device)
     valid = place < lengths[sequence, None]
     tokens = torch.where(valid, first[sequence, None] + place, 0)
-    places = chunk_starts[sequence_ids] * CHUNK + packed.offsets_in_sequence
+    places = chunk_starts[sequence_ids] * tokens_a_chunk + packed.offsets_in_sequence
 
     return AttentionLayout(
         first=first,
@@ -208,15 +224,13 @@ class RecformerSelfAttention(nn.Module):
         scores = _exact(torch.matmul(query, chunks.transpose(1, 2)))  # (C, A, S)
         scores = scores.masked_fill(~layout.chunk_valid[:, None], float("-inf"))
         with torch.no_grad():  # for the range of exp alone: the softmax does not depend on it
-            top = scores.new_full((layout.batch_size, heads), float("-inf"))
-            index = layout.chunk_sequence[:, None].expand(-1, heads)
-            top.scatter_reduce_(0, index, scores.amax(dim=2), "amax")
+            top = layout.max_chunks(scores.amax(dim=2))
             top = top.index_select(0, layout.chunk_sequence)[:, :, None]
         weights = (scores - top).exp()
         total = layout.sum_chunks(weights.sum(dim=2)).index_select(0, layout.chunk_sequence)
         weights = dropout(weights / total[:, :, None], self.dropout_p, self.training)  # (C, A, S)
 
-        summed = _exact(torch.matmul(weights.to(chunks.dtype), chunks))  # (C, A, H)
+        summed = torch.matmul(weights.to(chunks.dtype), chunks)  # (C, A, H)
         summed = layout.sum_chunks(summed).to(hidden.dtype)  # (B, A, H)
         value_weight = self.value_global.weight.view(heads, dim, width)
         context = torch.matmul(summed.transpose(0, 1), value_weight.transpose(1, 2))  # (A, B, D)

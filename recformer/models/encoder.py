@@ -66,8 +66,11 @@ class RecformerEmbeddings(nn.Module):
         hidden = hidden + self.item_position_embeddings(packed.item_position_ids)
         return dropout(self.LayerNorm(hidden), self.dropout_p, self.training)
 
-    def check(self, packed: PackedTokens) -> None:
+    def check(self, packed: PackedTokens) -> int:
         """Refuse a batch that no forward pass is defined for, before any of it is computed.
+
+        Returns:
+            Tokens of the longest sequence.
 
         Raises:
             UserError: a sequence without a token, or longer than the table of positions.
@@ -88,6 +91,7 @@ class RecformerEmbeddings(nn.Module):
                 f"positions up to {rows - 1}; cut sequences (max_token_num) to "
                 f"{rows - self.first_position} tokens, or start from a model with more positions"
             )
+        return longest
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in STALE_BUFFERS:
@@ -248,18 +252,17 @@ class RecformerModel(RecformerPreTrainedModel):
         return hidden[: packed.num_tokens], pooled[: packed.batch_size]
 
     def _encode(self, packed: PackedTokens, first_only: bool) -> tuple[Tensor, AttentionLayout]:
-        """Hidden states, of tokens or of each `<s>`, which may go on with a filler sequence's."""
-        self.embeddings.check(packed)
+        """Hidden states, of tokens or of each `<s>`, which may go on with those of filler."""
+        longest = self.embeddings.check(packed)
         table = self.embeddings.position_embeddings.weight
         device, dtype = table.device.type, table.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         if device == "cpu" and dtype.itemsize == 2:
-            longest = len(table) - self.embeddings.first_position
-            packed = packed.with_filler(min(CPU_TOKEN_MULTIPLE, longest))
+            packed = packed.with_filler(CPU_TOKEN_MULTIPLE, longest)
         # Else the residuals would stay in float32 under autocast, cast around every product.
         hidden = self.embeddings(packed).to(dtype)
-        layout = build_layout(packed, self.encoder.windows, hidden.dtype)
+        layout = build_layout(packed, self.encoder.windows, hidden.dtype, longest)
         return self.encoder(hidden, layout, first_only), layout
 
     def pack(
