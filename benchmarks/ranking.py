@@ -75,8 +75,8 @@ def _ranking_row(table: str, items: int, hidden: int, users: int) -> dict[str, A
 
 
 def _loss_row(table: str, items: int, hidden: int, batch_size: int) -> dict[str, Any]:
-    # the broadcast product, with what autograd keeps of it
-    fitting = _fitting(items, 16 * batch_size * hidden)
+    # the broadcast product and what autograd keeps of it: five such tensors, and some room
+    fitting = _fitting(items, 24 * batch_size * hidden)
     ours = run_alone(loss_case, "ours", table, items, hidden, batch_size, repeats=REPEATS)
     peer = run_alone(loss_case, "plain", table, fitting, hidden, batch_size, repeats=REPEATS)
     if fitting == items:
