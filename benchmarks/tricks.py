@@ -94,7 +94,7 @@ def _forward_rows(size: str) -> Iterator[dict[str, Any]]:
         ),
         (
             "feed-forward in place and in pieces",
-            lambda: patch.object(encoder.RecformerLayer, "forward", _whole_layer),
+            lambda: patch.object(RecformerLayer, "forward", _whole_layer),
         ),
     ):
         yield _row(f"{size}, items, bfloat16: {what}", tokens_of_items, tokens_of_items, off)

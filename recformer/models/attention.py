@@ -64,8 +64,11 @@ class AttentionLayout:
         return _GatherChunks.apply(values, self.chunk_tokens, self.token_places)
 
     def sum_chunks(self, values: Tensor) -> Tensor:
-        """Add up (C, ...) over the chunks of each sequence, in float32 at least: (B, ...)."""
-        if len(values) == self.batch_size:  # a chunk each: nothing to add
+        """Add up (C, ...) over the chunks of each sequence: (B, ...).
+
+        In float32 at least; `values` themselves where every sequence is one chunk.
+        """
+        if len(values) == self.batch_size:
             return values
         values = _exact(values)
         total = values.new_zeros((self.batch_size, *values.shape[1:]))

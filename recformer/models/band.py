@@ -348,9 +348,9 @@ class _BandAttention(torch.autograd.Function):
         grad_room, out_room = room.new(qkv, band.num_keys), room.new(qkv, band.block)
         scores_room = room.new(qkv, band.block, band.num_keys)
 
-        def product(room: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-            """(n * A, ...) times (n * A, ...) into the first n of `room`: (n, A, ...)."""
-            result = room[: left.shape[0] // num_heads]
+        def product(out: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+            """(n * A, ...) times (n * A, ...) into the first n of `out`: (n, A, ...)."""
+            result = out[: left.shape[0] // num_heads]
             result.flatten(0, 1).baddbmm_(left, right, beta=0, alpha=factor)
             return result
 
