@@ -19,25 +19,24 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from baselines import Baseline
-from baselines.cooccurrence import Cooccurrence
 from baselines.generation import CodeRecommender
 from baselines.generation import HistoryCollator as CodeHistoryCollator
 from baselines.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
 from baselines.huggingface import HuggingFaceNetwork
 from baselines.id_sequences import CausalCollator, HistoryCollator, MaskedCollator
 from baselines.item_table import KINDS, ItemTable, nearest_items
-from baselines.popularity import Popularity
 from baselines.recommender import Objective, SequenceRecommender
 from baselines.sasrec import SASRec
 from baselines.semantic_ids import SemanticIds
-from baselines.text_neighbours import TextNeighbours
 from baselines.text_vectors import text_vectors
 from baselines.tiger import Tiger, TigerTrainCollator
+from baselines.untrained.base import Baseline, Untrained
+from baselines.untrained.cooccurrence import Cooccurrence
+from baselines.untrained.popularity import Popularity
+from baselines.untrained.text_neighbours import TextNeighbours
 from recformer.checkpoint import read_state_dict
-from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
+from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, read_json, sha256_of
-from recformer.metrics import TargetRanks, count_ranks_among, top_items
 
 SEQUENCE = {
     "hidden_size": 128,
@@ -318,37 +317,3 @@ def load_published(model: SequenceRecommender, path: str | os.PathLike, asins: l
             "--max_length, --separate_outputs?"
         )
     model.load_state_dict(ours)
-
-
-class Untrained(nn.Module):
-    """A baseline without weights as a `recformer.training.lit.Recommender`."""
-
-    def __init__(self, baseline: Baseline) -> None:
-        super().__init__()
-        self.baseline = baseline
-        # Lightning asks every module for a device and an optimizer for something.
-        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)
-
-    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
-        """Where the targets of a batch of `HistoryCollator` stand among all items."""
-        return self.baseline.rank(_examples(batch), filter_seen)
-
-    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> np.ndarray:
-        """The k best items for each user of a batch, best first, int64 (B, k)."""
-        return top_items(self._scores(batch), k, batch["seen"] if filter_seen else None)[0]
-
-    def rank_among(self, batch: dict[str, Any], candidates: np.ndarray) -> TargetRanks:
-        """Where the targets of a batch stand among items (B, K) of each user's own."""
-        return count_ranks_among(self._scores(batch), batch["labels"], candidates)
-
-    def _scores(self, batch: dict[str, Any]) -> torch.Tensor:
-        examples = _examples(batch)
-        return torch.as_tensor(self.baseline.scores(examples)(slice(0, len(examples))))
-
-
-def _examples(batch: dict[str, Any]) -> EvalExamples:
-    histories = Sequences(
-        batch["offsets"].cpu().numpy(), batch["items"].cpu().numpy().astype(np.int32)
-    )
-    users, targets = batch["user_ids"].cpu().numpy(), batch["labels"].cpu().numpy()
-    return EvalExamples(users, histories, targets, 0)

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import baselines
-from baselines import text_neighbours
 from baselines.__main__ import main
 from baselines.models import build
-from baselines.popularity import Popularity
-from baselines.text_neighbours import TextNeighbours
+from baselines.untrained import text_neighbours
+from baselines.untrained.popularity import Popularity
+from baselines.untrained.text_neighbours import TextNeighbours
 from recformer.data.collators import EvalExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json

@@ -158,7 +158,7 @@ def test_facade_reaches_no_entry_point_nor_baselines() -> None:
         (
             "recformer/metrics.py",
             "from baselines import popularity\n",
-            "baselines.popularity",
+            "baselines.untrained.popularity",
         ),
         (
             "recformer/models/__init__.py",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from baselines import Scores, evaluate, rank_in_chunks
+from baselines.untrained.base import Scores, evaluate, rank_in_chunks
 from recformer.data.processed import EvalExamples, ProcessedFolder
 from recformer.metrics import TargetRanks
 
@@ -33,5 +33,5 @@ class Popularity:
         return rank_in_chunks(examples, self.folder.num_items, filter_seen, self.scores(examples))
 
     def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
-        """Figures of a split; `options` as in `baselines.evaluate`."""
+        """Figures of a split; `options` as in `baselines.untrained.base.evaluate`."""
         return evaluate(self, split, **options).compute()

@@ -17,8 +17,8 @@ import torch
 from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from baselines import Scores, evaluate, rank_in_chunks, seen_pairs
 from baselines.text_vectors import item_texts, text_vectors
+from baselines.untrained.base import Scores, evaluate, rank_in_chunks, seen_pairs
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.files import UserError
 from recformer.metrics import TargetRanks, rank_by_vectors
@@ -80,7 +80,7 @@ class TextNeighbours:
         return weights @ self.vectors
 
     def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
-        """Figures of a split; `options` as in `baselines.evaluate`."""
+        """Figures of a split; `options` as in `baselines.untrained.base.evaluate`."""
         return evaluate(self, split, **options).compute()
 
 

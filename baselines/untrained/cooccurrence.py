@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
 
-from baselines import Scores, evaluate, rank_in_chunks
-from baselines.text_neighbours import history_weights
+from baselines.untrained.base import Scores, evaluate, rank_in_chunks
+from baselines.untrained.text_neighbours import history_weights
 from recformer.data.processed import EvalExamples, ProcessedFolder
 from recformer.files import UserError
 from recformer.metrics import TargetRanks
@@ -64,5 +64,5 @@ class Cooccurrence:
         return rank_in_chunks(examples, self.folder.num_items, filter_seen, self.scores(examples))
 
     def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
-        """Figures of a split; `options` as in `baselines.evaluate`."""
+        """Figures of a split; `options` as in `baselines.untrained.base.evaluate`."""
         return evaluate(self, split, **options).compute()
