@@ -22,8 +22,8 @@ from safetensors.torch import save
 from transformers import HfArgumentParser
 
 from baselines.generation import CodeAccuracy, format_code_accuracy
-from baselines.id_sequences import CausalCollator
 from baselines.models import GENERATE, MODELS, Built, build, settings_of
+from baselines.sequence.collators import CausalCollator
 from recformer.allocator import keep_freed_memory
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -22,19 +21,19 @@ from torch import nn
 from baselines.generation import CodeRecommender
 from baselines.generation import HistoryCollator as CodeHistoryCollator
 from baselines.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
-from baselines.huggingface import HuggingFaceNetwork
-from baselines.id_sequences import CausalCollator, HistoryCollator, MaskedCollator
-from baselines.item_table import KINDS, ItemTable, nearest_items
-from baselines.recommender import Objective, SequenceRecommender
-from baselines.sasrec import SASRec
 from baselines.semantic_ids import SemanticIds
+from baselines.sequence.collators import CausalCollator, HistoryCollator, MaskedCollator
+from baselines.sequence.huggingface import HuggingFaceNetwork
+from baselines.sequence.item_table import KINDS, ItemTable, nearest_items
+from baselines.sequence.published import load_published
+from baselines.sequence.recommender import Objective, SequenceRecommender
+from baselines.sequence.sasrec import SASRec
 from baselines.text_vectors import text_vectors
 from baselines.tiger import Tiger, TigerTrainCollator
 from baselines.untrained.base import Baseline, Untrained
 from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
 from baselines.untrained.text_neighbours import TextNeighbours
-from recformer.checkpoint import read_state_dict
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, read_json, sha256_of
 
@@ -272,48 +271,3 @@ def load(path: str | os.PathLike, folder: ProcessedFolder) -> Built:
     built.model.load_state_dict(load_file(Path(path) / "model.safetensors"))
     built.model.eval()
     return built
-
-
-def load_published(model: SequenceRecommender, path: str | os.PathLike, asins: list[str]) -> None:
-    """Weights of a published gSASRec checkpoint (its PyTorch port), in place.
-
-    Its rows are those of items 1 to N, with one row before and one (the padding) behind; our items
-    are found by their key, which must be that number, as in the data it was trained on.
-
-    Args:
-        model: a SASRec of the same sizes.
-        path: file of the state dict.
-        asins: item keys in item id order.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UserError: no file of weights, or keys or shapes that are not those of a gSASRec of this
-            size.
-    """
-    state = read_state_dict(path)
-    numbers = np.array([int(a) if a.isdecimal() else 0 for a in asins])
-    if sorted(numbers) != list(range(1, len(asins) + 1)):
-        raise UserError("--from_published: the items' keys must be the numbers 1 to N")
-    rows = torch.from_numpy(numbers)
-    ours: dict[str, torch.Tensor] = {}
-    for key, tensor in state.items():
-        if key in ("item_embedding.weight", "output_embedding.weight"):
-            if len(tensor) != len(asins) + 2:
-                raise UserError(
-                    f"{path}: {key} has {len(tensor)} rows, expected {len(asins)} items and 2"
-                )
-            side = "inputs" if key.startswith("item") else "outputs"
-            ours[f"{side}.item_embedding.weight"] = tensor[rows]
-        else:
-            ours[f"network.{key}"] = tensor
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in ours.items()}
-    different = sorted(k for k in expected | found if expected.get(k) != found.get(k))
-    if different:
-        key = different[0]
-        raise UserError(
-            f"{path} is no gSASRec of this size: {key} is {found.get(key, 'missing')}, expected "
-            f"{expected.get(key, 'nothing')} ({len(different)} such); --hidden_size, --num_layers, "
-            "--max_length, --separate_outputs?"
-        )
-    model.load_state_dict(ours)

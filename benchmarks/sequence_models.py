@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.id_sequences import CausalCollator
-from baselines.item_table import ItemTable
-from baselines.recommender import Objective, SequenceRecommender
-from baselines.sasrec import SASRec
+from baselines.sequence.collators import CausalCollator
+from baselines.sequence.item_table import ItemTable
+from baselines.sequence.recommender import Objective, SequenceRecommender
+from baselines.sequence.sasrec import SASRec
 from benchmarks.measure import REPEATS, header, in_turns, line, pin_threads, row
 from recformer.files import UserError, exit_with_message
 from recformer.losses import sample_negatives

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from baselines.code_embedding import CodeItemEmbedding
 from baselines.generation import (
     NO_ITEM,
     CodeAccuracy,
@@ -25,6 +24,7 @@ from baselines.generation import (
     ranks_among,
 )
 from baselines.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
+from baselines.sequence.item_table import CodeItemEmbedding
 from baselines.tiger import Tiger, TigerTrainCollator
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.files import UserError

@@ -12,14 +12,15 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from baselines import models, recommender
+from baselines import models
 from baselines.__main__ import BaselineArguments, main, read_config, run
-from baselines.huggingface import HuggingFaceNetwork
-from baselines.id_sequences import CausalCollator, HistoryCollator, MaskedCollator
-from baselines.item_table import ItemTable, nearest_items
-from baselines.recommender import Objective, SequenceRecommender
-from baselines.sasrec import SASRec
 from baselines.semantic_ids import SemanticIds
+from baselines.sequence import recommender
+from baselines.sequence.collators import CausalCollator, HistoryCollator, MaskedCollator
+from baselines.sequence.huggingface import HuggingFaceNetwork
+from baselines.sequence.item_table import ItemTable, nearest_items
+from baselines.sequence.recommender import Objective, SequenceRecommender
+from baselines.sequence.sasrec import SASRec
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.item_table import ItemTable
+from baselines.sequence.item_table import ItemTable
 from recformer.files import UserError
 from recformer.losses import candidate_scores, full_softmax_loss, gbce_loss, sample_negatives
 from recformer.metrics import (

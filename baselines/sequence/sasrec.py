@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.id_sequences import places
+from baselines.sequence.collators import places
 
 
 class SelfAttention(nn.Module):
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """From item vectors to hidden states; see `baselines.recommender` for what is around it.
+    """From item vectors to hidden states; see `baselines.sequence.recommender` for what is around it.
 
     Args:
         hidden_size: D.

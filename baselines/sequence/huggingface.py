@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from baselines.id_sequences import places
+from baselines.sequence.collators import places
 from recformer.files import UserError
 
 OBJECTIVES = ("causal", "masked")
@@ -95,7 +95,7 @@ class HuggingFaceNetwork(nn.Module):
         self.train()
 
     def forward(self, vectors: Tensor, offsets: Tensor) -> Tensor:
-        """Hidden states (T, D) of vectors (T, D); see `baselines.sasrec.SASRec.forward`."""
+        """Hidden states (T, D) of vectors (T, D); see `baselines.sequence.sasrec.SASRec.forward`."""
         row, column, lengths = places(offsets)
         longest = int(lengths.max())
         padded = vectors.new_zeros(len(lengths), longest, vectors.shape[1])  # (B, L, D)

@@ -11,15 +11,17 @@ Shapes: N items, H text vector, D hidden, L code levels, any shape S of item ids
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.code_embedding import CodeItemEmbedding
+from recformer.files import UserError
 
 KINDS = ("id", "frozen", "init", "add", "codes")
 
@@ -125,3 +127,42 @@ def nearest_items(vectors: np.ndarray, count: int, chunk_size: int | None = None
         scores[torch.arange(len(part)), part] = -torch.inf
         rows.append(scores.topk(count, dim=1).indices)
     return torch.cat(rows).numpy()
+
+
+class CodeItemEmbedding(nn.Module):
+    """Item vectors as sums over levels of learned code vectors, in place of one vector an item.
+
+    Items that share codes share what is learned of them, and an item never met has a vector.
+
+    Args:
+        codes: integers (N, L), row i the codes of item i.
+        codebook_size: L numbers, how many codes each level may have.
+        hidden_size: D.
+
+    Raises:
+        UserError: a code is outside its codebook.
+    """
+
+    rows: Tensor
+
+    def __init__(self, codes: ArrayLike, codebook_size: Sequence[int], hidden_size: int) -> None:
+        super().__init__()
+        table, sizes = np.asarray(codes), np.array(codebook_size)
+        if table.ndim != 2 or sizes.shape != table.shape[1:]:
+            raise UserError(
+                f"codes have shape {table.shape} and there are {len(sizes)} codebooks, expected "
+                "codes (items, levels) and a codebook a level"
+            )
+        if ((table < 0) | (table >= sizes)).any():
+            raise UserError(f"codes outside their codebooks, whose sizes are {sizes.tolist()}")
+        rows = table.astype(np.int64) + np.cumsum(sizes) - sizes
+        self.register_buffer("rows", torch.from_numpy(rows), persistent=False)  # (N, L)
+        self.weight = nn.Parameter(torch.empty(int(sizes.sum()), hidden_size))
+        # The sum of L code vectors then varies as an item's own vector of this deviation would.
+        nn.init.normal_(self.weight, std=0.02 / len(sizes) ** 0.5)
+
+    def forward(self, item_ids: Tensor | None = None) -> Tensor:
+        """The vectors of items, (S, D) for ids of any shape S; None: of all, (N, D)."""
+        rows = self.rows if item_ids is None else self.rows[item_ids]  # (S, L)
+        vectors = F.embedding_bag(rows.reshape(-1, rows.shape[-1]), self.weight, mode="sum")
+        return vectors.reshape(*rows.shape[:-1], -1)
