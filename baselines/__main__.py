@@ -21,7 +21,7 @@ from lightning import seed_everything
 from safetensors.torch import save
 from transformers import HfArgumentParser
 
-from baselines.generation import CodeAccuracy, format_code_accuracy
+from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
 from baselines.models import GENERATE, MODELS, Built, build, settings_of
 from baselines.sequence.collators import CausalCollator
 from recformer.allocator import keep_freed_memory

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from baselines.generation import CodeRecommender
-from baselines.generation import HistoryCollator as CodeHistoryCollator
-from baselines.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
+from baselines.generative.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
+from baselines.generative.recommender import CodeRecommender
+from baselines.generative.recommender import HistoryCollator as CodeHistoryCollator
+from baselines.generative.tiger import Tiger, TigerTrainCollator
 from baselines.semantic_ids import SemanticIds
 from baselines.sequence.collators import CausalCollator, HistoryCollator, MaskedCollator
 from baselines.sequence.huggingface import HuggingFaceNetwork
@@ -29,7 +30,6 @@ from baselines.sequence.published import load_published
 from baselines.sequence.recommender import Objective, SequenceRecommender
 from baselines.sequence.sasrec import SASRec
 from baselines.text_vectors import text_vectors
-from baselines.tiger import Tiger, TigerTrainCollator
 from baselines.untrained.base import Baseline, Untrained
 from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity

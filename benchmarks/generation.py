@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from baselines.generation import Generated, HistoryCollator
-from baselines.tiger import Tiger
+from baselines.generative.recommender import Generated, HistoryCollator
+from baselines.generative.tiger import Tiger
 from benchmarks.measure import Work, header, line, row, run_alone, seconds_of, synchronize
 from recformer.data.collators import EvalExample
 

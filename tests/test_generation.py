@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from baselines.generation import (
+from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
+from baselines.generative.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
+from baselines.generative.recommender import (
     NO_ITEM,
-    CodeAccuracy,
     CodeRecommender,
     Generated,
     HistoryCollator,
     Read,
-    format_code_accuracy,
     pad_items,
     ranks_among,
 )
-from baselines.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
+from baselines.generative.tiger import Tiger, TigerTrainCollator
 from baselines.sequence.item_table import CodeItemEmbedding
-from baselines.tiger import Tiger, TigerTrainCollator
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.files import UserError
 from recformer.training.lit import LitWrapper
@@ -179,7 +178,9 @@ def test_ranks_among_generated_items() -> None:
 def test_a_beam_as_large_as_the_catalogue_is_the_exact_ranking(
     make: Make, codes: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("baselines.generation.ITEMS_AT_ONCE", 7)  # prefixes over the borders
+    monkeypatch.setattr(
+        "baselines.generative.recommender.ITEMS_AT_ONCE", 7
+    )  # prefixes over the borders
     batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
     model = randomised(make(codes, num_beams=len(codes)))
     scores, generated = model.score_items(batch), model.generate(batch)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baselines.trie import CodeTrie
+from baselines.generative.trie import CodeTrie
 from recformer.files import UserError
 
 #  root 0 ─ 2 (node 1) ─ 0 (3) ─ 1 (7) item 3

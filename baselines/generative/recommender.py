@@ -16,17 +16,16 @@ read so far, n items of the longest history of a batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from baselines.trie import CodeTrie
+from baselines.generative.trie import CodeTrie
 from recformer.data.collators import EvalExample, eval_fields
 from recformer.files import UserError
 from recformer.metrics import TargetRanks, count_ranks, count_ranks_among, top_items
@@ -321,34 +320,3 @@ class HistoryCollator:
     def __call__(self, examples: Sequence[EvalExample]) -> dict[str, Any]:
         history = pad_items([example.items for example in examples], self.max_items)
         return {"history": history, **eval_fields(examples)}
-
-
-def format_code_accuracy(shares: Mapping[str, float]) -> str:
-    """`code_accuracy` of `metrics.json`, number of codes -> share of users, as one line."""
-    parts = ", ".join(f"first {number} {share:.4f}" for number, share in shares.items())
-    return f"codes of the best item that are right, no figures of items: {parts}"
-
-
-class CodeAccuracy(Callback):
-    """Logs, beside the figures of items, how often the first codes of the best item are right.
-
-    `val/codes_right@l` and `test/codes_right@l`, l = 1 .. L: share of users for whom the first l
-    codes of the item at rank 1 are those of the target. All L codes make the item: @L is Recall@1
-    where nothing ties.
-    """
-
-    def _log(self, module: LightningModule, split: str, ranks: CodeRanks) -> None:
-        for level in range(1, module.model.trie.num_levels + 1):
-            share = float((ranks.codes_right >= level).mean())
-            name = f"{split}/codes_right@{level}"
-            module.log(name, share, on_epoch=True, batch_size=len(ranks), sync_dist=True)
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
-    ) -> None:
-        self._log(pl_module, "val", outputs["ranks"])
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
-    ) -> None:
-        self._log(pl_module, "test", outputs["ranks"])

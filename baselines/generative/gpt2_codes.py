@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from baselines.generation import (
+from baselines.generative.recommender import (
     NO_ITEM,
     START,
     CodeRecommender,

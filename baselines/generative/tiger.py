@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
-from baselines.generation import (
+from baselines.generative.recommender import (
     NO_ITEM,
     START,
     CodeRecommender,
