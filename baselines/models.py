@@ -22,7 +22,7 @@ from baselines.generative.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
 from baselines.generative.recommender import CodeRecommender
 from baselines.generative.recommender import HistoryCollator as CodeHistoryCollator
 from baselines.generative.tiger import Tiger, TigerTrainCollator
-from baselines.semantic_ids import SemanticIds
+from baselines.semantic_ids.ids import SemanticIds
 from baselines.sequence.collators import CausalCollator, HistoryCollator, MaskedCollator
 from baselines.sequence.huggingface import HuggingFaceNetwork
 from baselines.sequence.item_table import KINDS, ItemTable, nearest_items

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from baselines.rkmeans import (
+from baselines.semantic_ids.rkmeans import (
     ResidualKMeans,
     kmeans,
     quantise,
     residual_kmeans,
     squared_distances,
 )
-from baselines.rqvae import RQVAE
+from baselines.semantic_ids.rqvae import RQVAE
 
 # Two levels of three codes in the plane; of equal code vectors the first is meant.
 CODEBOOKS = np.array(

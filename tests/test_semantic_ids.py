@@ -16,25 +16,28 @@ import safetensors.torch
 import torch
 from matplotlib import pyplot
 
-from baselines import code_words, semantic_ids
-from baselines.code_words import typical_words
-from baselines.rkmeans import ResidualKMeans, quantise
-from baselines.rqvae import RQVAE
-from baselines.semantic_ids import (
+from baselines.semantic_ids import ids as semantic_ids
+from baselines.semantic_ids import words as code_words
+from baselines.semantic_ids.__main__ import main
+from baselines.semantic_ids.ids import SemanticIds
+from baselines.semantic_ids.quantisers import (
     Quantiser,
-    SemanticIds,
-    add_level,
     code_statistics,
-    content_codes,
-    extended_ids,
     load_quantiser,
-    main,
-    nearest_first,
-    reassign,
     reconstruction_error,
     save_quantiser,
+)
+from baselines.semantic_ids.rkmeans import ResidualKMeans, quantise
+from baselines.semantic_ids.rqvae import RQVAE
+from baselines.semantic_ids.unique import (
+    add_level,
+    content_codes,
+    extended_ids,
+    nearest_first,
+    reassign,
     unique_ids,
 )
+from baselines.semantic_ids.words import typical_words
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json, sha256_of
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from baselines import models
 from baselines.__main__ import BaselineArguments, main, read_config, run
-from baselines.semantic_ids import SemanticIds
+from baselines.semantic_ids.ids import SemanticIds
 from baselines.sequence import recommender
 from baselines.sequence.collators import CausalCollator, HistoryCollator, MaskedCollator
 from baselines.sequence.huggingface import HuggingFaceNetwork

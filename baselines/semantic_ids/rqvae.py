@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from baselines.rkmeans import residual_kmeans
+from baselines.semantic_ids.rkmeans import residual_kmeans
 
 SURVEY_BATCH = 8192  # items at a time: memory and speed only
 

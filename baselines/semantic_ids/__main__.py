@@ -1,0 +1,198 @@
+"""Semantic ids of a catalogue, by command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import HfArgumentParser
+
+from baselines.semantic_ids import words as code_words
+from baselines.semantic_ids.ids import FILE, TEXT_ENCODER, SemanticIds
+from baselines.semantic_ids.quantisers import (
+    METHODS,
+    QUANTISER_FILE,
+    code_statistics,
+    load_quantiser,
+    reconstruction_error,
+    save_quantiser,
+)
+from baselines.semantic_ids.rkmeans import ResidualKMeans
+from baselines.semantic_ids.rqvae import RQVAE
+from baselines.semantic_ids.unique import _check_room, content_codes, extended_ids, unique_ids
+from baselines.text_vectors import text_vectors
+from recformer.allocator import keep_freed_memory
+from recformer.data.processed import ProcessedFolder
+from recformer.files import UserError, atomic_write, write_json
+from recformer.training.arguments import flag
+
+
+@dataclass
+class SemanticIdArguments:
+    """Give every item of a processed folder a short tuple of codes that comes from its text."""
+
+    data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
+    output_dir: str = flag("semantic_ids", "folder for the ids, the quantiser and the report")
+    text_encoder: str | None = flag(
+        None,
+        "folder or hub id of a sentence encoder, or of a Recformer; unset: "
+        f"{TEXT_ENCODER}, with --extend the one of before",
+    )
+    extend: str | None = flag(
+        None,
+        "folder that this command wrote before: its quantiser gives ids to the items that have "
+        "none there, all others keep theirs",
+    )
+    method: str | None = flag(
+        None,
+        "rqvae: residual-quantised VAE; rkmeans: residual k-means, no training; unset: rqvae",
+        choices=list(METHODS),
+    )
+    levels: int | None = flag(None, "codes of an item; unset: 3")
+    codebook_size: int | None = flag(None, "codes to choose from at each level; unset: 256")
+    collisions: str | None = flag(
+        None,
+        "items of the same codes: level adds a code that tells them apart, reassign moves all but "
+        "one to the nearest free code; unset: level",
+        choices=["level", "reassign"],
+    )
+    commitment: float | None = flag(
+        None, "rqvae: weight of the loss that holds latents to their code vectors; unset: 0.25"
+    )
+    seed: int | None = flag(None, "of weights, k-means and batches; unset: 0")
+
+
+# Flags of a new quantiser, with what they are where unset.
+NEW = {
+    "method": "rqvae",
+    "levels": 3,
+    "codebook_size": 256,
+    "collisions": "level",
+    "commitment": 0.25,
+    "seed": 0,
+}
+
+
+def run(args: SemanticIdArguments) -> SemanticIds:
+    """Make or extend ids, print what they are like, and write them.
+
+    Raises:
+        FileNotFoundError, UserError: as `ProcessedFolder.load`, `text_vectors`, `SemanticIds.load`,
+            `extended_ids`; or flags that make no sense, alone or together.
+    """
+    given = {name: getattr(args, name) for name in NEW if getattr(args, name) is not None}
+    _check(args.extend, given)
+    chosen = NEW | given
+    text_encoder = args.text_encoder or TEXT_ENCODER
+    if args.extend is not None:
+        before = SemanticIds.load(Path(args.extend) / FILE)
+        quantiser, trained_with = load_quantiser(Path(args.extend) / QUANTISER_FILE)
+        text_encoder = args.text_encoder or trained_with
+    folder = ProcessedFolder.load(args.data_path)
+    if args.extend is None and chosen["collisions"] == "reassign":
+        _check_room(folder.num_items, chosen["levels"], chosen["codebook_size"])
+    elif args.extend is not None and len(before.codebook_size) == before.levels:
+        together = set(before.asins).union(folder.asins)
+        _check_room(len(together), before.levels, before.codebook_size[0])
+    started = time.monotonic()
+    vectors = np.asarray(text_vectors(folder, text_encoder))
+    seconds = {"vectors": time.monotonic() - started}
+
+    started = time.monotonic()
+    report: dict[str, Any] = {}
+    if args.extend is None:
+        torch.manual_seed(chosen["seed"])
+        sizes = {"levels": chosen["levels"], "codebook_size": chosen["codebook_size"]}
+        if chosen["method"] == "rqvae":
+            quantiser = RQVAE(vectors.shape[1], **sizes, commitment=chosen["commitment"])
+        else:
+            quantiser = ResidualKMeans(vectors.shape[1], **sizes)
+        history = quantiser.fit(vectors, chosen["seed"])
+        report |= {"seed": chosen["seed"], "history": history}
+        seconds["fit"] = time.monotonic() - started
+        started = time.monotonic()
+        ids = unique_ids(quantiser, vectors, folder.asins, chosen["collisions"])
+    else:
+        if vectors.shape[1] != quantiser.settings["vector_size"]:
+            raise UserError(
+                f"{text_encoder} gives vectors of {vectors.shape[1]} values, the quantiser in "
+                f"{args.extend} takes {quantiser.settings['vector_size']}: name its --text_encoder"
+            )
+        ids = extended_ids(before, quantiser, vectors, folder.asins)
+        report["new_items"] = len(ids.asins) - len(before.asins)
+    seconds["ids"] = time.monotonic() - started
+
+    _, codes = content_codes(quantiser, vectors)
+    distinct = len(np.unique(vectors, axis=0))
+    report = {
+        "method": ids.method,
+        "settings": quantiser.settings,
+        "text_encoder": text_encoder,
+        "items": folder.num_items,
+        "different_vectors": distinct,
+        "reconstruction_error": reconstruction_error(quantiser, vectors, codes),
+        **code_statistics(codes, quantiser.settings["codebook_size"]),
+        "ids": {"codebook_size": ids.codebook_size, "vectors": ids.vectors, "hash": ids.hash},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        **report,
+    }
+    _print(report)
+
+    output_dir = Path(args.output_dir)
+    rows = code_words.describe(codes, folder.items)
+    with atomic_write(output_dir / "hierarchy.md") as handle:
+        handle.write(code_words.markdown(rows))
+    code_words.draw(rows, output_dir / "hierarchy.png")
+    write_json(output_dir / "report.json", report, indent=1)
+    save_quantiser(output_dir / QUANTISER_FILE, quantiser, text_encoder)
+    ids.save(output_dir / FILE)  # last: names what is complete
+    print(f"written to {output_dir}: {FILE}, {QUANTISER_FILE}, report.json, hierarchy.md and .png")
+    return ids
+
+
+def _check(extend: str | None, given: dict[str, Any]) -> None:
+    """Refuse flags that make no sense, alone or together, before any work.
+
+    Raises:
+        UserError: says which.
+    """
+    if extend is not None and given:
+        raise UserError(f"--{next(iter(given))} is that of {extend}: leave it out with --extend")
+    if given.get("method") == "rkmeans" and "commitment" in given:
+        raise UserError("--commitment is no flag of --method rkmeans")
+    for name, least in (("levels", 1), ("codebook_size", 2), ("commitment", 0), ("seed", 0)):
+        if given.get(name, least) < least:
+            raise UserError(f"--{name} {given[name]}: must be at least {least}")
+
+
+def _print(report: dict[str, Any]) -> None:
+    """The report as a person reads it."""
+    print(
+        f"{report['method']}: {report['items']:,} items, {report['different_vectors']:,} different "
+        f"vectors; {report['colliding_items']:,} items share their content codes with another, at "
+        f"most {report['largest_collision']:,} the same"
+    )
+    print("  level  variance lost  usage   entropy (bits)")
+    columns = zip(report["reconstruction_error"], report["usage"], report["entropy"], strict=True)
+    for level, (lost, usage, entropy) in enumerate(columns, 1):
+        print(f"  {level:<7}{lost:<15.4f}{usage:<8.1%}{entropy:.2f}")
+    if "new_items" in report:
+        print(f"  {report['new_items']:,} new items; no other item has moved")
+    print(f"  unique ids of {report['ids']['codebook_size']} codes, {report['ids']['hash'][:12]}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags and run."""
+    parser = HfArgumentParser(
+        SemanticIdArguments,
+        prog="python -m baselines.semantic_ids",
+        description=SemanticIdArguments.__doc__,
+    )
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    keep_freed_memory()
+    run(args)
