@@ -19,4 +19,5 @@ import numpy as np
 import torch
 
 from recformer.data.processed import EvalExamples, ProcessedFolder
-from recformer.metrics import Evaluator, TargetRanks, count_ranks
+from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.ranks import TargetRanks, count_ranks

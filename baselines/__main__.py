@@ -27,9 +27,9 @@ from baselines.sequence.collators import CausalCollator
 from recformer.allocator import keep_freed_memory
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
-from recformer.evaluation import report
+from recformer.evaluation.protocol import with_protocol
+from recformer.evaluation.report.report import report
 from recformer.files import UserError, atomic_write, exit_with_message, write_json
-from recformer.protocol import with_protocol
 from recformer.training.arguments import RunArguments, flag, say
 from recformer.training.callbacks import draw_history
 from recformer.training.experiment import Experiment

@@ -16,8 +16,8 @@ sys.path.insert(0, str(HERE.parent))  # a plain checkout works, from any folder
 from recformer.data import flags  # noqa: E402
 from recformer.data.audit import PAGE_FILE, audit_folder  # noqa: E402
 from recformer.data.prepare import prepare_finetuning  # noqa: E402
+from recformer.evaluation.protocol import HELP, Protocol, with_protocol
 from recformer.files import UserError, exit_with_message  # noqa: E402
-from recformer.protocol import HELP, Protocol, with_protocol  # noqa: E402
 
 
 def main() -> None:

@@ -28,10 +28,10 @@ from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollat
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ITEM_FILE, META_FILE, ProcessedFolder
-from recformer.evaluation import report
+from recformer.evaluation.protocol import with_protocol
+from recformer.evaluation.report.report import report
 from recformer.files import UserError, atomic_write, exit_with_message, write_json
 from recformer.models import RecformerForSeqRec
-from recformer.protocol import with_protocol
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, RunArguments, flag, say
 from recformer.training.callbacks import ItemTable, draw_history

@@ -21,8 +21,8 @@ import torch
 from recformer.data.collators import pack_sequences
 from recformer.data.items import TokenizedItems
 from recformer.data.processed import ITEM_FILE, META_FILE
+from recformer.evaluation.top_items import top_items_by_vectors
 from recformer.files import UserError, read_json
-from recformer.metrics import top_items_by_vectors
 from recformer.models import RecformerForSeqRec
 from recformer.tokenization import RecformerTokenizer
 

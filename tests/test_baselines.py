@@ -19,8 +19,8 @@ from baselines.untrained.popularity import Popularity
 from baselines.untrained.text_neighbours import TextNeighbours
 from recformer.data.collators import EvalExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError, read_json
-from recformer.metrics import TargetRanks
 from tests.tiny import tiny_bert
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from recformer.compare import RankedRun, compare, main
+from recformer.commands.compare import main
+from recformer.evaluation.compare import RankedRun, compare
+from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
 from recformer.files import UserError
-from recformer.metrics import Evaluator, TargetRanks
-from recformer.statistics import bootstrap_interval, holm, permutation_p
 
 
 def test_bootstrap_interval_of_a_coin():
@@ -28,7 +30,7 @@ def test_bootstrap_interval_of_a_coin():
 def test_many_different_values_go_in_chunks(monkeypatch):
     values = np.random.default_rng(0).normal(2.0, 1.0, 900)
     whole = bootstrap_interval(values)
-    monkeypatch.setattr("recformer.statistics.DRAWS_AT_ONCE", 900 * 70)
+    monkeypatch.setattr("recformer.evaluation.statistics.DRAWS_AT_ONCE", 900 * 70)
     assert bootstrap_interval(values) == whole
     assert whole[1] - whole[0] == pytest.approx(2 * 1.96 / 30, rel=0.08)
 

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
-from recformer.evaluation import (
+from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.figures import (
     RESAMPLES,
     check_sampled_negatives,
     detailed_figures,
-    format_slices,
-    format_table,
     slices,
 )
+from recformer.evaluation.metrics import per_user_metrics
+from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.report.report import format_slices, format_table
+from recformer.evaluation.statistics import bootstrap_interval
 from recformer.files import UserError
-from recformer.metrics import Evaluator, TargetRanks, per_user_metrics
-from recformer.statistics import bootstrap_interval
 
 # Items 0 and 1 stand four and five times in train, item 2 forty-seven times, item 3 never.
 TRAIN = [

@@ -13,8 +13,9 @@ import torch
 from baselines import leaderboard
 from baselines.leaderboard import find_runs, flags_without_training, main, markdown, row_of, tables
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError, read_json
-from recformer.metrics import Evaluator, TargetRanks
 
 
 def write_run(

@@ -13,22 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recformer import metrics
-from recformer.metrics import (
-    TIE_TOLERANCE,
-    Evaluator,
-    TargetRanks,
-    count_ranks,
-    count_ranks_among,
-    coverage,
-    gini,
-    per_user_metrics,
-    rank_among_by_vectors,
-    rank_by_vectors,
-    sample_negatives,
-    top_items,
-    top_items_by_vectors,
-)
+from recformer.evaluation import ranking as metrics
+from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.exact import TIE_TOLERANCE
+from recformer.evaluation.metrics import coverage, gini, per_user_metrics
+from recformer.evaluation.negatives import sample_negatives
+from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
+from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
+from recformer.evaluation.top_items import top_items, top_items_by_vectors
 
 
 def ranks_of(above, tied=0, num_candidates=100) -> TargetRanks:

@@ -12,9 +12,9 @@ from transformers import HfArgumentParser
 
 from baselines.__main__ import main
 from recformer.data.processed import ProcessedFolder
+from recformer.evaluation.protocol import FOLDER, Protocol, with_protocol
 from recformer.files import UserError, read_json
 from recformer.finetune import FinetuneArguments
-from recformer.protocol import FOLDER, Protocol, with_protocol
 
 NAMES = ["gsasrec_ml1m", "recformer", "s3rec_tiger", "temporal", "text4rec", "unisrec"]
 

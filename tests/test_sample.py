@@ -17,8 +17,9 @@ import pytest
 
 from recformer.data import sample
 from recformer.data.sample import CATEGORIES, TARGET_CATEGORY, Shop, cell_probabilities
+from recformer.evaluation.metrics import per_user_metrics
+from recformer.evaluation.ranks import count_ranks
 from recformer.files import exit_with_message
-from recformer.metrics import count_ranks, per_user_metrics
 
 
 @pytest.fixture(scope="module")

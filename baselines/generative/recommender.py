@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from baselines.generative.trie import CodeTrie
 from recformer.data.collators import EvalExample, eval_fields
+from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
+from recformer.evaluation.top_items import top_items
 from recformer.files import UserError
-from recformer.metrics import TargetRanks, count_ranks, count_ranks_among, top_items
 
 START = 0  # token that an item is written after, and padding; codes have tokens from 1 on
 NO_ITEM = -1  # pads histories, and lists of generated items that have come to an end

@@ -16,14 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.sequence.item_table import ItemTable
+from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
+from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.top_items import top_items_by_vectors
 from recformer.files import UserError
 from recformer.losses import candidate_scores, full_softmax_loss, gbce_loss, sample_negatives
-from recformer.metrics import (
-    TargetRanks,
-    rank_among_by_vectors,
-    rank_by_vectors,
-    top_items_by_vectors,
-)
 
 LOSSES = ("softmax", "sampled_softmax", "bce", "gbce", "in_batch")
 

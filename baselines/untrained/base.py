@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
-from recformer.metrics import Evaluator, TargetRanks, count_ranks, count_ranks_among, top_items
+from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
+from recformer.evaluation.top_items import top_items
 
 SCORES_AT_A_TIME = 2**23  # users x items: 64 MB in float64
 

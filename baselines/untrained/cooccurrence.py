@@ -17,8 +17,8 @@ from scipy import sparse  # type: ignore[import-untyped]
 from baselines.untrained.base import Scores, evaluate, rank_in_chunks
 from baselines.untrained.text_neighbours import history_weights
 from recformer.data.processed import EvalExamples, ProcessedFolder
+from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError
-from recformer.metrics import TargetRanks
 
 WINDOW = 5  # steps between two items of a sequence that still count as together
 

@@ -9,7 +9,7 @@ import torch
 
 from baselines.untrained.base import Scores, evaluate, rank_in_chunks
 from recformer.data.processed import EvalExamples, ProcessedFolder
-from recformer.metrics import TargetRanks
+from recformer.evaluation.ranks import TargetRanks
 
 
 class Popularity:

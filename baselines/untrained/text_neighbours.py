@@ -20,8 +20,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from baselines.text_vectors import item_texts, text_vectors
 from baselines.untrained.base import Scores, evaluate, rank_in_chunks, seen_pairs
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
+from recformer.evaluation.ranking import rank_by_vectors
+from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError
-from recformer.metrics import TargetRanks, rank_by_vectors
 
 
 class TextNeighbours:

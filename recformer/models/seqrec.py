@@ -13,14 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recformer.config import RecformerConfig
+from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
+from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.top_items import top_items_by_vectors
 from recformer.files import UserError
 from recformer.losses import cosine_scores, full_softmax_loss, sampled_softmax_loss
-from recformer.metrics import (
-    TargetRanks,
-    rank_among_by_vectors,
-    rank_by_vectors,
-    top_items_by_vectors,
-)
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.packing import PackedTokens
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from recformer.config import PAPER, RecformerConfig
+from recformer.evaluation.metrics import TIES
+from recformer.evaluation.protocol import HELP as PROTOCOL_HELP
+from recformer.evaluation.protocol import Protocol
 from recformer.files import UserError
-from recformer.metrics import TIES
-from recformer.protocol import HELP as PROTOCOL_HELP
-from recformer.protocol import Protocol
 
 # A sequence holds <s> and an item, hence 2.
 LEAST = {"max_token_num": 2, "max_item_embeddings": 2, "max_attr_num": 1, "max_attr_length": 1}

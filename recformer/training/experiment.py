@@ -22,9 +22,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from recformer.data.datamodule import SeqRecDataModule
-from recformer.evaluation import SplitName, check_sampled_negatives, detailed_figures
+from recformer.evaluation.figures import SplitName, check_sampled_negatives, detailed_figures
+from recformer.evaluation.protocol import Protocol
 from recformer.files import UserError, read_json, write_json
-from recformer.protocol import Protocol
 from recformer.training.arguments import RunArguments, say
 from recformer.training.callbacks import EarlyStop, History, LastEpochIsValidated
 from recformer.training.lit import LitWrapper
@@ -139,7 +139,7 @@ class Experiment:
             callbacks: makes the callbacks that the model needs around an evaluation.
 
         Returns:
-            `recformer.evaluation.detailed_figures` by split.
+            `recformer.evaluation.figures.detailed_figures` by split.
         """
         done = self.output_dir / "evaluation" / f"{name}.json"
         if done.exists():

@@ -10,8 +10,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.negatives import sample_negatives
+from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError, sha256_of
-from recformer.metrics import Evaluator, TargetRanks, sample_negatives
 
 
 class Recommender(Protocol):
@@ -52,7 +54,7 @@ class LitWrapper(lightning.LightningModule):
     """A recommender with its optimizer, schedule and evaluation.
 
     AdamW, its learning rate warmed up over `warmup_steps` optimizer steps. Validation logs
-    `val/<metric>`, test logs `test/<metric>` (see `recformer.metrics.Evaluator`); the evaluator of
+    `val/<metric>`, test logs `test/<metric>` (see `recformer.evaluation.evaluator.Evaluator`); the evaluator of
     the last evaluation stays at `self.evaluator`, so that ranks can be written. A test counts what
     is recommended too, and keeps ranks among sampled negatives at `self.sampled`.
 

@@ -18,8 +18,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from recformer.data.items import TokenizedItems
+from recformer.evaluation.ranking import rank_by_vectors
 from recformer.files import atomic_write
-from recformer.metrics import rank_by_vectors
 from recformer.models import RecformerForPretraining
 from recformer.training.callbacks import print_line
 from recformer.training.item_encoder import encode_items

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError, read_json
-from recformer.metrics import TargetRanks
 
 # Figures can be compared where these agree.
 RULE = ("split_hash", "ties", "filter_seen")

@@ -1,0 +1,89 @@
+"""Runs against each other, user by user: intervals, paired tests, a table and a picture.
+
+`python -m recformer.evaluation.compare RUN RUN [RUN ...] --output_dir DIR`
+
+A RUN is the output folder of `recformer.finetune` or `python -m baselines`, with an evaluation of
+it after a colon where it is not the last one (`result:zero_shot`), and a name before an equals sign
+(`before=result:zero_shot`). Runs on different splits, users, tie rules or `filter_seen` are
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from recformer.commands.compare import main
+from recformer.evaluation.metrics import per_user_metrics
+from recformer.evaluation.runs import RULE, RankedRun
+from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
+from recformer.files import UserError, exit_with_message
+
+METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
+
+
+def compare(
+    runs: Sequence[RankedRun], metric: str = "NDCG@10", seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Figures of each run and differences of each pair.
+
+    Args:
+        runs: two or more.
+        metric: what pairs are tested on.
+        seed: of bootstrap and permutations.
+
+    Returns:
+        A row a run: `name` and, by metric, `value`, `low`, `high` (95 % bootstrap over users). And
+        a row a pair: `runs`, `difference` (first minus second), `low`, `high` (paired bootstrap),
+        `p` (paired permutation test) and `p_holm` (corrected for the number of pairs).
+
+    Raises:
+        UserError: runs that cannot be compared, or an unknown metric.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        different = [name for name in RULE if run.rule[name] != first.rule[name]]
+        if different:
+            what = ", ".join(f"{n}: {first.rule[n]} and {run.rule[n]}" for n in different)
+            raise UserError(f"{first.name} and {run.name} cannot be compared ({what})")
+        same = np.array_equal(first.user_ids, run.user_ids)
+        if not same or not np.array_equal(first.targets, run.targets):
+            raise UserError(f"{first.name} and {run.name} ranked different users or targets")
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"runs of the same name: {', '.join(names)}; give names: NAME=FOLDER")
+    cuts = {name.partition("@")[2] for name in (*METRICS, metric)}
+    ks = sorted({int(cut) for cut in cuts if cut.isdecimal()})
+    values = [per_user_metrics(run.ranks, ks, first.rule["ties"]) for run in runs]
+    if metric not in values[0]:
+        raise UserError(f"--metric {metric}: expected one of NDCG@k, Recall@k, MRR@k, MRR, AUC")
+    rows = []
+    for name, figures in zip(names, values, strict=True):
+        row: dict[str, Any] = {"name": name}
+        for each in dict.fromkeys((*METRICS, metric)):
+            low, high = bootstrap_interval(figures[each], seed)
+            row[each] = {"value": float(figures[each].mean()), "low": low, "high": high}
+        rows.append(row)
+    pairs: list[dict[str, Any]] = []
+    for one, other in combinations(range(len(runs)), 2):
+        difference = values[one][metric] - values[other][metric]
+        low, high = bootstrap_interval(difference, seed)
+        pairs.append(
+            {
+                "runs": [names[one], names[other]],
+                "difference": float(difference.mean()),
+                "low": low,
+                "high": high,
+                "p": permutation_p(difference, seed),
+            }
+        )
+    for pair, corrected in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
+        pair["p_holm"] = corrected
+    return rows, pairs
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

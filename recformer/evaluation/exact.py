@@ -1,0 +1,263 @@
+"""Scores compared exactly: products in float32, decided in float64 where rounding could matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from recformer.evaluation.ranks import Vectors
+from recformer.files import UserError
+
+#: `rank_by_vectors` calls two items tied for a user when their scores differ by no more than this
+#: times the norms of the user's and the target's vectors: one step of float32 at a cosine of 1.
+#: Encoding one text in float32 in different batches was seen to move a cosine by 2e-8 in the median
+#: and 2e-7 in a hundredth of the cases, so nearly all such pairs tie, as they should.
+TIE_TOLERANCE = 2.0**-23
+
+MIN_NORM = 1e-8  # least norm a vector is divided by, as in torch.nn.functional.cosine_similarity
+
+MAX_NORM = 1e37  # beyond it products in float32 could overflow
+
+USER_BLOCK = 1024  # users scored against one chunk of items at a time
+
+CHUNK_ELEMENTS = 2**21  # of a chunk of items, and of users x items: 8 MB in float32
+
+PAIR_ELEMENTS = 2**21  # of the pairs compared one by one at a time: 16 MB in float64
+
+DENSE_SHARE = 1 / 32  # above this share of undecided items a matrix product beats single pairs
+
+
+@dataclass(frozen=True)
+class _UserSide:
+    """What a block of users brings to every chunk of items.
+
+    The length of a user's vector does not change the order of items, so users are of length 1 here
+    and one error bound serves them all.
+    """
+
+    vectors: torch.Tensor  # (B, H) float64, of length 1
+    vectors32: torch.Tensor  # the same in float32
+    target_scores: torch.Tensor  # (B,) float64
+    scale: torch.Tensor  # (B,) float64, norm of the target's vector; 1 with cosine
+    cosine: bool
+
+    @classmethod
+    def of(
+        cls, users: torch.Tensor, items: Vectors, targets: NDArray, first: int, cosine: bool
+    ) -> _UserSide:
+        vectors, _ = _of_length_one(users, first)
+        target_vectors = _read(items, targets, users.device)
+        _checked_norms(target_vectors, "target's item", first)
+        scale = _ordered_norm(target_vectors.double())
+        return cls(
+            vectors=vectors,
+            vectors32=vectors.float(),
+            target_scores=_pair_scores(vectors, target_vectors, cosine),
+            scale=torch.ones_like(scale) if cosine else scale,
+            cosine=cosine,
+        )
+
+
+def _compare(
+    side: _UserSide,
+    items: torch.Tensor,
+    norms: torch.Tensor,
+    pairs: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Items of a chunk above and tied with the target of each user, two int64 (B,).
+
+    items (C, H) float32, norms (C,) float64, pairs (rows, cols) that are not to be compared.
+    """
+    hidden = items.shape[1]
+    tolerance = side.scale * TIE_TOLERANCE  # (B,)
+    # no score, of this chunk or of the target, is larger than this; errors are relative to it
+    bound = torch.ones_like(side.scale) if side.cosine else side.scale.clamp(min=norms.max())
+    inverse = 1 / norms.clamp(min=MIN_NORM)
+
+    scores = side.vectors32 @ items.T  # (B, C)
+    if side.cosine:
+        scores *= inverse.float()
+    scores[pairs] = -torch.inf
+    reach = tolerance + bound * _rounding(hidden, 2.0**-24)
+    higher = scores > (side.target_scores + reach).float()[:, None]  # (B, C)
+    undecided = scores >= (side.target_scores - reach).float()[:, None]
+    undecided ^= higher
+    above, near = _count(higher), _count(undecided)
+    tied = torch.zeros_like(above)
+
+    # A collapsed encoder, or thousands of equal items, leave most pairs undecided: a float64 matrix
+    # product decides them all but those within 1e-13 of the tolerance.
+    dense = (near > DENSE_SHARE * len(items)).nonzero()[:, 0]
+    if len(dense):
+        close, tol = undecided[dense], tolerance[dense, None]
+        margin = (bound * _rounding(hidden, 2.0**-53))[dense, None]
+        apart = side.vectors[dense] @ items.double().T
+        if side.cosine:
+            apart *= inverse
+        apart -= side.target_scores[dense, None]
+        above[dense] += _count(close & (apart > tol + margin))
+        apart.abs_()
+        tied[dense] += _count(close & (apart <= tol - margin))
+        undecided[dense] = close & (apart > tol - margin) & (apart <= tol + margin)
+
+    rows, cols = _where(undecided)  # (P,)
+    step = max(1, PAIR_ELEMENTS // max(hidden, 1))
+    for row, col in zip(rows.split(step), cols.split(step), strict=True):
+        exact = _pair_scores(side.vectors[row], items[col], side.cosine) - side.target_scores[row]
+        above.index_add_(0, row, (exact > tolerance[row]).long())
+        tied.index_add_(0, row, (exact.abs() <= tolerance[row]).long())
+    return above, tied
+
+
+def _count(mask: torch.Tensor) -> torch.Tensor:
+    """True values in each row of a mask (B, C), int64 (B,)."""
+    if mask.device.type == "cpu":  # numpy counts booleans thirty times faster than torch sums them
+        return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+    return mask.sum(dim=1)
+
+
+def _where(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns (P,) of the true values of a mask (B, C)."""
+    if mask.device.type == "cpu":
+        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    else:
+        flat = mask.flatten().nonzero()[:, 0]
+    return flat // mask.shape[1], flat % mask.shape[1]
+
+
+def _rounding(length: int, unit: float) -> float:
+    """Largest relative error of an inner product of `length` terms summed in any order.
+
+    Higham's gamma_n = n u / (1 - n u), with 16 roundings to spare for the conversions and the
+    subtraction around the product.
+    """
+    error = (length + 16) * unit
+    return error / (1 - error)
+
+
+def _pair_scores(users: torch.Tensor, items: torch.Tensor, cosine: bool) -> torch.Tensor:
+    """Scores (P,) float64 of users (P, H) float64 with items (P, H), each in its own row.
+
+    Only elementwise float64 operations: the same bits for a pair wherever and with whatever it is
+    computed.
+    """
+    items = items.double()
+    scores = _ordered_sum(users * items)
+    return scores / _ordered_norm(items).clamp(min=MIN_NORM) if cosine else scores
+
+
+def _of_length_one(users: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors (B, H) float64 of length 1, and the lengths (B,) they had.
+
+    `first` is the row of the first one, for messages.
+    """
+    users = users.to(torch.float32)
+    _checked_norms(users, "user", first)
+    vectors = users.double()
+    lengths = _ordered_norm(vectors)
+    tiny = torch.finfo(torch.float64).tiny  # a zero vector stays zero: all its items tie
+    return vectors / lengths.clamp(min=tiny)[:, None], lengths
+
+
+def _ordered_norm(vectors: torch.Tensor) -> torch.Tensor:
+    return _ordered_sum(vectors * vectors).sqrt()
+
+
+def _ordered_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the last dimension by halves: an order that no kernel, thread or batch changes."""
+    while (length := values.shape[-1]) > 1:
+        half = length // 2
+        folded = values[..., :half] + values[..., half : 2 * half]
+        if length % 2:
+            folded[..., 0] += values[..., -1]
+        values = folded
+    return values.sum(dim=-1)
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products in true float32, whatever autocast or a trainer has asked for.
+
+    `torch.set_float32_matmul_precision("medium")`, usual in training scripts, makes them bfloat16
+    on CPUs and TF32 on GPUs, a thousand times beyond the error bound that `_compare` relies on.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)
+            return
+        backends: tuple[Any, ...] = (
+            torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # unknown to its stubs
+            torch.backends.cuda.matmul,
+        )
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+
+
+def _read(vectors: Vectors, rows: slice | NDArray, device: torch.device) -> torch.Tensor:
+    """Some rows of a table as float32 on `device`; a slice of a float32 tensor there is no copy."""
+    if isinstance(vectors, torch.Tensor):
+        index = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(vectors.device)
+        return vectors[index].to(device, torch.float32)
+    return torch.from_numpy(np.array(vectors[rows], dtype=np.float32)).to(device)
+
+
+def _checked_norms(vectors: torch.Tensor, what: str, first: int) -> torch.Tensor:
+    """Norms (n,) float64 of vectors (n, H), refusing those that cannot be ranked."""
+    norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
+    bad = (~(norms <= MAX_NORM)).nonzero()
+    if len(bad):
+        raise UserError(
+            f"the {what} vector in row {first + int(bad[0])} holds NaN, infinity or a value beyond "
+            f"{MAX_NORM:g}: it cannot be ranked"
+        )
+    return norms
+
+
+def _checked_users(user_vectors: Vectors, item_vectors: Vectors) -> torch.Tensor:
+    users = torch.as_tensor(user_vectors)
+    if users.ndim != 2 or item_vectors.ndim != 2 or users.shape[1] != item_vectors.shape[1]:
+        raise UserError(
+            f"user vectors have shape {tuple(users.shape)} and item vectors "
+            f"{tuple(item_vectors.shape)}, expected (users, hidden) and (items, hidden)"
+        )
+    return users
+
+
+def _checked_chunk_size(chunk_size: int | None, users: torch.Tensor) -> int:
+    if chunk_size is None:
+        return max(1, CHUNK_ELEMENTS // max(users.shape[1], min(len(users), USER_BLOCK), 1))
+    if chunk_size < 1:
+        raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
+    return chunk_size
+
+
+def _user_blocks(num_users: int) -> list[slice]:
+    return [slice(i, min(i + USER_BLOCK, num_users)) for i in range(0, num_users, USER_BLOCK)]
+
+
+def _pairs_of(
+    block: slice, rows: NDArray, cols: NDArray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs of a block of users, rows counted from its first user."""
+    mine = (rows >= block.start) & (rows < block.stop)
+    return (
+        torch.from_numpy(rows[mine] - block.start).to(device),
+        torch.from_numpy(cols[mine]).to(device),
+    )

@@ -1,0 +1,169 @@
+"""Where targets stand: how many items are above each, and how many are tied with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from recformer.files import UserError
+
+Pairs = tuple[ArrayLike, ArrayLike]
+
+Vectors = torch.Tensor | NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TargetRanks:
+    """Where the target of each of B users stands among the candidates.
+
+    Attributes:
+        above: other candidates with a higher score, int64 (B,).
+        tied: other candidates with the same score, int64 (B,).
+        num_candidates: items ranked for this user, the target among them, int64 (B,).
+
+    Raises:
+        UserError: lengths differ, a count is negative, or above + tied + 1 exceeds num_candidates.
+    """
+
+    above: NDArray[np.int64]
+    tied: NDArray[np.int64]
+    num_candidates: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        for name in ("above", "tied", "num_candidates"):
+            object.__setattr__(self, name, _int64(getattr(self, name), name))
+        _same_length("tied", len(self.tied), len(self.above))
+        _same_length("num_candidates", len(self.num_candidates), len(self.above))
+        negative = (self.above < 0) | (self.tied < 0)
+        wrong = (negative | (self.above + self.tied >= self.num_candidates)).nonzero()[0]
+        if len(wrong):
+            row = wrong[0]
+            raise UserError(
+                f"row {row} has {self.above[row]} items above and {self.tied[row]} tied of "
+                f"{self.num_candidates[row]} candidates, expected counts of 0 or more that leave "
+                "room for the target"
+            )
+
+    def __len__(self) -> int:
+        return len(self.above)
+
+
+def count_ranks(scores: Vectors, targets: ArrayLike, seen: Pairs | None = None) -> TargetRanks:
+    """Rank each user's target by a full row of scores.
+
+    Scores are compared as they are: items tie when their scores are equal. A matrix product may
+    give two identical items scores that differ in the last bit, depending on their columns and on
+    the batch size, so a model that scores by vectors uses `rank_by_vectors` instead.
+
+    Args:
+        scores: (B, N), any real dtype; higher is better. Infinities are compared like any number.
+        targets: item id of each user's target, integers (B,).
+        seen: (rows, cols), two integer arrays of equal length: item `cols[j]` is no candidate of
+            the user in row `rows[j]` (filter_seen). Pairs may repeat; the target always stays.
+
+    Raises:
+        UserError: wrong shapes, ids out of range, or a NaN among the scores.
+    """
+    scores = _checked_scores(scores)
+    device, (num_users, num_items) = scores.device, scores.shape
+    target_ids = _ids(targets, "targets", num_items)
+    _same_length("targets", len(target_ids), num_users)
+    rows, cols, num_candidates = _not_compared(seen, target_ids, num_items)
+    best = scores.gather(1, torch.from_numpy(target_ids).to(device)[:, None])  # (B, 1)
+    pairs = torch.from_numpy(rows).to(device), torch.from_numpy(cols).to(device)
+    above = scores > best  # (B, N)
+    above[pairs] = False
+    tied = scores == best
+    tied[pairs] = False
+    return TargetRanks(_to_numpy(above.sum(dim=1)), _to_numpy(tied.sum(dim=1)), num_candidates)
+
+
+def count_ranks_among(scores: Vectors, targets: ArrayLike, candidates: ArrayLike) -> TargetRanks:
+    """Rank each user's target among a few items of that user's own, by the rules of `count_ranks`.
+
+    Args:
+        scores, targets: as in `count_ranks`.
+        candidates: (B, C) item ids, without the target and without repetition in a row.
+    """
+    scores = torch.as_tensor(scores)
+    target_ids, ids = _checked_candidates(targets, candidates, *scores.shape)
+    columns = np.concatenate([target_ids[:, None], ids], axis=1)  # (B, 1 + C)
+    chosen = scores.gather(1, torch.from_numpy(columns).to(scores.device))
+    return count_ranks(chosen, np.zeros_like(target_ids))
+
+
+def _checked_scores(scores: Vectors) -> torch.Tensor:
+    scores = torch.as_tensor(scores)
+    if scores.ndim != 2:
+        raise UserError(f"scores have shape {tuple(scores.shape)}, expected (users, items)")
+    if scores.is_floating_point():
+        bad = scores.isnan().any(dim=1).nonzero()
+        if len(bad):
+            raise UserError(f"the scores of row {int(bad[0])} hold NaN: they cannot be ranked")
+    return scores
+
+
+def _checked_candidates(
+    targets: ArrayLike, candidates: ArrayLike, num_users: int, num_items: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    target_ids, ids = _ids(targets, "targets", num_items), np.asarray(candidates)
+    _same_length("targets", len(target_ids), num_users)
+    if ids.ndim != 2 or len(ids) != num_users:
+        raise UserError(f"candidates have shape {ids.shape}, expected ({num_users}, candidates)")
+    return target_ids, _ids(ids.reshape(-1), "candidates", num_items).reshape(ids.shape)
+
+
+def _seen_pairs(seen: Pairs | None, num_users: int, num_items: int) -> tuple[NDArray, NDArray]:
+    """Checked pairs (rows, cols), int64."""
+    if seen is None:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    rows = _ids(seen[0], "rows of seen", num_users)
+    cols = _ids(seen[1], "cols of seen", num_items)
+    _same_length("cols of seen", len(cols), len(rows))
+    return rows, cols
+
+
+def _not_compared(
+    seen: Pairs | None, targets: NDArray, num_items: int
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Pairs (rows, cols) not to be counted, the targets included, and candidates a user (B,)."""
+    num_users = len(targets)
+    rows, cols = np.arange(num_users), targets
+    if seen is None:
+        return rows, cols, np.full(num_users, num_items, dtype=np.int64)
+    seen_rows, seen_cols = _seen_pairs(seen, num_users, num_items)
+    all_rows, all_cols = np.concatenate([rows, seen_rows]), np.concatenate([cols, seen_cols])
+    rows, cols = np.divmod(np.unique(all_rows * num_items + all_cols), max(num_items, 1))
+    return rows, cols, num_items + 1 - np.bincount(rows, minlength=num_users)
+
+
+def _to_numpy(values: torch.Tensor) -> NDArray[Any]:
+    return values.detach().cpu().numpy()
+
+
+def _int64(values: ArrayLike, name: str) -> NDArray[np.int64]:
+    array = _to_numpy(values) if isinstance(values, torch.Tensor) else np.asarray(values)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise UserError(
+            f"{name} have shape {array.shape} and dtype {array.dtype}, expected integers in one "
+            "dimension"
+        )
+    return array.astype(np.int64)
+
+
+def _ids(values: ArrayLike, name: str, count: int) -> NDArray[np.int64]:
+    ids = _int64(values, name)
+    if len(ids) and not (ids.min() >= 0 and ids.max() < count):
+        raise UserError(
+            f"{name} reach from {ids.min()} to {ids.max()}, expected ids from 0 to {count - 1}"
+        )
+    return ids
+
+
+def _same_length(name: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise UserError(f"{name} have length {got}, expected {expected}, one a user")
