@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import HfArgumentParser
 
-from recformer.conversion import LONGFORMER, START_FOLDER, convert_pretraining
+from recformer.checkpoints.conversion import LONGFORMER, START_FOLDER, convert_pretraining
 from recformer.files import UserError, exit_with_message
 from recformer.training.arguments import ModelArguments, flag
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from recformer.checkpoints.conversion import LONGFORMER, save_start_weights
 from recformer.config import PAPER
-from recformer.conversion import LONGFORMER, save_start_weights
 from recformer.files import exit_with_message
 
 

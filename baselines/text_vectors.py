@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig
 
-from recformer.checkpoint import describe_state_dict, few, read_state_dict
+from recformer.checkpoints.names import describe_state_dict, few
+from recformer.checkpoints.reading import read_state_dict
 from recformer.config import RecformerConfig
 from recformer.data.items import TokenizedItems
 from recformer.data.items import cache_dir as default_cache_dir

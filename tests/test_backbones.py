@@ -28,8 +28,9 @@ from transformers import (
     RobertaModel,
 )
 
-from recformer.backbones import backbone_config, from_backbone, load_backbone
-from recformer.checkpoint import load_checkpoint, read_state_dict
+from recformer.checkpoints.backbones import backbone_config, from_backbone, load_backbone
+from recformer.checkpoints.loading import load_checkpoint
+from recformer.checkpoints.reading import read_state_dict
 from recformer.config import PAPER
 from recformer.files import UserError
 from recformer.models import RecformerForPretraining, RecformerForSeqRec, RecformerModel

@@ -20,12 +20,9 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from recformer.checkpoint import (
-    LoadReport,
-    describe_state_dict,
-    load_checkpoint,
-    read_state_dict,
-)
+from recformer.checkpoints.loading import LoadReport, load_checkpoint
+from recformer.checkpoints.names import describe_state_dict
+from recformer.checkpoints.reading import read_state_dict
 from recformer.files import UserError
 from recformer.models import RecformerForPretraining, RecformerForSeqRec, RecformerModel
 from tests.tiny import ITEMS, SIZES, randomised, released, same, snapshot, tiny_config

@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from recformer import RecformerTokenizer
-from recformer.backbones import backbone_config
-from recformer.checkpoint import load_checkpoint, read_checkpoint, read_state_dict
-from recformer.conversion import convert_pretraining, find_start, save_start_weights
+from recformer.checkpoints.backbones import backbone_config
+from recformer.checkpoints.conversion import convert_pretraining, find_start, save_start_weights
+from recformer.checkpoints.loading import load_checkpoint
+from recformer.checkpoints.reading import read_checkpoint, read_state_dict
 from recformer.files import UserError
 from recformer.models import RecformerForPretraining, RecformerForSeqRec, RecformerModel
 from recformer.packing import PackedTokens

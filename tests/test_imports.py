@@ -33,10 +33,10 @@ LAYERS: list[tuple[str, ...]] = [
         "recformer.evaluation.runs",
     ),
     (
-        "recformer.checkpoint",
-        "recformer.backbones",
-        "recformer.conversion",
-        "recformer.inspection",
+        "recformer.checkpoints.loading",
+        "recformer.checkpoints.backbones",
+        "recformer.checkpoints.conversion",
+        "recformer.checkpoints.inspection",
         "recformer.training",
     ),
     (
@@ -163,7 +163,7 @@ def test_facade_reaches_no_entry_point_nor_baselines() -> None:
         (
             "recformer/models/__init__.py",
             "from ..checkpoint import load_checkpoint\n",
-            "recformer.checkpoint.load_checkpoint",
+            "recformer.checkpoints.loading.load_checkpoint",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""`python -m recformer.checkpoint`: what a file is, in words."""
+"""`python -m recformer.checkpoints.loading`: what a file is, in words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from recformer.checkpoint import main
-from recformer.inspection import inspect_checkpoint
+from recformer.checkpoints.inspection import inspect_checkpoint
+from recformer.commands.inspect import main
 from recformer.models import RecformerForPretraining, RecformerForSeqRec
 from tests.tiny import ITEMS, SIZES, randomised, released, tiny_config
 
@@ -146,7 +146,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     path.write_bytes(b"<!DOCTYPE html><html><body>Google Drive - Virus scan warning</body></html>")
     result = subprocess.run(
-        [sys.executable, "-m", "recformer.checkpoint", str(path)],
+        [sys.executable, "-m", "recformer.checkpoints.loading", str(path)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from baselines.sequence.recommender import SequenceRecommender
-from recformer.checkpoint import read_state_dict
+from recformer.checkpoints.reading import read_state_dict
 from recformer.files import UserError
 
 

@@ -16,21 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recformer.backbones import POSITIONS, backbone_config, load_backbone
-from recformer.checkpoint import (
+from recformer.checkpoints.backbones import backbone_config, load_backbone
+from recformer.checkpoints.loading import LoadReport, load_checkpoint
+from recformer.checkpoints.names import (
+    POSITIONS,
     PREFIXES,
     WORDS,
-    Contents,
-    LoadReport,
     PathLike,
     StateDict,
     compact,
-    load_checkpoint,
     plain_name,
     plain_names,
-    read_checkpoint,
-    read_state_dict,
 )
+from recformer.checkpoints.reading import Contents, read_checkpoint, read_state_dict
 from recformer.files import UserError, atomic_write
 from recformer.models import RecformerForPretraining
 from recformer.tokenization import RecformerTokenizer
@@ -55,7 +53,7 @@ def save_start_weights(
     """Write a language model as the weights of a `RecformerForPretraining`, a state dict.
 
     Args:
-        model_name_or_path: as for `recformer.backbones.from_backbone`.
+        model_name_or_path: as for `recformer.checkpoints.backbones.from_backbone`.
         output_path: the file, replaced if it exists.
         seed: of tensors that the language model has nothing for.
         overrides: fields of the configuration; `max_token_num` and `max_item_embeddings` decide the

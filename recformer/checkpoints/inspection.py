@@ -10,24 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recformer.backbones import ITEM_POSITIONS, POSITIONS, TOKEN_TYPES, from_backbone
-from recformer.checkpoint import (
+from recformer.checkpoints.backbones import from_backbone
+from recformer.checkpoints.conversion import find_start
+from recformer.checkpoints.loading import load_checkpoint
+from recformer.checkpoints.names import (
     BACKBONE_KINDS,
+    ITEM_POSITIONS,
     ITEM_TABLE,
+    POSITIONS,
     PREFIXES,
+    TOKEN_TYPES,
     WORDS,
-    Contents,
     PathLike,
     StateDict,
     compact,
     describe_state_dict,
     few,
-    load_checkpoint,
     plain_names,
-    read_checkpoint,
 )
+from recformer.checkpoints.reading import Contents, read_checkpoint
 from recformer.config import RecformerConfig
-from recformer.conversion import find_start
 from recformer.files import UserError, read_json
 from recformer.models import RecformerForPretraining, RecformerForSeqRec
 
