@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import REPEATS, Work, row, run_alone
-from recformer.data.amazon import DEFAULT_ATTRIBUTES, read_interactions, read_metadata
-from recformer.data.splits import Interactions
-from recformer.data.text import clean_text
 from recformer.files import sha256_of
+from recformer.preparation.amazon import DEFAULT_ATTRIBUTES, read_interactions, read_metadata
+from recformer.preparation.splits import Interactions
+from recformer.preparation.text import clean_text
 
 ATTRIBUTES = DEFAULT_ATTRIBUTES
 

@@ -13,11 +13,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a plain checkout works, from any folder
 
-from recformer.data import flags  # noqa: E402
-from recformer.data.audit import PAGE_FILE, audit_folder  # noqa: E402
-from recformer.data.prepare import prepare_finetuning  # noqa: E402
 from recformer.evaluation.protocol import HELP, Protocol, with_protocol
 from recformer.files import UserError, exit_with_message  # noqa: E402
+from recformer.preparation import flags
+from recformer.preparation.audit.figures import PAGE_FILE, audit_folder
+from recformer.preparation.finetuning import prepare_finetuning
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a plain checkout works, from any folder
 
-from recformer.data import flags  # noqa: E402
-from recformer.data.prepare import (  # noqa: E402
+from recformer.files import exit_with_message  # noqa: E402
+from recformer.preparation import flags
+from recformer.preparation.pretraining import (
     DEV_CATEGORY,
     PRETRAINING_CATEGORIES,
     prepare_pretraining_items,
 )
-from recformer.files import exit_with_message  # noqa: E402
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a plain checkout works, from any folder
 
-from recformer.data import flags  # noqa: E402
-from recformer.data.prepare import PretrainingSource, prepare_pretraining_sources  # noqa: E402
 from recformer.files import exit_with_message  # noqa: E402
+from recformer.preparation import flags
+from recformer.preparation.pretraining import PretrainingSource, prepare_pretraining_sources
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ prepare_sample() { # directory, seed
     fi
     if [ ! -e "$root/seed" ]; then
         echo "== writing a sample in the raw Amazon format to $root/raw"
-        "$PYTHON" -m recformer.data.sample --output_dir "$root/raw" --seed "$seed"
+        "$PYTHON" -m recformer.preparation.sample --output_dir "$root/raw" --seed "$seed"
         mkdir -p "$root"
         echo "$seed" >"$root/seed"
     fi

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import data_preparation
-from recformer.data.amazon import (
+from recformer.files import UserError
+from recformer.preparation.amazon import (
     BadLines,
     check_raw_files,
     read_interactions,
@@ -19,8 +20,7 @@ from recformer.data.amazon import (
     read_products,
     read_reviews,
 )
-from recformer.data.text import OddValueError, clean_text, text_parts
-from recformer.files import UserError
+from recformer.preparation.text import OddValueError, clean_text, text_parts
 
 
 def write_lines(path: Path, lines: Iterable[Any]) -> Path:

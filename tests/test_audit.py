@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recformer.commands.audit import main
 from recformer.config import PAPER
-from recformer.data.audit import audit, audit_folder, gini, main
-from recformer.data.prepare import SplitOptions, prepare_finetuning
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
-from recformer.data.tables import Columns
 from recformer.files import exit_with_message
+from recformer.preparation.audit.figures import audit, audit_folder, gini
+from recformer.preparation.finetuning import prepare_finetuning
+from recformer.preparation.options import SplitOptions
+from recformer.preparation.tables import Columns
 from recformer.tokenization import train_tokenizer
 
 START = 1_300_000_000
@@ -658,7 +660,7 @@ def test_a_failed_audit_leaves_the_folder(
     def full(found: dict[str, Any]) -> str:
         raise OSError("no space left")
 
-    monkeypatch.setattr("recformer.data.audit.page", full)
+    monkeypatch.setattr("recformer.preparation.audit.figures.page", full)
     out, err = process()
     assert "8 users, 8 items, 40 interactions" in out
     assert err == f"{tmp_path / 'out'} was not audited: no space left\n"

@@ -245,7 +245,7 @@ def test_errors_of_the_command(tmp_path: Path, repository: Path) -> None:
 @pytest.mark.real_data
 def test_lines_on_scientific(real_data: Path, tmp_path: Path) -> None:
     """Measured with the published processing of the 8,442-user version."""
-    from recformer.data.prepare import prepare_finetuning
+    from recformer.preparation.finetuning import prepare_finetuning
 
     raw = real_data / "scientific"
     prepare_finetuning(

@@ -11,9 +11,10 @@ from threading import Thread
 
 import pytest
 
-from recformer.data import download as module
-from recformer.data.download import RemoteFile, download, main, remote_files, unpack_movielens
+from recformer.commands.download import main
 from recformer.files import UserError
+from recformer.preparation import download as module
+from recformer.preparation.download import RemoteFile, download, remote_files, unpack_movielens
 
 CONTENT = bytes(range(256)) * 1000
 PAGE = "https://example.org/page"

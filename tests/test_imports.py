@@ -52,8 +52,8 @@ LAYERS: list[tuple[str, ...]] = [
 
 # Run as `python -m …` or by a shell script; no other module imports them.
 ENTRY_POINTS = (
-    "recformer.data.audit",
-    "recformer.data.download",
+    "recformer.preparation.audit.figures",
+    "recformer.preparation.download",
     "recformer.pretrain",
     "recformer.finetune",
     "recformer.evaluation.compare",

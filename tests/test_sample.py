@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recformer.data import sample
-from recformer.data.sample import CATEGORIES, TARGET_CATEGORY, Shop, cell_probabilities
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.ranks import count_ranks
 from recformer.files import exit_with_message
+from recformer.preparation import sample
+from recformer.preparation.sample import CATEGORIES, TARGET_CATEGORY, Shop, cell_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def reviews(folder: Path, category: str) -> list[dict[str, Any]]:
 
 
 def test_another_process_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "recformer.data.sample", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "recformer.preparation.sample", "--output_dir", str(tmp_path)]
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     names = sorted(path.name for path in folder.iterdir())

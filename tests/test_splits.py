@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recformer.data.processed import Sequences
-from recformer.data.splits import (
+from recformer.preparation.splits import (
     Histories,
     Interactions,
     build_histories,

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recformer.data import flags
-from recformer.data.prepare import SplitOptions
 from recformer.data.processed import ProcessedFolder, Sequences, read_times, write_processed
-from recformer.data.splits import (
+from recformer.files import UserError
+from recformer.preparation import flags
+from recformer.preparation.options import SplitOptions
+from recformer.preparation.splits import (
     DROPPED,
     Histories,
     Interactions,
@@ -26,7 +27,6 @@ from recformer.data.splits import (
     split_leave_one_out,
     split_temporal,
 )
-from recformer.files import UserError
 
 SPLITS = [
     SplitOptions(),

@@ -14,16 +14,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from recformer.data.prepare import (
-    Filters,
-    PretrainingSource,
-    SplitOptions,
-    prepare_finetuning,
-    prepare_pretraining_sources,
-)
 from recformer.data.processed import ProcessedFolder, read_times
-from recformer.data.tables import Columns, open_sources
 from recformer.files import UserError
+from recformer.preparation.finetuning import prepare_finetuning
+from recformer.preparation.options import Filters, SplitOptions
+from recformer.preparation.pretraining import PretrainingSource, prepare_pretraining_sources
+from recformer.preparation.tables import Columns, open_sources
 
 # user, item, time, rating
 EVENTS = [

@@ -30,9 +30,9 @@ import numpy as np
 from isal import igzip, igzip_lib
 from tqdm import tqdm
 
-from recformer.data.splits import Interactions
-from recformer.data.text import OddValueError, clean_text, text_parts
 from recformer.files import UserError
+from recformer.preparation.splits import Interactions
+from recformer.preparation.text import OddValueError, clean_text, text_parts
 
 DEFAULT_ATTRIBUTES = ("title", "brand", "category")
 

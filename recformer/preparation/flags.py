@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recformer.data.amazon import DEFAULT_ATTRIBUTES
-from recformer.data.prepare import Filters, SplitOptions
-from recformer.data.tables import Columns
+from recformer.preparation.amazon import DEFAULT_ATTRIBUTES
+from recformer.preparation.options import Filters, SplitOptions
+from recformer.preparation.tables import Columns
 
 
 def add_text_flags(parser: argparse.ArgumentParser, any_source: bool = False) -> None:

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from recformer.data import amazon
-from recformer.data.amazon import BadLines, ReviewColumns
-from recformer.data.splits import Interactions
 from recformer.files import UserError
+from recformer.preparation import amazon
+from recformer.preparation.amazon import BadLines, ReviewColumns
+from recformer.preparation.splits import Interactions
 
 Kind = Literal["json", "csv", "tsv", "atomic", "sasrec", "parquet"]
 

@@ -1,4 +1,4 @@
-"""Fetch a public data set: `python -m recformer.data.download NAME --output_path FOLDER`.
+"""Fetch a public data set: `python -m recformer.preparation.download NAME --output_path FOLDER`.
 
 NAME is amazon-2014/CATEGORY, amazon-2018/CATEGORY, amazon-2023/CATEGORY or a MovieLens set. A run
 that was cut off goes on where it stopped. A file takes its name once it is whole, and right where
@@ -7,19 +7,19 @@ its checksum is known; publishers give none for Amazon's files, of those only th
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 from tqdm import tqdm
 
+from recformer.commands.download import main
 from recformer.files import UserError, atomic_write, exit_with_message
 
 _CHUNK = 1 << 16  # of a piece that breaks off nothing is kept
@@ -259,32 +259,6 @@ def _old_rows(files: zipfile.ZipFile, names: dict[str, str], name: str) -> Itera
         for line in lines("u.item"):
             movie, title, _, _, _, *flags = line.split("|")
             yield [movie, title, "|".join(g for g, flag in zip(genres, flags) if flag == "1")]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, fetch, say what was written and what to do with it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.data.download",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "name", metavar="NAME", help=f"{', '.join(f'{y}/CATEGORY' for y in AMAZON)}, "
-        f"{', '.join(MOVIELENS)}"
-    )  # fmt: skip
-    parser.add_argument(
-        "--output_path", default="raw_data", metavar="FOLDER", help="default: %(default)s"
-    )
-    args = parser.parse_args(arguments)
-    files, page = remote_files(args.name)
-    folder = Path(args.output_path)
-    paths = [download(file, folder, page) for file in files]
-    if args.name in MOVIELENS:
-        paths = unpack_movielens(paths[0])
-    print(
-        f"python finetune_data/process.py --file_path {paths[0]} --meta_file_path {paths[1]} "
-        f"--output_path {folder / args.name.replace('/', '-')}_processed"
-    )
 
 
 if __name__ == "__main__":

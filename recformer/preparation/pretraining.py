@@ -14,15 +14,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from recformer.data.amazon import (
+from recformer.data.processed import (
+    DATASET_FILE,
+    META_FILE,
+    TRAIN_FILE,
+    write_mapping,
+)
+from recformer.files import UserError, atomic_write, read_json
+from recformer.preparation.amazon import (
     DEFAULT_ATTRIBUTES,
     BadLines,
     check_raw_files,
@@ -30,26 +37,12 @@ from recformer.data.amazon import (
     read_metadata,
     read_reviews,
 )
-from recformer.data.processed import (
-    DATASET_FILE,
-    META_FILE,
-    TRAIN_FILE,
-    write_mapping,
-    write_processed,
-)
-from recformer.data.splits import (
-    DROPPED,
-    Histories,
-    Split,
+from recformer.preparation.options import Filters, SplitOptions, _histories, _writable_folder
+from recformer.preparation.splits import (
     build_histories,
     count_duplicates,
-    filter_interactions,
-    hold_out_items,
-    split_leave_one_out,
-    split_temporal,
 )
-from recformer.data.tables import Columns, InteractionSource, ItemSource, open_sources
-from recformer.files import UserError, atomic_write, read_json
+from recformer.preparation.tables import Columns, open_sources
 
 PRETRAINING_CATEGORIES = (
     "Automotive",
@@ -64,210 +57,7 @@ DEV_CATEGORY = "CDs_and_Vinyl"
 DEV_FILE = "dev.json"
 
 
-@dataclass(frozen=True)
-class Filters:
-    """What to leave out beside users with too few interactions.
-
-    Attributes:
-        min_rating: interactions rated lower.
-        deduplicate, drop_consecutive_repeats, k_core: see `filter_interactions`.
-        max_users: users beyond this many, by a seeded draw.
-    """
-
-    min_rating: float | None = None
-    deduplicate: bool = False
-    drop_consecutive_repeats: bool = False
-    k_core: int = 0
-    max_users: int | None = None
-
-    def asked_for(self) -> dict[str, Any]:
-        """Those that do something, for dataset.json."""
-        return {name: value for name, value in vars(self).items() if value not in (None, False, 0)}
-
-
-@dataclass(frozen=True)
-class SplitOptions:
-    """How to split, see `recformer.data.splits`.
-
-    Attributes:
-        split: name of the split.
-        test_quantile, val_quantile: of the temporal split.
-        cold_items: share of the items to hold out; None: none.
-        val_users, val_seed: of leave-one-out; None: all validate.
-    """
-
-    split: Literal["leave_one_out", "temporal"] = "leave_one_out"
-    test_quantile: float = 0.9
-    val_quantile: float = 0.9
-    cold_items: float | None = None
-    val_users: int | None = None
-    val_seed: int = 42
-
-    def apply(self, histories: Histories, seed: int) -> Split:
-        """Split the histories; `seed` draws the cold items."""
-        if self.split == "temporal":
-            split = split_temporal(
-                histories, test_quantile=self.test_quantile, val_quantile=self.val_quantile
-            )
-        else:
-            split = split_leave_one_out(histories, val_users=self.val_users, val_seed=self.val_seed)
-        if self.cold_items is not None:
-            split = hold_out_items(histories, split, share=self.cold_items, seed=seed)
-        return split
-
-
 _DEFAULT_COLUMNS, _DEFAULT_FILTERS, _DEFAULT_SPLIT = Columns(), Filters(), SplitOptions()
-
-
-def prepare_finetuning(
-    file_path: str | os.PathLike,
-    meta_file_path: str | os.PathLike,
-    output_path: str | os.PathLike,
-    *,
-    attributes: Sequence[str] | None = None,
-    clean: bool = True,
-    min_interactions: int = 4,
-    user_sample_rate: float = 1.0,
-    seed: int = 0,
-    skip_bad_lines: bool = False,
-    columns: Columns = _DEFAULT_COLUMNS,
-    filters: Filters = _DEFAULT_FILTERS,
-    options: SplitOptions = _DEFAULT_SPLIT,
-    protocol: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write a processed folder from a file of interactions and one of items.
-
-    As published: only users with at least `min_interactions` reviews of known products are kept,
-    ids are given by first appearance, sorting by time is stable. All products of the metadata file
-    that have text are written, also those that nobody reviewed.
-
-    Args:
-        file_path: interactions, in any form that `recformer.data.tables` reads.
-        meta_file_path: items, likewise.
-        output_path: folder to write, created where missing.
-        attributes: columns that make up an item, in this order, `column` or `name=column` each;
-            None: see `open_sources`.
-        clean: clean the text, see `recformer.data.text.clean_text`.
-        min_interactions: users with fewer are left out.
-        user_sample_rate, seed: keep a seeded sample of the users.
-        skip_bad_lines: leave out and count lines that cannot be used.
-        columns: columns that are not to be recognised by name.
-        filters: what else to leave out.
-        options: how to split.
-        protocol: the published protocol that this follows, for dataset.json (`Protocol.record`).
-
-    Returns:
-        What dataset.json holds.
-
-    Raises:
-        FileNotFoundError, UserError: an input is missing, damaged or not what it should be; nothing
-            is written then.
-    """
-    interaction_source, item_source = open_sources(file_path, meta_file_path, columns, attributes)
-    output = _writable_folder(output_path)
-    bad_lines = BadLines(skip=skip_bad_lines)
-    products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
-    histories, review_counts, filtered = _histories(
-        interaction_source,
-        item_source,
-        products,
-        bad_lines,
-        filters,
-        min_interactions=min_interactions,
-        user_sample_rate=user_sample_rate,
-        seed=seed,
-    )
-    split = options.apply(histories, seed)
-    train, val, test = split.sequences(histories.sequences)
-    times = histories.times
-    return write_processed(
-        output,
-        train=train,
-        val=val,
-        test=test,
-        user_names=histories.user_names,
-        asins=histories.item_names,
-        meta=products,
-        times=None if times is None else times[split.parts != DROPPED],
-        dataset={
-            "source": {"reviews": Path(file_path).name, "metadata": Path(meta_file_path).name},
-            **({"protocol": dict(protocol)} if protocol is not None else {}),
-            "parameters": {
-                "split": options.split,
-                "attributes": [
-                    name if name == column else f"{name}={column}"
-                    for name, column in item_source.attributes.items()
-                ],
-                "clean": clean,
-                "min_interactions": min_interactions,
-                "user_sample_rate": user_sample_rate,
-                "seed": seed,
-                "skip_bad_lines": skip_bad_lines,
-                **filters.asked_for(),
-                **({"columns": columns.named()} if columns.named() else {}),
-            },
-            "split": split.about,
-            "counts": {
-                "metadata": metadata_counts,
-                "reviews": review_counts,
-                **({"filters": filtered} if filtered else {}),
-                "histories": {
-                    **histories.counts,
-                    "users_with_val_and_test_item": int(
-                        ((val.lengths > 0) & (test.lengths > 0)).sum()
-                    ),
-                },
-                "bad_lines": bad_lines.summary(),
-            },
-        },
-    )
-
-
-def _histories(
-    source: InteractionSource,
-    items: ItemSource,
-    products: dict[str, dict[str, str]],
-    bad_lines: BadLines,
-    filters: Filters,
-    *,
-    min_interactions: int,
-    user_sample_rate: float,
-    seed: int,
-) -> tuple[Histories, dict[str, int], dict[str, int]]:
-    """Histories of a source, counts of its interactions, and of what the filters left out."""
-    interactions, counts = source.read(products, bad_lines, filters.min_rating)
-    if not len(interactions):
-        below = counts.get("reviews_below_min_rating", 0)
-        raise UserError(
-            f"none of the {counts['reviews']} reviews in {source.path} is of a product in "
-            f"{items.path}"
-            + (f" and rated {filters.min_rating} or better ({below} below)" if below else "")
-            + ": expected two files of the same category"
-        )
-    counts["duplicate_reviews"] = count_duplicates(interactions)
-    interactions, filtered = filter_interactions(
-        interactions,
-        deduplicate=filters.deduplicate,
-        drop_consecutive_repeats=filters.drop_consecutive_repeats,
-        k_core=filters.k_core,
-    )
-    histories = build_histories(
-        interactions,
-        min_interactions=min_interactions,
-        user_sample_rate=user_sample_rate,
-        seed=seed,
-        max_users=filters.max_users,
-    )
-    if not histories.user_names:
-        left_out = "".join(f", {number} {name}" for name, number in filtered.items())
-        raise UserError(
-            f"no user is left of {histories.counts['users']} in {source.path}: "
-            f"{histories.counts['users_with_too_few_interactions']} have fewer than "
-            f"{min_interactions} reviews of known products (--min_interactions), "
-            f"{histories.counts['users_not_sampled']} were not sampled (--user_sample_rate)"
-            f"{left_out}"
-        )
-    return histories, counts, filtered
 
 
 @dataclass(frozen=True)
@@ -409,7 +199,7 @@ def prepare_pretraining_items(
         categories, dev_category: to train on, and to validate on.
         attributes: metadata keys that make up an item, in this order. Products whose title is null
             or missing are left out where the title is one of them.
-        clean: clean the text, see `recformer.data.text.clean_text`.
+        clean: clean the text, see `recformer.preparation.text.clean_text`.
         skip_bad_lines: leave out and count lines that cannot be used.
 
     Returns:
@@ -583,17 +373,6 @@ def _all_categories(categories: Sequence[str], dev_category: str) -> list[str]:
             f"not be trained on"
         )
     return names
-
-
-def _writable_folder(path: str | os.PathLike) -> Path:
-    """A folder or a path that may become one; found out before any long work."""
-    folder = Path(path)
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise UserError(f"cannot write to {folder}: {nearest} is a file, expected a folder")
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"cannot write to {folder}: no permission to write in {nearest}")
-    return folder
 
 
 class _Ignored(msgspec.Struct, gc=False):

@@ -1,6 +1,6 @@
 """audit.html: the figures of an audit on one page that needs no other file.
 
-Everything is drawn from what audit.json holds; see `recformer.data.audit`.
+Everything is drawn from what audit.json holds; see `recformer.preparation.audit.figures`.
 """
 
 from __future__ import annotations

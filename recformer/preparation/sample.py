@@ -1,6 +1,6 @@
 """A synthetic shop in the raw Amazon-2018 two-file format, made from a seed by the code below.
 
-`python -m recformer.data.sample --output_dir DIR` writes `meta_<Category>.json.gz` and
+`python -m recformer.preparation.sample --output_dir DIR` writes `meta_<Category>.json.gz` and
 `<Category>_5.json.gz` for five categories: `PRETRAIN_CATEGORIES`, `VALIDATION_CATEGORY` and
 `TARGET_CATEGORY`, whose products and reviewers occur in no other file. All names are invented.
 
@@ -28,7 +28,6 @@ duplicate reviews and duplicate metadata rows. Times are Unix seconds of whole d
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import itertools
 import json
@@ -41,7 +40,21 @@ from typing import Any
 
 import numpy as np
 
+from recformer.commands.sample import main
 from recformer.files import atomic_write, exit_with_message
+from recformer.preparation.sample_catalogue import (
+    COLOURS,
+    COMMON_BRANDS,
+    DEPARTMENTS,
+    MODEL_BACK,
+    MODEL_FRONT,
+    OPINIONS,
+    SIZES,
+    STAGE_CATEGORIES,
+    STAGE_TITLES,
+    STYLES,
+    SURNAMES,
+)
 
 PRETRAIN_CATEGORIES = ("Camping", "Kitchen", "Garden")
 VALIDATION_CATEGORY = "Music"
@@ -56,155 +69,14 @@ DAY = 86_400
 FIRST_DAY = 14_610  # 2010-01-01
 
 STARTER, ACCESSORY, REPLACEMENT, UPGRADE = range(4)
-STAGE_TITLES = (
-    ("{noun} Starter Kit", "{noun} Starter Set"),
-    ("{accessory} for {noun}", "{noun} {accessory}"),
-    ("Replacement {part} for {noun}", "{noun} Replacement {part}"),
-    ("Professional {noun} Upgrade", "{noun} Pro Upgrade"),
-)
-STAGE_CATEGORIES = ("Starter Kits", "Accessories", "Replacement Parts", "Professional")
 
-STYLES = (
-    ("Budget", "Value", "Basic"),
-    ("Premium", "Deluxe", "Luxury"),
-    ("Kids", "Junior", "Childrens"),
-    ("Outdoor", "Rugged", "Heavy Duty"),
-)
-COLOURS = (
-    ("Black", "Matte Black", "Jet Black"),
-    ("Red", "Bright Red", "Cherry Red"),
-    ("Green", "Forest Green", "Olive Green"),
-    ("Blue", "Navy Blue", "Sky Blue"),
-    ("Pink", "Hot Pink", "Rose Pink"),
-    ("Orange", "Burnt Orange", "Neon Orange"),
-)
 HARD, SOFT, LIGHT, WOOD = (
     ("Aluminum", "Steel", "Stainless", "Alloy", ""),
     ("Nylon", "Canvas", "Leather", "Mesh", ""),
     ("Silicone", "Plastic", "Rubber", "Carbon", ""),
     ("Maple", "Bamboo", "Walnut", "Cedar", ""),
 )
-SIZES = ("Small", "Medium", "Large", "X-Large", "2-Pack", "Set of 4", '10"', "", "", "", "", "")
-MODEL_FRONT = (
-    "Trail",
-    "Aero",
-    "Nova",
-    "Terra",
-    "Swift",
-    "Hydra",
-    "Peak",
-    "Lumen",
-    "Orbit",
-    "Zephyr",
-)
-MODEL_BACK = ("hawk", "line", "flex", "core", "max", "wave", "craft", "guard", "stone", "jet")
 
-# The first six stand in every category, the others in one.
-COMMON_BRANDS = ("Northfell", "Brightmoor", "Oak & Vale", "Tindra", "Volmark", "Hallgate")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of product: the leaf of its category path and the nouns its titles are made of."""
-
-    leaf: str
-    noun: str
-    accessory: str
-    part: str
-    materials: tuple[str, ...] = LIGHT
-
-
-@dataclass(frozen=True)
-class Department:
-    """What is written down about a category; its families follow each other in this order."""
-
-    path: tuple[str, ...]
-    brands: tuple[str, ...]
-    families: tuple[Family, ...]
-
-
-DEPARTMENTS: Mapping[str, Department] = {
-    "Camping": Department(
-        ("Camping & Hiking",),
-        ("Fernpeak", "Larkspur Ridge", "Moss & Mill", "Granholm", "Tarnside", "Wildmark"),
-        (
-            Family("Lights & Lanterns", "Camping Light", "Clip Mount", "Battery", HARD),
-            Family("Bags", "Dry Bag", "Rain Cover", "Strap", SOFT),
-            Family("Bottles", "Water Bottle", "Carry Holder", "Filter"),
-            Family("Gloves", "Hiking Gloves", "Storage Case", "Liner", SOFT),
-            Family("Tents", "Dome Tent", "Footprint Cover", "Peg", SOFT),
-            Family("Sleeping Gear", "Sleeping Pad", "Carry Case", "Valve"),
-            Family("Stoves", "Backpacking Stove", "Wind Cover", "Gasket", HARD),
-            Family("Furniture", "Folding Chair", "Cup Holder", "Foot Pad", WOOD),
-            Family("Navigation", "Compass", "Wrist Strap", "Lens", HARD),
-            Family("Trekking Poles", "Trekking Poles", "Storage Stand", "Tip", HARD),
-        ),
-    ),
-    "Kitchen": Department(
-        ("Kitchen & Dining",),
-        ("Hearthline", "Copperleaf", "Mira Table", "Dunmore", "Saltbox", "Pell & Rye"),
-        (
-            Family("Cabinet Lighting", "Cabinet Light", "Clip Mount", "Battery", HARD),
-            Family("Lunch Bags", "Lunch Bag", "Rain Cover", "Strap", SOFT),
-            Family("Bottles", "Water Bottle", "Carry Holder", "Filter"),
-            Family("Oven Mitts", "Oven Gloves", "Storage Case", "Liner", SOFT),
-            Family("Knives", "Chef Knife", "Edge Cover", "Blade", HARD),
-            Family("Coffee", "Coffee Maker", "Pod Holder", "Carafe", HARD),
-            Family("Bakeware", "Baking Pan", "Cooling Stand", "Lid", HARD),
-            Family("Blenders", "Blender", "Travel Case", "Gasket"),
-            Family("Spice Racks", "Spice Rack", "Wall Mount", "Jar", WOOD),
-            Family("Scales", "Kitchen Scale", "Tilt Stand", "Foot Pad"),
-        ),
-    ),
-    "Garden": Department(
-        ("Patio & Garden",),
-        ("Greenhollow", "Thistledown", "Bexley Garden", "Loam & Co", "Sorrel", "Petalworks"),
-        (
-            Family("Solar Lights", "Solar Light", "Clip Mount", "Battery", HARD),
-            Family("Grow Bags", "Grow Bag", "Rain Cover", "Strap", SOFT),
-            Family("Sprayers", "Spray Bottle", "Carry Holder", "Filter"),
-            Family("Gloves", "Garden Gloves", "Storage Case", "Liner", SOFT),
-            Family("Pruning", "Pruning Shears", "Belt Holder", "Blade", HARD),
-            Family("Hoses", "Garden Hose", "Wall Mount", "Nozzle"),
-            Family("Grills", "Charcoal Grill", "Weather Cover", "Grate", HARD),
-            Family("Bird Feeders", "Bird Feeder", "Hanging Stand", "Perch", WOOD),
-            Family("Mowers", "Push Mower", "Handle Strap", "Wheel", HARD),
-            Family("Planters", "Planter Box", "Wooden Stand", "Tray", WOOD),
-        ),
-    ),
-    "Music": Department(
-        ("Musical Instruments",),
-        ("Cadenza", "Ravello", "Bluewren Audio", "Fennimore", "Arco & Sons", "Stellan"),
-        (
-            Family("Stand Lights", "Stand Light", "Clip Mount", "Battery", HARD),
-            Family("Gig Bags", "Gig Bag", "Rain Cover", "Strap", SOFT),
-            Family("Cleaning", "Polish Bottle", "Carry Holder", "Filter"),
-            Family("Gloves", "Drummer Gloves", "Storage Case", "Liner", SOFT),
-            Family("Guitars", "Acoustic Guitar", "Wall Mount", "String Set", WOOD),
-            Family("Microphones", "Condenser Microphone", "Boom Stand", "Windscreen", HARD),
-            Family("Keyboards", "Digital Keyboard", "Dust Cover", "Key Cap"),
-            Family("Ukuleles", "Ukulele", "Carry Case", "Bridge", WOOD),
-            Family("Tuners", "Chromatic Tuner", "Clip Holder", "Sensor"),
-            Family("Drums", "Snare Drum", "Tripod Stand", "Head", WOOD),
-        ),
-    ),
-    "Cycling": Department(
-        ("Cycling",),
-        ("Velmar", "Spokesmith", "Rondel", "Cobble & Chain", "Pelotine", "Gradient Works"),
-        (
-            Family("Lights & Reflectors", "Bike Light", "Clip Mount", "Battery", HARD),
-            Family("Bags & Panniers", "Frame Bag", "Rain Cover", "Strap", SOFT),
-            Family("Bottles & Cages", "Water Bottle", "Carry Holder", "Filter"),
-            Family("Gloves", "Cycling Gloves", "Storage Case", "Liner", SOFT),
-            Family("Locks", "U Lock", "Frame Mount", "Key Set", HARD),
-            Family("Pumps", "Floor Pump", "Hose Holder", "Valve", HARD),
-            Family("Helmets", "Helmet", "Visor Cover", "Pad"),
-            Family("Saddles", "Saddle", "Seat Cover", "Gel Insert", SOFT),
-            Family("Computers", "Bike Computer", "Handlebar Mount", "Sensor"),
-            Family("Repair", "Work Stand", "Tool Holder", "Clamp", HARD),
-        ),
-    ),
-}
 
 NUM_FAMILIES = 10
 NUM_CELLS = 4 * NUM_FAMILIES
@@ -432,16 +304,6 @@ class Shop:
         return sorted(rows, key=lambda row: (row["asin"], row["unixReviewTime"], row["reviewerID"]))
 
 
-SURNAMES = ("Abbott", "Bright", "Castle", "Dale", "Ellery", "Finch", "Gale", "Hart", "Ives", "Lowe")
-OPINIONS = (
-    ("Five Stars", "Just what I was looking for.", 5.0),
-    ("Works well", "Does the job, would buy again.", 5.0),
-    ("Good value", "Nice for the price &amp; quick delivery.", 4.0),
-    ("It is okay", "Smaller than I thought, but fine.", 3.0),
-    ("Broke", "Fell apart after a month.", 1.0),
-)
-
-
 def cell_probabilities(last_cell: int | None, tastes: np.ndarray) -> np.ndarray:
     """Probability of each cell to come after `last_cell` (None: nothing was bought yet).
 
@@ -527,23 +389,6 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         gzip.GzipFile(filename="", mode="wb", fileobj=handle, mtime=0) as packed,
     ):
         packed.write(text.encode())
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write the sample and say what was written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.data.sample",
-        description="Write a synthetic sample in the raw Amazon-2018 format.",
-    )
-    parser.add_argument("--output_dir", required=True, help="folder of the ten files")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    for category, count in write_sample(args.output_dir, args.seed).items():
-        print(
-            f"{category}: {count['reviews']:,} reviews of {count['reviewers']:,} reviewers, "
-            f"{count['metadata_rows']:,} metadata rows"
-        )
-    print(f"written to {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""recformer download: public data sets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from recformer.preparation.download import (
+    AMAZON,
+    MOVIELENS,
+    download,
+    remote_files,
+    unpack_movielens,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, fetch, say what was written and what to do with it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recformer.preparation.download",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "name", metavar="NAME", help=f"{', '.join(f'{y}/CATEGORY' for y in AMAZON)}, "
+        f"{', '.join(MOVIELENS)}"
+    )  # fmt: skip
+    parser.add_argument(
+        "--output_path", default="raw_data", metavar="FOLDER", help="default: %(default)s"
+    )
+    args = parser.parse_args(arguments)
+    files, page = remote_files(args.name)
+    folder = Path(args.output_path)
+    paths = [download(file, folder, page) for file in files]
+    if args.name in MOVIELENS:
+        paths = unpack_movielens(paths[0])
+    print(
+        f"python finetune_data/process.py --file_path {paths[0]} --meta_file_path {paths[1]} "
+        f"--output_path {folder / args.name.replace('/', '-')}_processed"
+    )

@@ -1,0 +1,25 @@
+"""recformer sample: the generated sample in the raw Amazon form."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from recformer.preparation.sample import write_sample
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the sample and say what was written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recformer.preparation.sample",
+        description="Write a synthetic sample in the raw Amazon-2018 format.",
+    )
+    parser.add_argument("--output_dir", required=True, help="folder of the ten files")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for category, count in write_sample(args.output_dir, args.seed).items():
+        print(
+            f"{category}: {count['reviews']:,} reviews of {count['reviewers']:,} reviewers, "
+            f"{count['metadata_rows']:,} metadata rows"
+        )
+    print(f"written to {args.output_dir}")
