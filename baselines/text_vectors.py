@@ -1,7 +1,7 @@
 """The text of every item as a vector, by a text encoder or a Recformer.
 
 The text of an item is its attributes' values, joined by spaces. Vectors are kept in a store of
-files (`recformer.item_vectors`): a text is encoded once, whoever asks, and the array is mapped into
+files (`recformer.data.item_vectors`): a text is encoded once, whoever asks, and the array is mapped into
 memory.
 
 Shapes: N items, B texts, L tokens of the longest, H hidden.
@@ -20,11 +20,11 @@ from transformers import AutoModel, AutoTokenizer, PretrainedConfig
 from recformer.checkpoints.names import describe_state_dict, few
 from recformer.checkpoints.reading import read_state_dict
 from recformer.config import RecformerConfig
+from recformer.data.item_vectors import Vectors, content_keys, open_or_build
 from recformer.data.items import TokenizedItems
 from recformer.data.items import cache_dir as default_cache_dir
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError
-from recformer.item_vectors import Vectors, content_keys, open_or_build
 from recformer.models import RecformerForSeqRec
 from recformer.training.item_encoder import catalogue_vectors, encoder_key, token_budget_batches
 from recformer.training.start import load_start_model

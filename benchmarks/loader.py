@@ -27,7 +27,7 @@ from recformer.data.collators import RecformerTrainCollator
 from recformer.data.datamodule import EpochBatchSampler, TrainDataset
 from recformer.data.items import TokenizedItems
 from recformer.data.masking import WholeWordMasker
-from recformer.data.pretraining import PairBatchSampler, PairDataset, PretrainCollator
+from recformer.data.pairs import PairBatchSampler, PairDataset, PretrainCollator
 from recformer.data.processed import Sequences
 
 BATCH_SIZE = 16

@@ -8,7 +8,7 @@ Writes to the output folder
     smap.json         item ids by the items' own names
 
 The same command again goes on where it was cut off, and of a changed catalogue encodes new and
-changed items alone: vectors are kept beside the data (`recformer.item_vectors`).
+changed items alone: vectors are kept beside the data (`recformer.data.item_vectors`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lightning.fabric import Fabric
 from transformers import HfArgumentParser
 
 from recformer.allocator import keep_freed_memory
+from recformer.data.item_vectors import Vectors, count_missing
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
 from recformer.files import atomic_write, exit_with_message, write_json
-from recformer.item_vectors import Vectors, count_missing
 from recformer.models import RecformerForSeqRec
 from recformer.training.arguments import DeviceArguments, ModelArguments, flag, say
 from recformer.training.item_encoder import catalogue_vectors, item_keys, vectors_key

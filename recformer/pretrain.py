@@ -27,7 +27,8 @@ from transformers import HfArgumentParser
 from recformer.allocator import keep_freed_memory
 from recformer.data.items import cache_dir
 from recformer.data.masking import WholeWordMasker
-from recformer.data.pretraining import PretrainDataModule, PretrainingData
+from recformer.data.pairs import PretrainDataModule
+from recformer.data.pretraining import PretrainingData
 from recformer.files import UserError, exit_with_message, read_json, write_json
 from recformer.models import RecformerForPretraining
 from recformer.tokenization import RecformerTokenizer

@@ -17,7 +17,6 @@ Shapes: N items, T tokens of all of them laid end to end.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -34,6 +33,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
+from recformer.commands.tokenizer import main
 from recformer.config import RecformerConfig
 from recformer.files import (
     UserError,
@@ -669,38 +669,6 @@ def train_tokenizer(
     if output_dir is not None:
         _save_tokenizer(backend, tokenizer.special_tokens_map, True, output_dir)
     return tokenizer
-
-
-def _catalogue_texts(meta_files: Sequence[str]) -> Iterator[str]:
-    """Attribute names and values of all items in `meta_data.json` files."""
-    for path in meta_files:
-        items = read_json(path)
-        if not isinstance(items, dict):
-            raise UserError(f"{path} holds {_show(items)}, expected {{asin: {{attribute: text}}}}")
-        yield from item_texts(items.values())[0]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train a tokenizer on catalogues: the command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.tokenization",
-        description="Train a small byte-level BPE tokenizer on item texts.",
-    )
-    parser.add_argument(
-        "--meta_file",
-        nargs="+",
-        required=True,
-        help="meta_data.json files: {asin: {attribute: text}}",
-    )
-    parser.add_argument(
-        "--vocab_size", type=int, default=4096, help="most tokens, special ones included"
-    )
-    parser.add_argument("--output_dir", required=True, help="folder to write the tokenizer to")
-    args = parser.parse_args(argv)
-    tokenizer = train_tokenizer(_catalogue_texts(args.meta_file), args.vocab_size, args.output_dir)
-    size = len(tokenizer)
-    fewer = "" if size == args.vocab_size else f" (of {args.vocab_size}: no pair is left)"
-    print(f"wrote a byte-level BPE tokenizer of {size} tokens{fewer} to {args.output_dir}")
 
 
 if __name__ == "__main__":

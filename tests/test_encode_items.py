@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from recformer import RecformerForSeqRec, RecformerTokenizer, item_vectors
+from recformer import RecformerForSeqRec, RecformerTokenizer
+from recformer.data import item_vectors
 from recformer.data.items import TokenizedItems
 from recformer.data.processed import Sequences, write_processed
 from recformer.encode_items import main

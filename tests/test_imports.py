@@ -17,7 +17,7 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "recformer.allocator",
         "recformer.files",
-        "recformer.item_vectors",
+        "recformer.data.item_vectors",
         "recformer.packing",
         "recformer.evaluation.protocol",
     ),

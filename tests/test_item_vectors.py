@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recformer import item_vectors
+from recformer.data import item_vectors
+from recformer.data.item_vectors import content_keys, count_missing, open_or_build
 from recformer.files import UserError
-from recformer.item_vectors import content_keys, count_missing, open_or_build
 
 WORDS = ["ant", "bee", "cow", "bee", "dog", "eel", "fox"]
 HIDDEN = 3

@@ -16,15 +16,15 @@ from recformer import RecformerConfig, RecformerForPretraining
 from recformer.data import pretraining
 from recformer.data.draws import uniform
 from recformer.data.masking import WholeWordMasker
-from recformer.data.pretraining import (
+from recformer.data.pairs import (
     PairBatchSampler,
     PairDataset,
     PretrainCollator,
     PretrainDataModule,
-    PretrainingData,
     pair_seeds,
     target_positions,
 )
+from recformer.data.pretraining import PretrainingData
 from recformer.data.processed import Sequences
 from recformer.tokenization import RecformerTokenizer, train_tokenizer
 

@@ -20,14 +20,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from recformer.commands.tokenizer import main
 from recformer.config import RecformerConfig
-from recformer.tokenization import (
-    RecformerTokenizer,
-    item_texts,
-    main,
-    ragged_indices,
-    train_tokenizer,
-)
+from recformer.tokenization import RecformerTokenizer, item_texts, ragged_indices, train_tokenizer
 
 KEYS = [
     "input_ids",

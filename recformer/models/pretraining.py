@@ -231,7 +231,7 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         return dict(zip(true_ids, means, strict=True))
 
     def batch_losses(self, batch: dict[str, Any]) -> PairLosses:
-        """`forward_packed` on a batch of `recformer.data.pretraining.PretrainCollator`."""
+        """`forward_packed` on a batch of `recformer.data.pairs.PretrainCollator`."""
         return self.forward_packed(
             batch["a"], batch["b"], batch.get("mlm_a"), batch.get("mlm_b"), batch["target_ids"]
         )

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from recformer.data.collators import pack_sequences
 from recformer.data.datamodule import rank_and_world
+from recformer.data.item_vectors import Keys, Vectors, content_keys, open_or_build
 from recformer.data.items import TokenizedItems
 from recformer.files import UserError, sha256_of
-from recformer.item_vectors import Keys, Vectors, content_keys, open_or_build
 from recformer.models import RecformerForSeqRec, RecformerModel
 from recformer.training.start import weights_hash
 
@@ -161,7 +161,7 @@ def catalogue_vectors(
     progress: bool = True,
     unit_length: bool = False,
 ) -> Vectors:
-    """Vectors of all items through a store of files (`recformer.item_vectors`).
+    """Vectors of all items through a store of files (`recformer.data.item_vectors`).
 
     For large catalogues whose encoder stays: memory does not grow with N x H, a build that was cut
     off is resumed, and of a changed catalogue only changed items are encoded. With
