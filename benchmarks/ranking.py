@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from benchmarks.measure import REPEATS, Work, available_gb, row, run_alone
 from recformer.evaluation.exact import CHUNK_ELEMENTS
 from recformer.evaluation.ranking import rank_by_vectors
-from recformer.losses import full_softmax_loss
+from recformer.models.losses import full_softmax_loss
 
 # items, hidden, users ranked at once, users in the loss
 SIZES = ((15_000, 256, 1024, 16), (1_500_000, 384, 1024, 16))

@@ -36,7 +36,7 @@ from baselines.sequence.recommender import Objective, SequenceRecommender
 from baselines.sequence.sasrec import SASRec
 from benchmarks.measure import REPEATS, header, in_turns, line, pin_threads, row
 from recformer.files import UserError, exit_with_message
-from recformer.losses import sample_negatives
+from recformer.models.losses import sample_negatives
 
 NUM_ITEMS, LENGTH, HIDDEN, NEGATIVES, CALIBRATION = 3416, 200, 128, 256, 0.75
 

@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("recformer.tokenization", "recformer.data"),
     (
         "recformer.models",
-        "recformer.losses",
+        "recformer.models.losses",
         "recformer.evaluation.ranking",
         "recformer.evaluation.statistics",
         "recformer.evaluation.figures",

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recformer.losses import (
+from recformer.models.losses import (
     contrastive_scores,
     cosine_scores,
     full_softmax_loss,

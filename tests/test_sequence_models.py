@@ -24,7 +24,7 @@ from baselines.sequence.sasrec import SASRec
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
-from recformer.losses import candidate_scores
+from recformer.models.losses import candidate_scores
 
 GOLDEN = Path(__file__).parent / "golden"
 N, D = 12, 16

@@ -20,7 +20,7 @@ from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.top_items import top_items_by_vectors
 from recformer.files import UserError
-from recformer.losses import candidate_scores, full_softmax_loss, gbce_loss, sample_negatives
+from recformer.models.losses import candidate_scores, full_softmax_loss, gbce_loss, sample_negatives
 
 LOSSES = ("softmax", "sampled_softmax", "bce", "gbce", "in_batch")
 

@@ -20,8 +20,8 @@ from transformers.utils import ModelOutput
 
 from recformer.config import RecformerConfig
 from recformer.files import UserError
-from recformer.losses import contrastive_scores
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
+from recformer.models.losses import contrastive_scores
 from recformer.packing import PackedTokens
 
 IGNORED = -100  # label of a token that is not predicted

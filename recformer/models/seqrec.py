@@ -17,8 +17,8 @@ from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.top_items import top_items_by_vectors
 from recformer.files import UserError
-from recformer.losses import cosine_scores, full_softmax_loss, sampled_softmax_loss
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
+from recformer.models.losses import cosine_scores, full_softmax_loss, sampled_softmax_loss
 from recformer.packing import PackedTokens
 
 ITEM_TABLE_KEY = "item_embedding.weight"
