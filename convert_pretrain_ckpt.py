@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from transformers import HfArgumentParser
 
 from recformer.checkpoints.conversion import LONGFORMER, START_FOLDER, convert_pretraining
-from recformer.files import UserError, exit_with_message
+from recformer.cli import exit_with_message
+from recformer.files import UserError
 from recformer.training.arguments import ModelArguments, flag
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from recformer.checkpoints.conversion import LONGFORMER, save_start_weights
+from recformer.cli import exit_with_message
 from recformer.config import PAPER
-from recformer.files import exit_with_message
 
 
 def main() -> None:

@@ -24,15 +24,16 @@ from transformers import HfArgumentParser
 from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
 from baselines.models import GENERATE, MODELS, Built, build, settings_of
 from baselines.sequence.collators import CausalCollator
-from recformer.allocator import keep_freed_memory
+from recformer.cli import exit_with_message, keep_freed_memory
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report.report import report
-from recformer.files import UserError, atomic_write, exit_with_message, write_json
-from recformer.training.arguments import RunArguments, flag, say
-from recformer.training.callbacks import draw_history
+from recformer.files import UserError, atomic_write, write_json
+from recformer.processes import say
+from recformer.training.arguments import RunArguments, flag
 from recformer.training.experiment import Experiment
+from recformer.training.history import draw_history
 from recformer.training.trainer import wandb_logger
 
 

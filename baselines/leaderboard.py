@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines.models import MODELS, UNTRAINED
+from recformer.cli import exit_with_message
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RULE, RankedRun
 from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
-from recformer.files import UserError, atomic_write, exit_with_message, read_json, write_json
+from recformer.files import UserError, atomic_write, read_json, write_json
 
 METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
 

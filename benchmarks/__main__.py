@@ -18,7 +18,8 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks.measure import header, line, machine, pin_threads
-from recformer.files import exit_with_message, write_json
+from recformer.cli import exit_with_message
+from recformer.files import write_json
 
 # Imported when they run: some need what the others do not.
 BENCHMARKS = {

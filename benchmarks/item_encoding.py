@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.encoder import DEVICE, DTYPES, SIZES, build_ours, operations, products
 from benchmarks.measure import REPEATS, Work, header, line, pin_threads, row, run_alone, seconds_of
+from recformer.cli import exit_with_message
 from recformer.data.items import TokenizedItems
-from recformer.files import exit_with_message
 from recformer.training.item_encoder import TOKENS_PER_BATCH, catalogue_vectors
 
 NUM_ITEMS = 4096

@@ -35,7 +35,8 @@ from baselines.sequence.item_table import ItemTable
 from baselines.sequence.recommender import Objective, SequenceRecommender
 from baselines.sequence.sasrec import SASRec
 from benchmarks.measure import REPEATS, header, in_turns, line, pin_threads, row
-from recformer.files import UserError, exit_with_message
+from recformer.cli import exit_with_message
+from recformer.files import UserError
 from recformer.models.losses import sample_negatives
 
 NUM_ITEMS, LENGTH, HIDDEN, NEGATIVES, CALIBRATION = 3416, 200, 128, 256, 0.75

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.encoder import LENGTHS, build_ours, pack, step_of
 from benchmarks.measure import REPEATS, Work, in_turns, row, run_alone
-from recformer.allocator import keep_freed_memory
+from recformer.cli import keep_freed_memory
 from recformer.models import attention, band, dropout, encoder
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention
 from recformer.models.encoder import RecformerLayer

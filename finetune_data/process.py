@@ -13,8 +13,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a plain checkout works, from any folder
 
+from recformer.cli import exit_with_message
 from recformer.evaluation.protocol import HELP, Protocol, with_protocol
-from recformer.files import UserError, exit_with_message  # noqa: E402
+from recformer.files import UserError
 from recformer.preparation import flags
 from recformer.preparation.audit.figures import PAGE_FILE, audit_folder
 from recformer.preparation.finetuning import prepare_finetuning

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a plain checkout works, from any folder
 
-from recformer.files import exit_with_message  # noqa: E402
+from recformer.cli import exit_with_message
 from recformer.preparation import flags
 from recformer.preparation.pretraining import PretrainingSource, prepare_pretraining_sources
 

@@ -7,23 +7,3 @@ ends. The peak of a training step was the same.
 """
 
 from __future__ import annotations
-
-import ctypes
-import sys
-
-# <malloc.h>
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
-
-
-def keep_freed_memory() -> bool:
-    """Tell the C library of this process, for good; programs call it before their work.
-
-    Returns:
-        False where there is no such setting (other libraries than glibc).
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # No mapping for a single block, and the top of the heap is never given back.
-    return mallopt is not None and all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])

@@ -23,19 +23,21 @@ import torch
 from lightning import seed_everything
 from transformers import HfArgumentParser
 
-from recformer.allocator import keep_freed_memory
+from recformer.cli import exit_with_message, keep_freed_memory
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ITEM_FILE, META_FILE, ProcessedFolder
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report.report import report
-from recformer.files import UserError, atomic_write, exit_with_message, write_json
+from recformer.files import UserError, atomic_write, write_json
 from recformer.models import RecformerForSeqRec
+from recformer.processes import say
 from recformer.tokenization import RecformerTokenizer
-from recformer.training.arguments import ModelArguments, RunArguments, flag, say
-from recformer.training.callbacks import ItemTable, draw_history
+from recformer.training.arguments import ModelArguments, RunArguments, flag
+from recformer.training.callbacks import ItemTable
 from recformer.training.experiment import Experiment
+from recformer.training.history import draw_history
 from recformer.training.start import load_start_model, weights_hash
 from recformer.training.trainer import wandb_logger
 

@@ -24,17 +24,18 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import HfArgumentParser
 
-from recformer.allocator import keep_freed_memory
+from recformer.cli import exit_with_message, keep_freed_memory
 from recformer.data.items import cache_dir
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pairs import PretrainDataModule
 from recformer.data.pretraining import PretrainingData
-from recformer.files import UserError, exit_with_message, read_json, write_json
+from recformer.files import UserError, read_json, write_json
 from recformer.models import RecformerForPretraining
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, flag
 from recformer.training.callbacks import EarlyStop
-from recformer.training.pretraining import PretrainModule, StepHistory, draw_steps
+from recformer.training.history import StepHistory, draw_steps
+from recformer.training.pretraining import PretrainModule
 from recformer.training.start import load_start_model, start_tokenizer, weights_hash
 from recformer.training.strategies import STRATEGIES, build_strategy, newest_whole
 from recformer.training.trainer import build_trainer, half_precision, wandb_logger

@@ -33,16 +33,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
+from recformer.cli import exit_with_message
 from recformer.commands.tokenizer import main
 from recformer.config import RecformerConfig
-from recformer.files import (
-    UserError,
-    atomic_write,
-    exit_with_message,
-    read_json,
-    sha256_of,
-    write_json,
-)
+from recformer.files import UserError, atomic_write, read_json, sha256_of, write_json
 
 # Token types: `<s>`, attribute name, attribute value, padding.
 CLS_TYPE, NAME_TYPE, VALUE_TYPE, PAD_TYPE = range(4)

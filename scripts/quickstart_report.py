@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from recformer.cli import exit_with_message
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.report.report import format_table
-from recformer.files import UserError, exit_with_message, read_json
+from recformer.files import UserError, read_json
 
 
 def ndcg_by_user(path: Path, ties: str) -> tuple[np.ndarray, np.ndarray]:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recformer.cli import exit_with_message
 from recformer.commands.audit import main
 from recformer.config import PAPER
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
-from recformer.files import exit_with_message
 from recformer.preparation.audit.figures import audit, audit_folder, gini
 from recformer.preparation.finetuning import prepare_finetuning
 from recformer.preparation.options import SplitOptions

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from recformer import RecformerForSeqRec, RecformerTokenizer
+from recformer.commands.encode import main
 from recformer.data import item_vectors
 from recformer.data.items import TokenizedItems
 from recformer.data.processed import Sequences, write_processed
-from recformer.encode_items import main
 from recformer.files import UserError, read_json
 from recformer.training import item_encoder
 from recformer.training.item_encoder import catalogue_vectors, encode_items
@@ -157,7 +157,7 @@ def test_two_processes_give_the_bits_of_one(
     # The launcher starts the second process by the command of the first.
     (tmp_path / "small_blocks.py").write_text(
         "import sys\nfrom recformer import item_vectors\nitem_vectors.BLOCK_SIZE = 8\n"
-        "from recformer.encode_items import main\nmain(sys.argv[1:])\n"
+        "from recformer.commands.encode import main\nmain(sys.argv[1:])\n"
     )
     done = subprocess.run(
         [sys.executable, tmp_path / "small_blocks.py", *flags, "--num_processes", "2"],

@@ -17,7 +17,7 @@ import torch
 
 from recformer.pretrain import PretrainArguments, Run
 from recformer.tokenization import train_tokenizer
-from recformer.training.pretraining import StepHistory
+from recformer.training.history import StepHistory
 from recformer.training.strategies import newest_whole
 from tests.test_pretraining import catalogue, sequences
 

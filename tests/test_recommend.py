@@ -10,8 +10,8 @@ import torch
 from tiny import tiny_recformer
 
 from recformer import RecformerForSeqRec, RecformerTokenizer
+from recformer.commands.recommend import main
 from recformer.files import UserError
-from recformer.recommend import main
 from recformer.recommendation import CatalogueRecommender
 
 WORDS = ("tent", "lamp", "stove", "rope", "boots", "map", "torch", "knife")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recformer.cli import exit_with_message
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.ranks import count_ranks
-from recformer.files import exit_with_message
 from recformer.preparation import sample
 from recformer.preparation.sample import CATEGORIES, TARGET_CATEGORY, Shop, cell_probabilities
 

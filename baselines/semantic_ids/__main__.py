@@ -26,7 +26,7 @@ from baselines.semantic_ids.rkmeans import ResidualKMeans
 from baselines.semantic_ids.rqvae import RQVAE
 from baselines.semantic_ids.unique import _check_room, content_codes, extended_ids, unique_ids
 from baselines.text_vectors import text_vectors
-from recformer.allocator import keep_freed_memory
+from recformer.cli import keep_freed_memory
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, atomic_write, write_json
 from recformer.training.arguments import flag

@@ -37,13 +37,8 @@ from typing import Any
 import numpy as np
 
 from baselines.semantic_ids.__main__ import main
-from recformer.files import (
-    UserError,
-    exit_with_message,
-    read_json,
-    sha256_of,
-    write_json,
-)
+from recformer.cli import exit_with_message
+from recformer.files import UserError, read_json, sha256_of, write_json
 
 FILE = "semantic_ids.json"
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"

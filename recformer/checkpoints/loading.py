@@ -35,8 +35,9 @@ from recformer.checkpoints.names import (
     why_left_over,
 )
 from recformer.checkpoints.reading import read_state_dict
+from recformer.cli import exit_with_message
 from recformer.commands.inspect import main
-from recformer.files import UserError, exit_with_message
+from recformer.files import UserError
 
 # --- tables -----------------------------------------------------------------------------------
 

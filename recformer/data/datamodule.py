@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.files import UserError
+from recformer.processes import rank_and_world
 
 EVAL_BATCH_SIZE = 64  # users; memory only, no figure depends on it
 
@@ -45,13 +46,6 @@ class EvalDataset(Dataset):
         examples, row = self.examples, int(self.rows[index])
         user_id, target = int(examples.user_ids[row]), int(examples.targets[row])
         return EvalExample(user_id, examples.histories[row], target)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recformer.config import RecformerConfig
 from recformer.data.collators import pack_sequences
-from recformer.data.datamodule import rank_and_world
 from recformer.data.draws import uniform
 from recformer.data.items import TokenizedItems
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pretraining import SPLITS, PretrainingData
 from recformer.data.processed import Sequences
+from recformer.processes import rank_and_world
 
 # Pairs that are sorted by length together, in batches' worth: enough to find equals in length,
 # few enough to leave the order random.

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from recformer.cli import exit_with_message
 from recformer.commands.compare import main
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RULE, RankedRun
 from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
-from recformer.files import UserError, exit_with_message
+from recformer.files import UserError
 
 METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
+from recformer.cli import exit_with_message
 from recformer.commands.download import main
-from recformer.files import UserError, atomic_write, exit_with_message
+from recformer.files import UserError, atomic_write
 
 _CHUNK = 1 << 16  # of a piece that breaks off nothing is kept
 _TIMEOUT = (20, 60)  # seconds to connect, and between two pieces

@@ -40,8 +40,9 @@ from typing import Any
 
 import numpy as np
 
+from recformer.cli import exit_with_message
 from recformer.commands.sample import main
-from recformer.files import atomic_write, exit_with_message
+from recformer.files import atomic_write
 from recformer.preparation.sample_catalogue import (
     COLOURS,
     COMMON_BRANDS,

@@ -5,7 +5,6 @@ Published names are kept. A field's `help` is its documentation; defaults stand 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -200,9 +199,3 @@ class RunArguments(DeviceArguments, EvaluationArguments):
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         if not self.learning_rate > 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
-
-
-def say(text: object) -> None:
-    """Print on the first process."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(text, flush=True)

@@ -25,8 +25,10 @@ from recformer.data.datamodule import SeqRecDataModule
 from recformer.evaluation.figures import SplitName, check_sampled_negatives, detailed_figures
 from recformer.evaluation.protocol import Protocol
 from recformer.files import UserError, read_json, write_json
-from recformer.training.arguments import RunArguments, say
-from recformer.training.callbacks import EarlyStop, History, LastEpochIsValidated
+from recformer.processes import say
+from recformer.training.arguments import RunArguments
+from recformer.training.callbacks import EarlyStop, LastEpochIsValidated
+from recformer.training.history import History
 from recformer.training.lit import LitWrapper
 from recformer.training.trainer import build_trainer, choose_devices, half_precision
 

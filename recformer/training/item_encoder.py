@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from recformer.data.collators import pack_sequences
-from recformer.data.datamodule import rank_and_world
 from recformer.data.item_vectors import Keys, Vectors, content_keys, open_or_build
 from recformer.data.items import TokenizedItems
 from recformer.files import UserError, sha256_of
 from recformer.models import RecformerForSeqRec, RecformerModel
+from recformer.processes import rank_and_world
 from recformer.training.start import weights_hash
 
 TOKENS_PER_BATCH = 8192  # memory and speed only, no figure depends on it

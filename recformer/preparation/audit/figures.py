@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from recformer.cli import exit_with_message
 from recformer.commands.audit import main
 from recformer.data.processed import (
     EvalExamples,
@@ -31,7 +32,7 @@ from recformer.data.processed import (
     join_splits,
     read_times,
 )
-from recformer.files import UserError, atomic_write, exit_with_message, write_json
+from recformer.files import UserError, atomic_write, write_json
 from recformer.preparation.audit.page import page
 from recformer.preparation.audit.warnings import DAY, Figure, _figure, _notes, _warnings
 from recformer.tokenization import RecformerTokenizer

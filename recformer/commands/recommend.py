@@ -1,6 +1,6 @@
 """Recommendations of a finetuned model for histories in a file.
 
-`python -m recformer.recommend --model result/best_model --histories FILE.jsonl --k 10`
+`python -m recformer.commands.recommend --model result/best_model --histories FILE.jsonl --k 10`
 
 A line of the histories is {"user": …, "items": [name, …]}, oldest first, the names as in the data
 that the model was finetuned on. A line of the answer is {"user": …, "items": […], "scores": […]},
@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
-from recformer.allocator import keep_freed_memory
-from recformer.files import UserError, atomic_write, exit_with_message
+from recformer.cli import exit_with_message, keep_freed_memory
+from recformer.files import UserError, atomic_write
 from recformer.recommendation import CatalogueRecommender
 
 USERS_AT_ONCE = 64  # memory only
@@ -79,7 +79,7 @@ def write_recommendations(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, recommend, say what was skipped."""
     parser = argparse.ArgumentParser(
-        prog="python -m recformer.recommend",
+        prog="python -m recformer.commands.recommend",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

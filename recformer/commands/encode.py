@@ -1,6 +1,6 @@
 """Vectors of a whole catalogue, for use anywhere.
 
-`python -m recformer.encode_items --model FOLDER --data_path FOLDER --output_dir DIR`
+`python -m recformer.commands.encode --model FOLDER --data_path FOLDER --output_dir DIR`
 
 Writes to the output folder
 
@@ -22,13 +22,14 @@ import numpy as np
 from lightning.fabric import Fabric
 from transformers import HfArgumentParser
 
-from recformer.allocator import keep_freed_memory
+from recformer.cli import exit_with_message, keep_freed_memory
 from recformer.data.item_vectors import Vectors, count_missing
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
-from recformer.files import atomic_write, exit_with_message, write_json
+from recformer.files import atomic_write, write_json
 from recformer.models import RecformerForSeqRec
-from recformer.training.arguments import DeviceArguments, ModelArguments, flag, say
+from recformer.processes import say
+from recformer.training.arguments import DeviceArguments, ModelArguments, flag
 from recformer.training.item_encoder import catalogue_vectors, item_keys, vectors_key
 from recformer.training.start import load_start_model
 from recformer.training.trainer import choose_devices, half_precision
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
     parser = HfArgumentParser(
         EncodeArguments,
-        prog="python -m recformer.encode_items",
+        prog="python -m recformer.commands.encode",
         description=__doc__.split("\n\n")[0],
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
