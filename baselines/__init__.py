@@ -9,15 +9,3 @@ A baseline has `rank(examples, seen)`, which places the target of every example 
 
 Shapes: E evaluation examples, C examples of a chunk, N items.
 """
-
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
-
-import numpy as np
-import torch
-
-from recformer.data.processed import EvalExamples, ProcessedFolder
-from recformer.evaluation.evaluator import Evaluator
-from recformer.evaluation.ranks import TargetRanks, count_ranks
