@@ -19,7 +19,7 @@ from recformer.pretrain import PretrainArguments, Run
 from recformer.tokenization import train_tokenizer
 from recformer.training.history import StepHistory
 from recformer.training.strategies import newest_whole
-from tests.test_pretraining import catalogue, sequences
+from tests.data.test_pretraining import catalogue, sequences
 
 SMALL = (
     "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,"

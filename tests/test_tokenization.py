@@ -521,7 +521,7 @@ def test_training_is_deterministic(tmp_path: Path) -> None:
         [sys.executable, "-c", code],
         input="\n".join(texts),
         env={**os.environ, "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "true"},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).resolve().parents[1],
         capture_output=True,
         text=True,
         check=True,
@@ -573,7 +573,7 @@ def test_command_line_error_is_one_line(tmp_path: Path) -> None:
     command = ["--meta_file", f"{tmp_path}/meta.json", "--output_dir", f"{tmp_path}/t"]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "recformer.tokenization", *command],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).resolve().parents[1],
         capture_output=True,
         text=True,
         check=False,

@@ -20,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 
 from recformer.files import UserError, sha256_of
 
-FOLDER = Path(__file__).resolve().parent.parent / "protocols"  # of the checkout
+FOLDER = Path(__file__).resolve().parents[1] / "protocols"
 
 Part = Literal["data", "evaluation"]
 # What a protocol may set. Paths, columns and the texts of items are the data set's, not its own.

@@ -26,7 +26,7 @@ from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
 from recformer.models.losses import candidate_scores
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 N, D = 12, 16
 
 

@@ -24,7 +24,7 @@ from recformer import (
 )
 from recformer.models import encoder as encoder_module
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 META = json.loads((GOLDEN / "recformer_tiny.json").read_text())
 Arrays = dict[str, Tensor]
 

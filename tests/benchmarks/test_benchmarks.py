@@ -97,7 +97,7 @@ def test_seconds_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_that_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     held = b"x" * 10**8  # what the parent held does not count
     measured = run_alone(memory_case, 50)
     assert measured["summary"] == 50 * 10**6
@@ -110,7 +110,7 @@ def test_a_case_of_the_command_itself_is_found(monkeypatch: pytest.MonkeyPatch) 
     """Under `python -m` its module is called __main__, in the process of the case it is not."""
     monkeypatch.setattr(memory_case, "__module__", "__main__")
     monkeypatch.setitem(sys.modules, "__main__", sys.modules[__name__])
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     assert run_alone(memory_case, 1)["summary"] == 10**6
 
 

@@ -35,7 +35,7 @@ from recformer.models import RecformerForPretraining, RecformerForSeqRec, Recfor
 from recformer.packing import PackedTokens
 from tests.tiny import SIZES, randomised, same, snapshot, tiny_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = "longformer.embeddings.word_embeddings.weight"
 FOLDER = "recformer_pretrain_ckpt"
 PAIR = ("recformer_pretrain_ckpt.bin", "seqrec_pretrain_ckpt.bin")
