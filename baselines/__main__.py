@@ -8,7 +8,6 @@ The same command again continues a run that was cut off, and prints the results 
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -19,16 +18,15 @@ from typing import Any
 import yaml
 from lightning import seed_everything
 from safetensors.torch import save
-from transformers import HfArgumentParser
 
 from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
 from baselines.models import GENERATE, MODELS, Built, build, settings_of
 from baselines.sequence.collators import CausalCollator
-from recformer.cli import exit_with_message, keep_freed_memory
+from recformer.cli import exit_with_message, flags_parser, keep_freed_memory
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.protocol import with_protocol
-from recformer.evaluation.report.report import report
+from recformer.evaluation.report import report
 from recformer.files import UserError, atomic_write, write_json
 from recformer.processes import say
 from recformer.training.arguments import RunArguments, flag
@@ -246,12 +244,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(
-        BaselineArguments,
-        prog="python -m baselines",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_parser("baseline", __doc__, BaselineArguments)
     parser.add_argument("--config", help="YAML file of flags; those given on the line win")
     argv = with_protocol(argv, "evaluation")
     known, _ = parser.parse_known_args(argv)

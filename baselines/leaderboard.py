@@ -13,7 +13,6 @@ Runs that differ in split, tie rule or `filter_seen` get tables of their own.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines.models import MODELS, UNTRAINED
-from recformer.cli import exit_with_message
+from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
@@ -235,11 +234,7 @@ def flags_without_training(name: str, flags: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, run what is missing, print, write and draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m baselines.leaderboard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("leaderboard", __doc__)
     parser.add_argument("folder", type=Path, help="holds the runs; the table is written there")
     parser.add_argument("--data_path", help="processed folder of the runs")
     parser.add_argument("--models", nargs="+", default=[], help="names or YAML files to run")

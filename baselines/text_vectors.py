@@ -1,8 +1,8 @@
 """The text of every item as a vector, by a text encoder or a Recformer.
 
 The text of an item is its attributes' values, joined by spaces. Vectors are kept in a store of
-files (`recformer.data.item_vectors`): a text is encoded once, whoever asks, and the array is mapped into
-memory.
+files (`recformer.data.item_vectors`): a text is encoded once, whoever asks, and the array is
+mapped into memory.
 
 Shapes: N items, B texts, L tokens of the longest, H hidden.
 """

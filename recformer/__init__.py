@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from recformer.tokenization import RecformerTokenizer
     from recformer.training.lit import LitWrapper
 
+__version__ = "0.2.0"
+
 __all__ = [
     "PAPER",
     "LitWrapper",
@@ -29,6 +31,7 @@ __all__ = [
     "RecformerForSeqRec",
     "RecformerModel",
     "RecformerTokenizer",
+    "__version__",
 ]
 
 AutoConfig.register(RecformerConfig.model_type, RecformerConfig, exist_ok=True)

@@ -21,15 +21,14 @@ from typing import Any
 
 import torch
 from lightning import seed_everything
-from transformers import HfArgumentParser
 
-from recformer.cli import exit_with_message, keep_freed_memory
+from recformer.cli import exit_with_message, keep_freed_memory, parse_flags
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ITEM_FILE, META_FILE, ProcessedFolder
 from recformer.evaluation.protocol import with_protocol
-from recformer.evaluation.report.report import report
+from recformer.evaluation.report import report
 from recformer.files import UserError, atomic_write, write_json
 from recformer.models import RecformerForSeqRec
 from recformer.processes import say
@@ -240,10 +239,9 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(
-        FinetuneArguments, prog="python -m recformer.finetune", description=__doc__.split("\n\n")[0]
+    args = parse_flags(
+        "finetune", __doc__.split("\n\n")[0], FinetuneArguments, with_protocol(argv, "evaluation")
     )
-    (args,) = parser.parse_args_into_dataclasses(with_protocol(argv, "evaluation"))
     keep_freed_memory()
     run(args)
 

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import HfArgumentParser
 
-from recformer.cli import exit_with_message, keep_freed_memory
+from recformer.cli import exit_with_message, keep_freed_memory, parse_flags
 from recformer.data.items import cache_dir
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pairs import PretrainDataModule
@@ -424,10 +423,7 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(
-        PretrainArguments, prog="python -m recformer.pretrain", description=__doc__.split("\n\n")[0]
-    )
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = parse_flags("pretrain", __doc__.split("\n\n")[0], PretrainArguments, argv)
     keep_freed_memory()
     Run(args).train()
 

@@ -9,7 +9,7 @@ The work is done by a fast (Rust) tokenizer held inside; nothing of it or of the
 changed from here. `RecformerTokenizer.encode_items` is the quick way through for a catalogue, the
 other methods have the published signatures.
 
-`python -m recformer.tokenization --meta_file meta_data.json --vocab_size 4096 --output_dir DIR`
+`recformer tokenizer --meta_file meta_data.json --vocab_size 4096 --output_dir DIR`
 trains a small byte-level BPE on a catalogue.
 
 Shapes: N items, T tokens of all of them laid end to end.
@@ -33,8 +33,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
-from recformer.cli import exit_with_message
-from recformer.commands.tokenizer import main
 from recformer.config import RecformerConfig
 from recformer.files import UserError, atomic_write, read_json, sha256_of, write_json
 
@@ -663,7 +661,3 @@ def train_tokenizer(
     if output_dir is not None:
         _save_tokenizer(backend, tokenizer.special_tokens_map, True, output_dir)
     return tokenizer
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

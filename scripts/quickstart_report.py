@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from recformer.cli import exit_with_message
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.ranks import TargetRanks
-from recformer.evaluation.report.report import format_table
+from recformer.evaluation.report import format_table
 from recformer.files import UserError, read_json
 
 

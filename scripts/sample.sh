@@ -22,7 +22,7 @@ prepare_sample() { # directory, seed
     fi
     if [ ! -e "$root/seed" ]; then
         echo "== writing a sample in the raw Amazon format to $root/raw"
-        "$PYTHON" -m recformer.preparation.sample --output_dir "$root/raw" --seed "$seed"
+        "$PYTHON" -m recformer sample --output_dir "$root/raw" --seed "$seed"
         mkdir -p "$root"
         echo "$seed" >"$root/seed"
     fi
@@ -43,7 +43,7 @@ prepare_sample() { # directory, seed
     fi
     if [ ! -e "$SAMPLE_TOKENIZER/tokenizer_config.json" ]; then
         echo "== training a small tokenizer"
-        "$PYTHON" -m recformer.tokenization --meta_file "$root/pretrain_data/meta_data.json" \
+        "$PYTHON" -m recformer tokenizer --meta_file "$root/pretrain_data/meta_data.json" \
             "$SAMPLE_DATA/meta_data.json" --vocab_size 4096 --output_dir "$SAMPLE_TOKENIZER"
     fi
 }

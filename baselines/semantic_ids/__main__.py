@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import HfArgumentParser
 
 from baselines.semantic_ids import words as code_words
 from baselines.semantic_ids.ids import FILE, TEXT_ENCODER, SemanticIds
@@ -26,7 +25,7 @@ from baselines.semantic_ids.rkmeans import ResidualKMeans
 from baselines.semantic_ids.rqvae import RQVAE
 from baselines.semantic_ids.unique import _check_room, content_codes, extended_ids, unique_ids
 from baselines.text_vectors import text_vectors
-from recformer.cli import keep_freed_memory
+from recformer.cli import exit_with_message, keep_freed_memory, parse_flags
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, atomic_write, write_json
 from recformer.training.arguments import flag
@@ -188,11 +187,10 @@ def _print(report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(
-        SemanticIdArguments,
-        prog="python -m baselines.semantic_ids",
-        description=SemanticIdArguments.__doc__,
-    )
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = parse_flags("semantic-ids", __doc__, SemanticIdArguments, argv)
     keep_freed_memory()
     run(args)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

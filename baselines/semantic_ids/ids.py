@@ -36,8 +36,6 @@ from typing import Any
 
 import numpy as np
 
-from baselines.semantic_ids.__main__ import main
-from recformer.cli import exit_with_message
 from recformer.files import UserError, read_json, sha256_of, write_json
 
 FILE = "semantic_ids.json"
@@ -179,7 +177,3 @@ def _checked(path: str | os.PathLike, value: Any) -> dict[str, Any]:
                 f"{path}: {asin!r} has {json.dumps(row)[:60]}, expected a list of codes"
             )
     return value
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

@@ -95,7 +95,7 @@ class HuggingFaceNetwork(nn.Module):
         self.train()
 
     def forward(self, vectors: Tensor, offsets: Tensor) -> Tensor:
-        """Hidden states (T, D) of vectors (T, D); see `baselines.sequence.sasrec.SASRec.forward`."""
+        """Hidden states (T, D) of vectors (T, D), as `SASRec.forward`."""
         row, column, lengths = places(offsets)
         longest = int(lengths.max())
         padded = vectors.new_zeros(len(lengths), longest, vectors.shape[1])  # (B, L, D)

@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """From item vectors to hidden states; see `baselines.sequence.recommender` for what is around it.
+    """From item vectors to hidden states; `baselines.sequence.recommender` has what is around it.
 
     Args:
         hidden_size: D.

@@ -3,7 +3,7 @@
 - `read_checkpoint` reads a file or folder, `read_state_dict` its tensors alone.
 - `load_checkpoint` puts a Recformer checkpoint into a model, every key accounted for.
 
-`python -m recformer.checkpoints.loading FILE_OR_FOLDER` says what one is (`recformer.checkpoints.inspection`).
+`recformer inspect FILE_OR_FOLDER` says what one is (`recformer.checkpoints.inspection`).
 
 Nothing is loaded halfway: names and shapes are checked before the first value of a model changes.
 Key names inside this file are *plain*: without the prefixes of the file or of the model class
@@ -35,8 +35,6 @@ from recformer.checkpoints.names import (
     why_left_over,
 )
 from recformer.checkpoints.reading import read_state_dict
-from recformer.cli import exit_with_message
-from recformer.commands.inspect import main
 from recformer.files import UserError
 
 # --- tables -----------------------------------------------------------------------------------
@@ -197,7 +195,8 @@ def _missing_message(
     kind = describe_state_dict(state)
     if kind != "a Recformer":
         advice = (
-            "; start from it as the backbone instead (recformer.checkpoints.backbones.load_backbone)"
+            "; start from it as the backbone instead "
+            "(recformer.checkpoints.backbones.load_backbone)"
             if kind in BACKBONE_KINDS
             else ""
         )
@@ -224,7 +223,3 @@ def _shape_message(
         f"{source} does not fit {target}: {'; '.join(parts)}. Build the model with the "
         "configuration that the checkpoint was trained with"
     )
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

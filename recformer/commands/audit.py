@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from recformer.cli import command_parser
 from recformer.config import PAPER, RecformerConfig
 from recformer.files import read_json
 from recformer.preparation.audit.figures import AUDIT_FILE, LIMITS, PAGE_FILE, audit_folder
@@ -31,11 +32,7 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, audit, print and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.preparation.audit.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("audit", __doc__)
     parser.add_argument("folder", help="as finetune_data/process.py writes it")
     parser.add_argument(
         "--output_dir", help="where to write audit.json and audit.html (default: the folder)"

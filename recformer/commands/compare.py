@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recformer.cli import command_parser
 from recformer.evaluation.compare import compare
 from recformer.evaluation.runs import RankedRun
 from recformer.evaluation.statistics import LEVEL
@@ -66,11 +66,7 @@ def draw(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, compare, print and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.evaluation.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER[:EVALUATION]")
     parser.add_argument("--metric", default="NDCG@10", help="of the paired test (NDCG@10)")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutations")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from recformer.cli import command_parser
 from recformer.preparation.download import (
     AMAZON,
     MOVIELENS,
@@ -17,11 +17,7 @@ from recformer.preparation.download import (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, fetch, say what was written and what to do with it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.preparation.download",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("download", __doc__)
     parser.add_argument(
         "name", metavar="NAME", help=f"{', '.join(f'{y}/CATEGORY' for y in AMAZON)}, "
         f"{', '.join(MOVIELENS)}"

@@ -1,6 +1,6 @@
 """Vectors of a whole catalogue, for use anywhere.
 
-`python -m recformer.commands.encode --model FOLDER --data_path FOLDER --output_dir DIR`
+`recformer encode --model FOLDER --data_path FOLDER --output_dir DIR`
 
 Writes to the output folder
 
@@ -20,9 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from lightning.fabric import Fabric
-from transformers import HfArgumentParser
 
-from recformer.cli import exit_with_message, keep_freed_memory
+from recformer.cli import keep_freed_memory, parse_flags
 from recformer.data.item_vectors import Vectors, count_missing
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
@@ -93,15 +92,6 @@ def run(args: EncodeArguments) -> Vectors:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = HfArgumentParser(
-        EncodeArguments,
-        prog="python -m recformer.commands.encode",
-        description=__doc__.split("\n\n")[0],
-    )
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = parse_flags("encode", __doc__, EncodeArguments, argv)
     keep_freed_memory()
     run(args)
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

@@ -1,6 +1,6 @@
 """Recommendations of a finetuned model for histories in a file.
 
-`python -m recformer.commands.recommend --model result/best_model --histories FILE.jsonl --k 10`
+`recformer recommend --model result/best_model --histories FILE.jsonl --k 10`
 
 A line of the histories is {"user": …, "items": [name, …]}, oldest first, the names as in the data
 that the model was finetuned on. A line of the answer is {"user": …, "items": […], "scores": […]},
@@ -10,7 +10,6 @@ a user of whom none is left gets an empty answer.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
-from recformer.cli import exit_with_message, keep_freed_memory
+from recformer.cli import command_parser, keep_freed_memory
 from recformer.files import UserError, atomic_write
 from recformer.recommendation import CatalogueRecommender
 
@@ -78,11 +77,7 @@ def write_recommendations(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, recommend, say what was skipped."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.commands.recommend",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("recommend", __doc__)
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="best model of recformer.finetune"
     )
@@ -112,7 +107,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     with target as handle:
         said = write_recommendations(recommender, args.histories, args.k, args.filter_seen, handle)
     print(said, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from recformer.cli import command_parser
 from recformer.preparation.sample import write_sample
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the sample and say what was written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.preparation.sample",
-        description="Write a synthetic sample in the raw Amazon-2018 format.",
-    )
+    parser = command_parser("sample", __doc__)
     parser.add_argument("--output_dir", required=True, help="folder of the ten files")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

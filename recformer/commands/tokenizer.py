@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 
+from recformer.cli import command_parser
 from recformer.files import UserError, read_json
 from recformer.tokenization import _show, item_texts, train_tokenizer
 
@@ -20,10 +20,7 @@ def _catalogue_texts(meta_files: Sequence[str]) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a tokenizer on catalogues: the command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recformer.tokenization",
-        description="Train a small byte-level BPE tokenizer on item texts.",
-    )
+    parser = command_parser("tokenizer", __doc__)
     parser.add_argument(
         "--meta_file",
         nargs="+",

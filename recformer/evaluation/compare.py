@@ -1,6 +1,6 @@
 """Runs against each other, user by user: intervals, paired tests, a table and a picture.
 
-`python -m recformer.evaluation.compare RUN RUN [RUN ...] --output_dir DIR`
+`recformer compare RUN RUN [RUN ...] --output_dir DIR`
 
 A RUN is the output folder of `recformer.finetune` or `python -m baselines`, with an evaluation of
 it after a colon where it is not the last one (`result:zero_shot`), and a name before an equals sign
@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from recformer.cli import exit_with_message
-from recformer.commands.compare import main
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RULE, RankedRun
 from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
@@ -84,7 +82,3 @@ def compare(
     for pair, corrected in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
         pair["p_holm"] = corrected
     return rows, pairs
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

@@ -1,6 +1,6 @@
 """What an evaluation reports: figures, intervals, and the same for parts of the users.
 
-The `Evaluator` of `recformer.evaluation.ranking` knows ranks alone. With the processed folder beside it,
+`recformer.evaluation.evaluator.Evaluator` knows ranks alone. With the processed folder beside it,
 `detailed_figures` says how sure every figure is and for whom it holds. Every model's `metrics.json`
 holds what this function returns.
 

@@ -1,4 +1,4 @@
-"""Fetch a public data set: `python -m recformer.preparation.download NAME --output_path FOLDER`.
+"""Fetch a public data set: `recformer download NAME --output_path FOLDER`.
 
 NAME is amazon-2014/CATEGORY, amazon-2018/CATEGORY, amazon-2023/CATEGORY or a MovieLens set. A run
 that was cut off goes on where it stopped. A file takes its name once it is whole, and right where
@@ -19,8 +19,6 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from recformer.cli import exit_with_message
-from recformer.commands.download import main
 from recformer.files import UserError, atomic_write
 
 _CHUNK = 1 << 16  # of a piece that breaks off nothing is kept
@@ -260,7 +258,3 @@ def _old_rows(files: zipfile.ZipFile, names: dict[str, str], name: str) -> Itera
         for line in lines("u.item"):
             movie, title, _, _, _, *flags = line.split("|")
             yield [movie, title, "|".join(g for g, flag in zip(genres, flags) if flag == "1")]
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

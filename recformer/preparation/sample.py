@@ -1,6 +1,6 @@
 """A synthetic shop in the raw Amazon-2018 two-file format, made from a seed by the code below.
 
-`python -m recformer.preparation.sample --output_dir DIR` writes `meta_<Category>.json.gz` and
+`recformer sample --output_dir DIR` writes `meta_<Category>.json.gz` and
 `<Category>_5.json.gz` for five categories: `PRETRAIN_CATEGORIES`, `VALIDATION_CATEGORY` and
 `TARGET_CATEGORY`, whose products and reviewers occur in no other file. All names are invented.
 
@@ -40,8 +40,6 @@ from typing import Any
 
 import numpy as np
 
-from recformer.cli import exit_with_message
-from recformer.commands.sample import main
 from recformer.files import atomic_write
 from recformer.preparation.sample_catalogue import (
     COLOURS,
@@ -70,13 +68,6 @@ DAY = 86_400
 FIRST_DAY = 14_610  # 2010-01-01
 
 STARTER, ACCESSORY, REPLACEMENT, UPGRADE = range(4)
-
-HARD, SOFT, LIGHT, WOOD = (
-    ("Aluminum", "Steel", "Stainless", "Alloy", ""),
-    ("Nylon", "Canvas", "Leather", "Mesh", ""),
-    ("Silicone", "Plastic", "Rubber", "Carbon", ""),
-    ("Maple", "Bamboo", "Walnut", "Cedar", ""),
-)
 
 
 NUM_FAMILIES = 10
@@ -390,7 +381,3 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         gzip.GzipFile(filename="", mode="wb", fileobj=handle, mtime=0) as packed,
     ):
         packed.write(text.encode())
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from recformer.preparation.sample import HARD, LIGHT, SOFT, WOOD
-
 STAGE_TITLES = (
     ("{noun} Starter Kit", "{noun} Starter Set"),
     ("{accessory} for {noun}", "{noun} {accessory}"),
@@ -51,6 +49,14 @@ MODEL_BACK = ("hawk", "line", "flex", "core", "max", "wave", "craft", "guard", "
 
 # The first six stand in every category, the others in one.
 COMMON_BRANDS = ("Northfell", "Brightmoor", "Oak & Vale", "Tindra", "Volmark", "Hallgate")
+
+
+HARD, SOFT, LIGHT, WOOD = (
+    ("Aluminum", "Steel", "Stainless", "Alloy", ""),
+    ("Nylon", "Canvas", "Leather", "Mesh", ""),
+    ("Silicone", "Plastic", "Rubber", "Carbon", ""),
+    ("Maple", "Bamboo", "Walnut", "Cedar", ""),
+)
 
 
 @dataclass(frozen=True)

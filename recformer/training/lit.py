@@ -54,9 +54,9 @@ class LitWrapper(lightning.LightningModule):
     """A recommender with its optimizer, schedule and evaluation.
 
     AdamW, its learning rate warmed up over `warmup_steps` optimizer steps. Validation logs
-    `val/<metric>`, test logs `test/<metric>` (see `recformer.evaluation.evaluator.Evaluator`); the evaluator of
-    the last evaluation stays at `self.evaluator`, so that ranks can be written. A test counts what
-    is recommended too, and keeps ranks among sampled negatives at `self.sampled`.
+    `val/<metric>`, test logs `test/<metric>` (see `recformer.evaluation.evaluator.Evaluator`); the
+    evaluator of the last evaluation stays at `self.evaluator`, so that ranks can be written. A test
+    counts what is recommended too, and keeps ranks among sampled negatives at `self.sampled`.
 
     Args:
         model: a `Recommender`.

@@ -1,4 +1,4 @@
-"""`python -m recformer.checkpoints.loading`: what a file is, in words."""
+"""`recformer inspect`: what a file is, in words."""
 
 from __future__ import annotations
 

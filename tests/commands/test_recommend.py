@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_recformer
+from tests.tiny import tiny_recformer
 
 from recformer import RecformerForSeqRec, RecformerTokenizer
 from recformer.commands.recommend import main

@@ -17,7 +17,7 @@ from recformer.evaluation.figures import (
 )
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.ranks import TargetRanks
-from recformer.evaluation.report.report import format_slices, format_table
+from recformer.evaluation.report import format_slices, format_table
 from recformer.evaluation.statistics import bootstrap_interval
 from recformer.files import UserError
 

@@ -1,9 +1,7 @@
 """An audit of a processed folder: what in the data can spoil an evaluation, and how much of it.
 
-`python -m recformer.preparation.audit.figures FOLDER [--output_dir DIR] [--tokenizer_name FOLDER_OR_HUB_ID]`
-
 Writes audit.json and audit.html, one page with plots that needs no other file.
-`finetune_data/process.py` runs it at its end. A folder of the published scripts, without
+`recformer process` runs it at its end. A folder of the published scripts, without
 dataset.json and interactions.parquet, is audited as far as it goes, and the notes say what was not.
 
 In audit.json a figure is `{"count": …, "share": …}`, the share being of what its place in the file
@@ -24,8 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from recformer.cli import exit_with_message
-from recformer.commands.audit import main
 from recformer.data.processed import (
     EvalExamples,
     ProcessedFolder,
@@ -34,14 +30,12 @@ from recformer.data.processed import (
 )
 from recformer.files import UserError, atomic_write, write_json
 from recformer.preparation.audit.page import page
-from recformer.preparation.audit.warnings import DAY, Figure, _figure, _notes, _warnings
+from recformer.preparation.audit.warnings import DAY, FEW_WORDS, Figure, _figure, _notes, _warnings
 from recformer.tokenization import RecformerTokenizer
 
 AUDIT_FILE = "audit.json"
 PAGE_FILE = "audit.html"
 
-# An item of fewer words is nearly without text: `gift card` names a kind of thing, not a thing.
-FEW_WORDS = 3
 # Share of the users who begin at one and the same time. Real logs have a few at most, made-up
 # times all; less than all, as a split may have dropped some users' first interactions.
 SAME_START = 0.5
@@ -476,7 +470,3 @@ def _distribution(values: np.ndarray) -> dict[str, Any] | None:
 
 
 # --- command line ---------------------------------------------------------------------------------
-
-
-if __name__ == "__main__":
-    exit_with_message(main)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recformer.data.processed import DATASET_FILE, INTERACTION_FILE, ProcessedFolder
-from recformer.preparation.audit.figures import FEW_WORDS
 from recformer.preparation.audit.page import cell, percent
 
 # Share of the targets, items, users or interactions from which on a fault is warned of. A fault of
@@ -21,6 +20,8 @@ CONCENTRATED = 0.2
 # Share of the histories that max_token_num cuts. What is cut is the oldest, which matters least.
 CUT = 0.1
 
+# An item of fewer words is nearly without text: `gift card` names a kind of thing, not a thing.
+FEW_WORDS = 3
 DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000}
 
 Figure = dict[str, Any]  # {"count": int, "share": float}

@@ -1,0 +1,100 @@
+"""Interactions and items → a processed folder to finetune and evaluate on.
+
+Reads Amazon's reviews and metadata (2014, 2018, 2023), CSV, TSV, Parquet, JSON Lines, RecBole's
+atomic files and the SASRec text format (`user item` a line), gzipped or not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recformer.cli import command_parser
+from recformer.evaluation.protocol import HELP, Protocol, with_protocol
+from recformer.files import UserError
+from recformer.preparation import flags
+from recformer.preparation.audit.figures import PAGE_FILE, audit_folder
+from recformer.preparation.finetuning import prepare_finetuning
+
+REVIEWS = "Industrial_and_Scientific_5.json.gz"
+METADATA = "meta_Industrial_and_Scientific.json.gz"
+FOLDER = "Scientific"
+
+
+def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
+    """Parse, process, say what was written, audit it.
+
+    Args:
+        argv: flags; None: those of the program.
+        beside: folder of the published files, the defaults; None: there are no defaults.
+    """
+    parser = command_parser("process", __doc__)
+
+    def where(name: str, text: str) -> dict[str, Any]:
+        if beside is None:
+            return {"required": True, "help": text}
+        return {"default": str(beside / name), "help": f"{text} (default: {beside / name})"}
+
+    parser.add_argument(
+        "--file_path",
+        metavar="FILE",
+        **where(REVIEWS, "interactions"),
+    )
+    parser.add_argument(
+        "--meta_file_path",
+        metavar="FILE",
+        **where(METADATA, "items"),
+    )
+    parser.add_argument(
+        "--output_path",
+        metavar="FOLDER",
+        **where(FOLDER, "processed folder to write"),
+    )
+    parser.add_argument("--protocol", metavar="NAME", help=HELP)
+    flags.add_column_flags(parser)
+    flags.add_text_flags(parser, any_source=True)
+    flags.add_user_flags(parser, 4, "users with fewer reviews of known products than this")
+    flags.add_filter_flags(parser)
+    flags.add_split_flags(parser)
+    flags.add_reading_flags(parser)
+    args = parser.parse_args(with_protocol(argv, "data"))
+    flags.check_attributes(parser, args.attributes)
+    options = flags.split_options(parser, args)
+
+    dataset = prepare_finetuning(
+        args.file_path,
+        args.meta_file_path,
+        args.output_path,
+        attributes=args.attributes,
+        clean=not args.no_clean,
+        min_interactions=args.min_interactions,
+        user_sample_rate=args.user_sample_rate,
+        seed=args.seed,
+        skip_bad_lines=args.skip_bad_lines,
+        columns=flags.columns(args),
+        filters=flags.filters(args),
+        options=options,
+        protocol=Protocol.load(args.protocol).record("data", vars(args)) if args.protocol else None,
+    )
+    counts = dataset["counts"]
+    flags.report_bad_lines(counts["bad_lines"])
+    for name, number in counts.get("filters", {}).items():
+        print(f"{name.replace('_', ' ')}: {number}")
+    kept = "" if "filters" in counts else " kept"  # a filter may have taken them out
+    print(
+        f"{args.output_path}: {dataset['num_users']} users, {dataset['num_items']} items, "
+        f"{dataset['num_interactions']} interactions; {counts['metadata']['products']} products "
+        f"in meta_data.json; {counts['reviews']['reviews_of_unknown_products']} reviews of unknown "
+        f"products left out, {counts['reviews']['duplicate_reviews']} duplicate reviews{kept}; "
+        f"split {dataset['split_hash'][:12]}, more in dataset.json"
+    )
+    try:
+        warnings = audit_folder(args.output_path)["warnings"]
+    except (UserError, OSError) as error:  # the folder is whole, whatever becomes of its audit
+        print(f"{args.output_path} was not audited: {error}", file=sys.stderr)
+        return
+    for warning in warnings:
+        print(f"warning: {warning['message']}")
+    print(f"audited: {len(warnings)} warnings, see {Path(args.output_path) / PAGE_FILE}")

@@ -1,0 +1,163 @@
+"""Interactions and items of several sources, of any form → the files to pretrain on.
+
+Writes meta_data.json, train.json and dev.json at once. Every id is written `NAME:id`, so that items
+of two sources never collide; sources of which only the published ids are wanted go through
+meta_data_process.py and interaction_data_process.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from recformer.cli import command_parser
+from recformer.preparation import flags
+from recformer.preparation.pretraining import (
+    DEV_CATEGORY,
+    PRETRAINING_CATEGORIES,
+    PretrainingSource,
+    prepare_pretraining,
+    prepare_pretraining_items,
+    prepare_pretraining_sources,
+)
+
+ITEMS_HELP = """Metadata and reviews of many categories → meta_data.json, the items to pretrain on.
+
+Kept are products that have a title and occur in a review file. Run this before
+interaction_data_process.py.
+"""
+SEQUENCES_HELP = """Reviews of many categories → train.json and dev.json, sequences to pretrain on.
+
+One sequence of asins per user and category, oldest first; at equal times the order of the file
+stands. Products that meta_data.json (meta_data_process.py) does not have are left out.
+"""
+
+
+def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
+    """Parse, process, say what was written."""
+    parser = command_parser("process-pretraining", __doc__)
+    metavar = ("NAME", "INTERACTIONS", "ITEMS")
+    parser.add_argument(
+        "--source",
+        nargs=3,
+        action="append",
+        required=True,
+        metavar=metavar,
+        help="to train on; may be given several times",
+    )
+    parser.add_argument(
+        "--dev_source", nargs=3, required=True, metavar=metavar, help="to validate on"
+    )
+    parser.add_argument(
+        "--output_dir", default=str(beside or "."), metavar="FOLDER", help="default: %(default)s"
+    )
+    flags.add_column_flags(parser)
+    flags.add_text_flags(parser, any_source=True)
+    flags.add_user_flags(parser, 2, "sequences of fewer known items than this")
+    flags.add_filter_flags(parser)
+    flags.add_reading_flags(parser)
+    args = parser.parse_args(argv)
+    flags.check_attributes(parser, args.attributes)
+
+    sources = [
+        PretrainingSource(name, Path(interactions), Path(items))
+        for name, interactions, items in [*args.source, args.dev_source]
+    ]
+    dataset = prepare_pretraining_sources(
+        sources[:-1],
+        sources[-1],
+        args.output_dir,
+        attributes=args.attributes,
+        clean=not args.no_clean,
+        min_interactions=args.min_interactions,
+        user_sample_rate=args.user_sample_rate,
+        seed=args.seed,
+        skip_bad_lines=args.skip_bad_lines,
+        columns=flags.columns(args),
+        filters=flags.filters(args),
+    )
+    flags.report_bad_lines(dataset["counts"]["bad_lines"])
+    for name, total in dataset["files"].items():
+        print(
+            f"{Path(args.output_dir) / name}: {total['sequences']} sequences, "
+            f"{total['interactions']} interactions"
+        )
+
+
+def items(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
+    """Parse, process, say what was written."""
+    parser = command_parser("process-pretraining", ITEMS_HELP)
+    parser.add_argument(
+        "--meta_root",
+        required=True,
+        metavar="FOLDER",
+        help="folder of meta_<category>.json.gz",
+    )
+    flags.add_category_flags(parser, PRETRAINING_CATEGORIES, DEV_CATEGORY)
+    parser.add_argument(
+        "--output_dir",
+        default=str(beside or "."),
+        metavar="FOLDER",
+        help="where to write meta_data.json (default: %(default)s)",
+    )
+    flags.add_text_flags(parser)
+    flags.add_reading_flags(parser)
+    args = parser.parse_args(argv)
+    flags.check_attributes(parser, args.attributes)
+
+    dataset = prepare_pretraining_items(
+        args.meta_root,
+        args.seq_root,
+        args.output_dir,
+        categories=args.categories,
+        dev_category=args.dev_category,
+        attributes=args.attributes,
+        clean=not args.no_clean,
+        skip_bad_lines=args.skip_bad_lines,
+    )
+    counts = dataset["meta_data"]["counts"]
+    flags.report_bad_lines(counts["bad_lines"])
+    print(
+        f"{Path(args.output_dir) / 'meta_data.json'}: {counts['metadata']['products']} products of "
+        f"{counts['products_reviewed']} reviewed and {counts['metadata']['rows']} metadata rows; "
+        f"more in dataset.json"
+    )
+
+
+def sequences(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
+    """Parse, process, say what was written."""
+    parser = command_parser("process-pretraining", SEQUENCES_HELP)
+    flags.add_category_flags(parser, PRETRAINING_CATEGORIES, DEV_CATEGORY)
+    parser.add_argument(
+        "--output_dir",
+        default=str(beside or "."),
+        metavar="FOLDER",
+        help="folder that holds meta_data.json, where train.json and dev.json are written "
+        "(default: %(default)s)",
+    )
+    flags.add_user_flags(
+        parser,
+        2,
+        "sequences of fewer known products than this; a pretraining pair is a history and a "
+        "target, so sequences of one product, which the published script wrote, are of no use",
+    )
+    flags.add_reading_flags(parser)
+    args = parser.parse_args(argv)
+
+    dataset = prepare_pretraining(
+        args.seq_root,
+        args.output_dir,
+        categories=args.categories,
+        dev_category=args.dev_category,
+        min_interactions=args.min_interactions,
+        user_sample_rate=args.user_sample_rate,
+        seed=args.seed,
+        skip_bad_lines=args.skip_bad_lines,
+    )
+    written = dataset["sequences"]
+    flags.report_bad_lines(written["counts"]["bad_lines"])
+    for name, total in written["files"].items():
+        print(
+            f"{Path(args.output_dir) / name}: {total['sequences']} sequences, "
+            f"{total['interactions']} interactions"
+        )
