@@ -31,7 +31,6 @@ __all__ = [
     "RecformerForSeqRec",
     "RecformerModel",
     "RecformerTokenizer",
-    "__version__",
 ]
 
 AutoConfig.register(RecformerConfig.model_type, RecformerConfig, exist_ok=True)

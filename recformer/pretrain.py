@@ -30,6 +30,7 @@ from recformer.data.pairs import PretrainDataModule
 from recformer.data.pretraining import PretrainingData
 from recformer.files import UserError, read_json, write_json
 from recformer.models import RecformerForPretraining
+from recformer.processes import say
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, flag
 from recformer.training.callbacks import EarlyStop
@@ -150,12 +151,6 @@ class PretrainArguments(ModelArguments):
             raise UserError(
                 f"--device {self.device}: this machine has {torch.cuda.device_count()} GPUs"
             )
-
-
-def say(text: object) -> None:
-    """Print on the first process."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(text, flush=True)
 
 
 class Run:

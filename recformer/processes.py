@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch.distributed
+
+_LOGGER = logging.getLogger("recformer")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -15,6 +18,6 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def say(text: object) -> None:
-    """Print on the first process."""
+    """Tell the user something, once: logged by the first process of a run, at level INFO."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(text, flush=True)
+        _LOGGER.info("%s", text)

@@ -17,6 +17,8 @@ import hypothesis
 import pytest
 import torch
 
+from recformer.cli import show_messages
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # The same examples on every run: a failure seen once is seen again.
@@ -42,6 +44,7 @@ def _own_randomness_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     # A developer's own training variables must not steer the tests.
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    show_messages()  # as every program does
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from recformer import allocator
+from recformer import cli
 
 SCRIPT = """
 import resource
 import numpy as np
-from recformer.allocator import keep_freed_memory
+from recformer.cli import keep_freed_memory
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -40,7 +40,7 @@ def test_freed_blocks_are_used_again_without_page_faults() -> None:
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
-    assert not allocator.keep_freed_memory()
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: object())
+    assert not cli.keep_freed_memory()
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not allocator.keep_freed_memory()
+    assert not cli.keep_freed_memory()

@@ -134,12 +134,12 @@ def test_facade_reaches_no_entry_point_nor_baselines() -> None:
         ),
         (
             "recformer/evaluation/metrics.py",
-            "from baselines import popularity\n",
+            "from baselines.untrained import popularity\n",
             "baselines.untrained.popularity",
         ),
         (
             "recformer/models/__init__.py",
-            "from ..checkpoint import load_checkpoint\n",
+            "from ..checkpoints.loading import load_checkpoint\n",
             "recformer.checkpoints.loading.load_checkpoint",
         ),
     ],

@@ -572,7 +572,7 @@ def test_command_line_refuses(tmp_path: Path, content: str | None, message: str)
 def test_command_line_error_is_one_line(tmp_path: Path) -> None:
     command = ["--meta_file", f"{tmp_path}/meta.json", "--output_dir", f"{tmp_path}/t"]
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "recformer.tokenization", *command],
+        [sys.executable, "-W", "ignore", "-m", "recformer", "tokenizer", *command],
         cwd=Path(__file__).resolve().parents[1],
         capture_output=True,
         text=True,

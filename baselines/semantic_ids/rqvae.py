@@ -187,7 +187,7 @@ class RQVAE(nn.Module):
         history: list[dict[str, float]] = []
         best, waited = float("inf"), 0
         kept = self.state_dict()
-        with tqdm(range(1, max_epochs + 1), desc="RQ-VAE", unit="epoch") as bar:
+        with tqdm(range(1, max_epochs + 1), desc="RQ-VAE", unit="epoch", disable=None) as bar:
             for epoch in bar:
                 self.train()
                 for rows in torch.randperm(len(data), generator=generator).split(batch_size):

@@ -57,7 +57,7 @@ def write_recommendations(
 ) -> str:
     """Answer every line of a file of histories; returns what is to be said about it."""
     histories, left_out, unknown, total = read_histories(path), [], 0, 0
-    with tqdm(desc="recommending", unit="user", file=sys.stderr) as bar:
+    with tqdm(desc="recommending", unit="user", file=sys.stderr, disable=None) as bar:
         while users := list(islice(histories, USERS_AT_ONCE)):
             answers = recommender.recommend([items for _, items in users], k, filter_seen)
             for (user, items), answer in zip(users, answers, strict=True):

@@ -208,7 +208,9 @@ def _encode_missing(
     folder.mkdir(parents=True, exist_ok=True)
     _check_room(folder, (int(missing.sum()) + len(keys)) * hidden_size * 4)
     count = sum(map(len, blocks))
-    with tqdm(total=count, desc="encode items", unit="item", disable=not progress) as bar:
+    with tqdm(
+        total=count, desc="encode items", unit="item", disable=None if progress else True
+    ) as bar:
         for block in blocks:
             path = _path(folder, distinct[block])
             if _open(path, hidden_size) is None:  # else another process was here

@@ -14,12 +14,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from recformer.files import atomic_write
+from recformer.processes import say
 
 
 def print_line(trainer: Trainer, line: str) -> None:
-    """Print without tearing the progress bar."""
+    """Say a line without tearing the progress bar."""
     bar = trainer.progress_bar_callback
-    print(line, flush=True) if bar is None else bar.print(line)
+    say(line) if bar is None else bar.print(line)
 
 
 class History(Callback):

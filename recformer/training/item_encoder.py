@@ -139,7 +139,9 @@ def encode_items(
         first = first[texts]
     # A batch is one process's whole; shares differ in which batches they take, not in the batches.
     batches = list(token_budget_batches(store.lengths[first] + 1, TOKENS_PER_BATCH))[rank::world]
-    bar = tqdm(batches, desc="encode items", leave=False, disable=not progress or rank > 0)
+    bar = tqdm(
+        batches, desc="encode items", leave=False, disable=None if progress and rank == 0 else True
+    )
     with _evaluating(model, autocast) as device:
         table = torch.zeros(len(first), model.config.hidden_size, device=device)
         for rows in bar:

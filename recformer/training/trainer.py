@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from recformer.files import UserError, atomic_write
+from recformer.processes import say
 
 # Warnings that a user of ours can do nothing about, and need not.
 NOISE = (
@@ -60,7 +62,7 @@ def half_precision(accelerator: str) -> str:
         return "bf16-mixed" if in_hardware else "16-mixed"
     if cpu_has_bfloat16():
         return "bf16-mixed"
-    print("this CPU has no bfloat16 arithmetic: computing in float32", flush=True)
+    say("this CPU has no bfloat16 arithmetic: computing in float32")
     return "32-true"
 
 
@@ -105,7 +107,7 @@ def wandb_logger(output_dir: Path, project: str) -> Logger:
 
     options: dict[str, Any] = {}
     if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
-        print("no W&B account found: logging offline (`wandb sync` uploads later)", flush=True)
+        say("no W&B account found: logging offline (`wandb sync` uploads later)")
         # Lightning's own flag, `offline`, says "dryrun", which newer releases of wandb do not know.
         options["mode"] = "offline"
     return WandbLogger(project=project, save_dir=output_dir, **options)
@@ -133,6 +135,7 @@ def build_trainer(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # advertisements and the like
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
+    on_screen = sys.stdout.isatty()
     return lightning.Trainer(
         default_root_dir=output_dir,
         max_epochs=max_epochs,
@@ -140,7 +143,8 @@ def build_trainer(
         devices=devices,
         strategy=strategy,
         precision=precision,  # type: ignore[arg-type]
-        callbacks=[*callbacks, TQDMProgressBar(refresh_rate=10)],
+        callbacks=[*callbacks, *([TQDMProgressBar(refresh_rate=10)] if on_screen else [])],
+        enable_progress_bar=on_screen,  # a log file wants lines, not bars
         plugins=[WholeFileCheckpointIO()],
         check_val_every_n_epoch=validate_every,
         val_check_interval=validate_every_batches,

@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import baselines
 from baselines.__main__ import main
 from baselines.models import build
-from baselines.untrained import text_neighbours
+from baselines.untrained import base, text_neighbours
 from baselines.untrained.popularity import Popularity
 from baselines.untrained.text_neighbours import TextNeighbours
 from recformer.data.collators import EvalExample
@@ -121,7 +120,7 @@ def test_chunks_change_nothing(
     models = [Popularity(folder), TextNeighbours(folder)]
     whole = [counts(model.rank(examples, filter_seen)) for model in models]
     for size in (1, 12):
-        monkeypatch.setattr(baselines, "SCORES_AT_A_TIME", size)
+        monkeypatch.setattr(base, "SCORES_AT_A_TIME", size)
         assert [counts(model.rank(examples, filter_seen)) for model in models] == whole
 
 

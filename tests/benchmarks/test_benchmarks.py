@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,9 +126,11 @@ def test_a_peak_that_cannot_start_anew_is_read(monkeypatch: pytest.MonkeyPatch) 
     assert measure._peak_mb(reset=True) > 100
 
 
-def test_a_failed_case_is_named() -> None:
+def test_a_failed_case_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_case, "__module__", "nowhere")  # it cannot be imported there
+    monkeypatch.setitem(sys.modules, "nowhere", SimpleNamespace(__spec__=None))
     with pytest.raises(SystemExit, match="memory_case"):
-        run_alone(memory_case, 50)  # this module cannot be imported there
+        run_alone(memory_case, 50)
 
 
 def test_pairs_that_see_each_other() -> None:

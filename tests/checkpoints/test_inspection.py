@@ -146,7 +146,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     path.write_bytes(b"<!DOCTYPE html><html><body>Google Drive - Virus scan warning</body></html>")
     result = subprocess.run(
-        [sys.executable, "-m", "recformer.checkpoints.loading", str(path)],
+        [sys.executable, "-m", "recformer", "inspect", str(path)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -156,8 +156,9 @@ def test_two_processes_give_the_bits_of_one(
         path.unlink()
     # The launcher starts the second process by the command of the first.
     (tmp_path / "small_blocks.py").write_text(
-        "import sys\nfrom recformer import item_vectors\nitem_vectors.BLOCK_SIZE = 8\n"
-        "from recformer.commands.encode import main\nmain(sys.argv[1:])\n"
+        "from recformer.data import item_vectors\nitem_vectors.BLOCK_SIZE = 8\n"
+        "from recformer.cli import exit_with_message\n"
+        "from recformer.commands.encode import main\nexit_with_message(main)\n"
     )
     done = subprocess.run(
         [sys.executable, tmp_path / "small_blocks.py", *flags, "--num_processes", "2"],

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import tiny_recformer
 
 from recformer import RecformerForSeqRec, RecformerTokenizer
 from recformer.commands.recommend import main
 from recformer.files import UserError
 from recformer.recommendation import CatalogueRecommender
+from tests.tiny import tiny_recformer
 
 WORDS = ("tent", "lamp", "stove", "rope", "boots", "map", "torch", "knife")
 NAMES = [f"B{number}" for number in range(len(WORDS))]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from recformer import RecformerConfig, RecformerForPretraining
-from recformer.data import pretraining
+from recformer.data import pairs, pretraining
 from recformer.data.draws import uniform
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pairs import (
@@ -238,7 +238,7 @@ def test_processes_share_the_batches_of_one(files, tokenizer, monkeypatch, max_t
     whole = list(sampler(files, tokenizer, 8, twice))
     parts = []
     for rank in (0, 1):
-        monkeypatch.setattr(pretraining, "rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(pairs, "rank_and_world", lambda rank=rank: (rank, 2))
         parts.append(list(sampler(files, tokenizer, 4, max_tokens)))
     assert all(len(a) == len(b) for a, b in zip(*parts, strict=True))
     if max_tokens is None:

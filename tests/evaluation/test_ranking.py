@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recformer.evaluation import ranking as metrics
+from recformer.evaluation import exact, ranking
+from recformer.evaluation import top_items as top_items_module
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.exact import TIE_TOLERANCE
 from recformer.evaluation.metrics import coverage, gini, per_user_metrics
@@ -31,6 +32,13 @@ def ranks_of(above, tied=0, num_candidates=100) -> TargetRanks:
 
 def as_lists(ranks: TargetRanks) -> list[list[int]]:
     return [ranks.above.tolist(), ranks.tied.tolist(), ranks.num_candidates.tolist()]
+
+
+def everywhere(monkeypatch, name: str, value) -> None:
+    """Set a constant in every module that reads it."""
+    for module in (exact, ranking, top_items_module):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
 
 
 # Figures
@@ -274,8 +282,8 @@ def test_a_collapsed_encoder_is_ranked_exactly(monkeypatch, share, spread):
     items = base + spread * torch.randn(200, 64, generator=generator)
     users = base + spread * torch.randn(6, 64, generator=generator)
     targets = torch.arange(6)
-    monkeypatch.setattr(metrics, "DENSE_SHARE", share)
-    monkeypatch.setattr(metrics, "PAIR_ELEMENTS", 64 * 7)  # several rounds of single pairs
+    everywhere(monkeypatch, "DENSE_SHARE", share)
+    everywhere(monkeypatch, "PAIR_ELEMENTS", 64 * 7)  # several rounds of single pairs
     ranks = rank_by_vectors(users, items, targets)
     assert (ranks.above.tolist(), ranks.tied.tolist()) == exact_ranks(users, items, targets)
     if spread == 0:
@@ -287,7 +295,7 @@ def test_users_in_several_blocks(monkeypatch):
     seen = (np.repeat(np.arange(64), 20), np.arange(64 * 20) % 300)
     expected = as_lists(rank_by_vectors(users, items, targets, seen))
     assert expected[2] != [300] * 64
-    monkeypatch.setattr(metrics, "USER_BLOCK", 13)
+    everywhere(monkeypatch, "USER_BLOCK", 13)
     assert as_lists(rank_by_vectors(users, items, targets, seen, 50)) == expected
 
 
@@ -592,8 +600,8 @@ def test_top_items_by_vectors_follow_their_definition(monkeypatch, cosine):
     for chunk_size in (1, 7, 20, 299, 5000):
         again, _ = top_items_by_vectors(users, items, 20, seen, chunk_size, cosine)
         assert again.tolist() == expected
-    monkeypatch.setattr(metrics, "USER_BLOCK", 3)
-    monkeypatch.setattr(metrics, "PAIR_ELEMENTS", 96 * 7)
+    everywhere(monkeypatch, "USER_BLOCK", 3)
+    everywhere(monkeypatch, "PAIR_ELEMENTS", 96 * 7)
     assert top_items_by_vectors(users, items, 20, seen, 90, cosine)[0].tolist() == expected
     for row in range(10):
         mine = [c for r, c in zip(*seen, strict=True) if r == row]
@@ -692,7 +700,7 @@ def test_all_other_items_as_negatives_are_the_full_ranking(monkeypatch, cosine):
     expected = as_lists(rank_by_vectors(users, items, targets, cosine=cosine))
     got = rank_among_by_vectors(users, items.numpy(), targets, np.stack(others), cosine)
     assert as_lists(got) == expected
-    monkeypatch.setattr(metrics, "PAIR_ELEMENTS", 299 * 96 * 5)
+    everywhere(monkeypatch, "PAIR_ELEMENTS", 299 * 96 * 5)
     again = rank_among_by_vectors(users, items, targets, np.stack(others), cosine)
     assert as_lists(again) == expected
     scores = users @ items.T

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 from recformer.cli import exit_with_message
+from recformer.commands.sample import main
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.ranks import count_ranks
-from recformer.preparation import sample
+from recformer.preparation import sample_catalogue
 from recformer.preparation.sample import CATEGORIES, TARGET_CATEGORY, Shop, cell_probabilities
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sample")
-    sample.main(["--output_dir", str(path)])
+    main(["--output_dir", str(path)])
     return path
 
 
@@ -44,7 +45,7 @@ def reviews(folder: Path, category: str) -> list[dict[str, Any]]:
 
 
 def test_another_process_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "recformer.preparation.sample", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "recformer", "sample", "--output_dir", str(tmp_path)]
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     names = sorted(path.name for path in folder.iterdir())
@@ -65,7 +66,7 @@ def test_a_folder_that_is_a_file_is_a_clear_error(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stopped:
-        exit_with_message(lambda: sample.main(["--output_dir", str(tmp_path / "file")]))
+        exit_with_message(lambda: main(["--output_dir", str(tmp_path / "file")]))
     assert stopped.value.code == 1
     assert capsys.readouterr().err.startswith("error: ")
 
@@ -208,7 +209,7 @@ def test_titles_are_varied_and_tell_what_the_product_is(shop: Shop) -> None:
     for row, cell, style in zip(shop.rows, shop.cells, shop.styles, strict=True):
         if row["title"] is not None:
             assert any(word in row["title"] for word in stages[cell % 4])
-            assert f"{sample.STYLES[style][0]} Series" in row["title"]
+            assert f"{sample_catalogue.STYLES[style][0]} Series" in row["title"]
 
 
 def test_there_is_much_to_learn_beyond_popularity(shop: Shop) -> None:

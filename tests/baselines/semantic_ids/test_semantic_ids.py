@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from matplotlib import pyplot
 
-from baselines.semantic_ids import ids as semantic_ids
+from baselines.semantic_ids import __main__ as command
 from baselines.semantic_ids import words as code_words
 from baselines.semantic_ids.__main__ import main
 from baselines.semantic_ids.ids import SemanticIds
@@ -296,7 +296,8 @@ def test_nothing_is_lost_of_vectors_that_are_all_the_same() -> None:
 
 OTHER_PROCESS = """
 import json, sys, numpy
-from baselines.semantic_ids import load_quantiser, unique_ids
+from baselines.semantic_ids.quantisers import load_quantiser
+from baselines.semantic_ids.unique import unique_ids
 for folder in sys.argv[1:]:
     vectors = numpy.load(folder + "/vectors.npy")
     asins = json.load(open(folder + "/asins.json"))
@@ -409,7 +410,7 @@ def fake_vectors(folder: ProcessedFolder, encoder: str) -> np.ndarray:
 
 @pytest.fixture
 def _fake_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(semantic_ids, "text_vectors", fake_vectors)
+    monkeypatch.setattr(command, "text_vectors", fake_vectors)
 
 
 @pytest.mark.usefixtures("_fake_encoder")
@@ -478,7 +479,7 @@ def test_too_few_codes_are_told_before_any_work(
         encoded.append(folder.num_items)
         return fake_vectors(folder, encoder)
 
-    monkeypatch.setattr(semantic_ids, "text_vectors", encode)
+    monkeypatch.setattr(command, "text_vectors", encode)
     with pytest.raises(UserError, match="40 items and 6 codes at 2 levels"):
         main(["--data_path", str(folder), *flags])
     small = write_shop(tmp_path / "small", 30)
