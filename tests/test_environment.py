@@ -329,12 +329,26 @@ def test_run_tests_runs_every_step_and_fails_if_one_did(checkout: Path) -> None:
 
 
 def test_continuous_integration_gives_the_data_and_refuses_an_empty_run(checkout: Path) -> None:
-    body = 'case "$*" in -m\\ pytest*) echo "data: $RECFORMER_REAL_DATA."; exit 5 ;; esac'
+    body = """case "$*" in
+    -m\\ pytest*) echo "data: $RECFORMER_REAL_DATA."; exit $TESTS ;;
+    scripts/fresh_machine.py) echo "a fresh machine"; exit $FRESH ;;
+esac"""
     python = str(stand_in(checkout, body))
-    result = bash("bash .ci/run", checkout, PYTHON=python)
+
+    def run(tests: int, fresh: int) -> subprocess.CompletedProcess[str]:
+        codes = {"TESTS": str(tests), "FRESH": str(fresh)}
+        return bash("bash .ci/run", checkout, PYTHON=python, **codes)
+
+    result = run(5, 0)
     assert result.returncode == 5
     assert "data: .\n" in result.stdout
     assert "pytest collected no test" in result.stderr
     data = checkout.parent / "shared" / "data"
     data.mkdir(parents=True)
-    assert f"data: {data}.\n" in bash("bash .ci/run", checkout, PYTHON=python).stdout
+    result = run(0, 0)
+    assert result.returncode == 0
+    assert f"data: {data}.\n" in result.stdout
+    # The second check runs whatever the first one said, and either fails all.
+    for tests, fresh, status in ((1, 0, 1), (0, 1, 1), (4, 1, 4)):
+        result = run(tests, fresh)
+        assert (result.returncode, "a fresh machine" in result.stdout) == (status, True)
