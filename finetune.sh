@@ -9,16 +9,46 @@
 # With nothing set and no published files in their places it finetunes a small model on the bundled
 # sample instead. The same command again continues a run that was cut off.
 set -euo pipefail
+unset CDPATH
 START=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 # shellcheck source=scripts/sample.sh
 source scripts/sample.sh
+if given --help "$@" || given -h "$@"; then
+    help_of finetune.sh
+    use_environment
+    exec "$PYTHON" -m recformer.finetune --help
+fi
+
+data=finetune_data/Scientific pretrained=pretrain_ckpt/seqrec_pretrain_ckpt.bin
+named_data=${DATA_PATH:-} named_start=${PRETRAIN_CKPT:-}
+if given --data_path "$@"; then named_data=flag; fi
+if given --pretrain_ckpt "$@" || given --from_scratch "$@"; then named_start=flag; fi
+sample=
+if [ -z "$named_data$named_start" ] && [ ! -e $data/train.json ] && [ ! -e $pretrained ]; then
+    sample=yes
+elif [ -z "$named_data" ] && [ ! -e $data/train.json ]; then
+    {
+        echo "error: DATA_PATH is not set, and its default $data does not exist; name your folder:"
+        echo "    DATA_PATH=finetune_data/MyShop ${named_start:+PRETRAIN_CKPT=… }bash finetune.sh"
+        for folder in finetune_data/*/train.json; do
+            if [ -e "$folder" ]; then echo "A processed folder that exists: ${folder%/train.json}"; fi
+        done
+    } >&2
+    exit 1
+elif [ -z "$named_start" ] && [ ! -e $pretrained ]; then
+    {
+        echo "error: PRETRAIN_CKPT is not set, and its default $pretrained does not exist; name a"
+        echo "checkpoint or a language model to start from:"
+        echo "    PRETRAIN_CKPT=sentence-transformers/all-MiniLM-L6-v2 bash finetune.sh --pooler_type avg"
+    } >&2
+    exit 1
+fi
 use_environment
 
-if [ -z "${DATA_PATH:-}${PRETRAIN_CKPT:-}" ] && [ ! -e finetune_data/Scientific/train.json ] \
-    && [ ! -e pretrain_ckpt/seqrec_pretrain_ckpt.bin ]; then
+if [ -n "$sample" ]; then
     echo "**** NO PUBLISHED FILES (finetune_data/Scientific, pretrain_ckpt/seqrec_pretrain_ckpt.bin):"
     echo "**** finetuning a SMALL RANDOM MODEL on the bundled SAMPLE; set DATA_PATH and PRETRAIN_CKPT"
     prepare_sample quickstart_run "${SEED:-0}"

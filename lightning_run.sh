@@ -10,18 +10,50 @@
 # With nothing set and no published files in their places it pretrains a small model on the bundled
 # sample instead. Afterwards convert_pretrain_ckpt.py makes a model for finetuning of a checkpoint.
 set -euo pipefail
+unset CDPATH
 START=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 # shellcheck source=scripts/sample.sh
 source scripts/sample.sh
 
 STRATEGY=${STRATEGY:-deepspeed_stage_2}
-if [ "$STRATEGY" = deepspeed_stage_2 ]; then use_environment deepspeed; else use_environment; fi
+extra=
+if [ "$STRATEGY" = deepspeed_stage_2 ]; then extra=deepspeed; fi
+if given --help "$@" || given -h "$@"; then
+    help_of lightning_run.sh
+    use_environment $extra
+    exec "$PYTHON" -m recformer.pretrain --help
+fi
 
-if [ -z "${DATA_PATH:-}${MODEL:-}${LONGFORMER_CKPT:-}" ] && [ ! -e pretrain_data/train.json ] \
-    && [ ! -e longformer_ckpt/longformer-base-4096.bin ]; then
+data=pretrain_data weights=longformer_ckpt/longformer-base-4096.bin
+named_data=${DATA_PATH:-} named_start=${MODEL:-}${LONGFORMER_CKPT:-}
+if given --train_file "$@"; then named_data=flag; fi
+if given --model_name_or_path "$@" || given --longformer_ckpt "$@" || given --from_scratch "$@"; then
+    named_start=flag
+fi
+sample=
+if [ -z "$named_data$named_start" ] && [ ! -e $data/train.json ] && [ ! -e $weights ]; then
+    sample=yes
+elif [ -z "$named_data" ] && [ ! -e $data/train.json ]; then
+    {
+        echo "error: DATA_PATH is not set, and its default $data has no train.json; name the folder that"
+        echo "pretrain_data/*.py wrote:"
+        echo "    DATA_PATH=my_pretrain_data ${named_start:+MODEL=… }bash lightning_run.sh"
+    } >&2
+    exit 1
+elif [ -z "$named_start" ] && [ ! -e $weights ]; then
+    {
+        echo "error: MODEL is not set, and $weights, the published start,"
+        echo "does not exist; make it with \`python save_longformer_ckpt.py\`, or name a language model:"
+        echo "    MODEL=sentence-transformers/all-MiniLM-L6-v2 bash lightning_run.sh --pooler_type avg"
+    } >&2
+    exit 1
+fi
+use_environment $extra
+
+if [ -n "$sample" ]; then
     echo "**** NO PUBLISHED FILES (pretrain_data/train.json, longformer_ckpt/longformer-base-4096.bin):"
     echo "**** pretraining a SMALL RANDOM MODEL on the bundled SAMPLE; set DATA_PATH and MODEL"
     prepare_sample quickstart_run "${SEED:-0}"

@@ -2,18 +2,26 @@
 # From nothing to a metrics table: an environment, a generated sample in the raw Amazon format,
 # processing, a small tokenizer, a small Recformer pretrained on three categories and finetuned in
 # two stages on a fourth that it has never seen, and two simple lines to beat. Downloads Python
-# packages and nothing else. A second run reuses what is there.
+# packages and nothing else. A second run reuses what is there; one that was cut off goes on.
 #
 #   bash quickstart.sh                              writes to quickstart_run/
 #   OUTPUT_DIR=elsewhere SEED=1 bash quickstart.sh
 set -euo pipefail
+unset CDPATH
 # A folder of one's own is meant from where one stands.
 [ -n "${OUTPUT_DIR:-}" ] && [ "${OUTPUT_DIR#/}" = "$OUTPUT_DIR" ] && OUTPUT_DIR="$PWD/$OUTPUT_DIR"
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 # shellcheck source=scripts/sample.sh
 source scripts/sample.sh
+if given --help "$@" || given -h "$@"; then
+    help_of quickstart.sh
+    exit
+elif [ $# -gt 0 ]; then
+    echo "error: quickstart.sh takes no arguments, got: $*; see --help" >&2
+    exit 2
+fi
 use_environment
 
 OUTPUT_DIR=${OUTPUT_DIR:-quickstart_run}
@@ -26,10 +34,12 @@ echo "== pretraining a small Recformer on $SAMPLE_PRETRAIN, validated on $SAMPLE
     --item_attr_file "$SAMPLE_PRETRAIN_DATA/meta_data.json" --tokenizer_name "$SAMPLE_TOKENIZER" \
     "${SMALL_MODEL[@]}" "${SMALL_PRETRAINING[@]}" \
     --output_dir "$OUTPUT_DIR/pretraining" --seed "$SEED"
-if [ ! -e "$OUTPUT_DIR/pretrain_ckpt/recformer_pretrain_ckpt/config.json" ]; then
+last="$OUTPUT_DIR/pretraining/checkpoints/last.ckpt"
+converted="last.ckpt of checksum $(cksum <"$last")"
+if ! made_from "$OUTPUT_DIR/pretrain_ckpt" "$converted"; then
     echo "== converting its last checkpoint into a model to start from"
-    "$PYTHON" convert_pretrain_ckpt.py --checkpoint "$OUTPUT_DIR/pretraining/checkpoints/last.ckpt" \
-        --output_dir "$OUTPUT_DIR/pretrain_ckpt"
+    "$PYTHON" convert_pretrain_ckpt.py --checkpoint "$last" --output_dir "$OUTPUT_DIR/pretrain_ckpt"
+    note_made_from "$OUTPUT_DIR/pretrain_ckpt" "$converted"
 fi
 
 echo "== what it can do on $SAMPLE_TARGET before it was pretrained: nothing much, as a line to compare"

@@ -9,8 +9,13 @@
 # Needs Python 3.10 to 3.13 with pip; PYTHON=… names another one than python3.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+unset CDPATH
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 . "$here/scripts/environment.sh"
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then # pytest's own: python -m pytest --help
+    help_of "$here/run_tests.sh"
+    exit
+fi
 use_environment dev
 cd "$RECFORMER_ROOT"
 

@@ -11,7 +11,24 @@
 # environment); otherwise .venv in the checkout, made and filled here with the versions of
 # constraints.txt. A .venv that is complete is used as it is: a second run installs nothing.
 
-RECFORMER_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# With CDPATH set, `cd` prints where it went and may go to a folder of the same name elsewhere.
+unset CDPATH
+RECFORMER_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# `help_of SCRIPT`: the comment at its head.
+help_of() {
+    sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$1"
+}
+
+# `given FLAG ARGUMENT ...`: whether the flag is among the arguments, as `FLAG x` or `FLAG=x`.
+given() {
+    local flag=$1 argument
+    shift
+    for argument; do
+        case $argument in "$flag" | "$flag="*) return 0 ;; esac
+    done
+    return 1
+}
 
 _environment_error() {
     printf 'error: %s\n' "$@" >&2

@@ -3,16 +3,26 @@
 #
 #   prepare_sample DIR SEED      raw files, processed folders and a tokenizer below DIR
 #
-# What is there already is kept. Sets SAMPLE_DATA (the target's processed folder),
-# SAMPLE_PRETRAIN_DATA and SAMPLE_TOKENIZER. SMALL_MODEL, SMALL_PRETRAINING and SMALL_FINETUNING are
-# flags of a Recformer that trains in a minute or two on two cores.
+# A step that was finished is not repeated; one that was cut off is. Sets SAMPLE_DATA (the target's
+# processed folder), SAMPLE_PRETRAIN_DATA and SAMPLE_TOKENIZER. SMALL_MODEL, SMALL_PRETRAINING and
+# SMALL_FINETUNING are flags of a Recformer that trains in a minute or two on two cores.
 
 SAMPLE_PRETRAIN="Camping Kitchen Garden"
 SAMPLE_DEV="Music"
 SAMPLE_TARGET="Cycling"
 
+# A step writes a folder and, when all of it is there, a note in it of what it was made from. Files
+# alone do not tell a finished folder from one whose step was killed between two of them.
+made_from() { # folder, words: whether a finished step wrote it from just this
+    [ "$(cat "$1/.made_from" 2>/dev/null)" = "$2" ]
+}
+
+note_made_from() { # folder, words
+    printf '%s\n' "$2" >"$1/.made_from.part" && mv -f "$1/.made_from.part" "$1/.made_from"
+}
+
 prepare_sample() { # directory, seed
-    local root=$1 seed=$2
+    local root=$1 seed=$2 source
     SAMPLE_DATA="$root/finetune_data/$SAMPLE_TARGET"
     SAMPLE_PRETRAIN_DATA="$root/pretrain_data"
     SAMPLE_TOKENIZER="$root/tokenizer"
@@ -20,13 +30,15 @@ prepare_sample() { # directory, seed
         echo "error: $root holds a sample of seed $(cat "$root/seed"); choose another folder" >&2
         return 1
     fi
-    if [ ! -e "$root/seed" ]; then
+    mkdir -p "$root"
+    echo "$seed" >"$root/seed"
+    source="seed $seed"
+    if ! made_from "$root/raw" "$source"; then
         echo "== writing a sample in the raw Amazon format to $root/raw"
         "$PYTHON" -m recformer sample --output_dir "$root/raw" --seed "$seed"
-        mkdir -p "$root"
-        echo "$seed" >"$root/seed"
+        note_made_from "$root/raw" "$source"
     fi
-    if [ ! -e "$root/pretrain_data/dev.json" ]; then
+    if ! made_from "$root/pretrain_data" "$source, $SAMPLE_PRETRAIN, $SAMPLE_DEV"; then
         echo "== processing the categories to pretrain on"
         # shellcheck disable=SC2086  # a list of words
         "$PYTHON" pretrain_data/meta_data_process.py --meta_root "$root/raw" \
@@ -35,16 +47,19 @@ prepare_sample() { # directory, seed
         # shellcheck disable=SC2086
         "$PYTHON" pretrain_data/interaction_data_process.py --seq_root "$root/raw" \
             --categories $SAMPLE_PRETRAIN --dev_category "$SAMPLE_DEV" --output_dir "$root/pretrain_data"
+        note_made_from "$root/pretrain_data" "$source, $SAMPLE_PRETRAIN, $SAMPLE_DEV"
     fi
-    if [ ! -e "$SAMPLE_DATA/dataset.json" ]; then
+    if ! made_from "$SAMPLE_DATA" "$source, $SAMPLE_TARGET"; then
         echo "== processing the category to finetune on"
         "$PYTHON" finetune_data/process.py --file_path "$root/raw/${SAMPLE_TARGET}_5.json.gz" \
             --meta_file_path "$root/raw/meta_$SAMPLE_TARGET.json.gz" --output_path "$SAMPLE_DATA"
+        note_made_from "$SAMPLE_DATA" "$source, $SAMPLE_TARGET"
     fi
-    if [ ! -e "$SAMPLE_TOKENIZER/tokenizer_config.json" ]; then
+    if ! made_from "$SAMPLE_TOKENIZER" "$source"; then
         echo "== training a small tokenizer"
         "$PYTHON" -m recformer tokenizer --meta_file "$root/pretrain_data/meta_data.json" \
             "$SAMPLE_DATA/meta_data.json" --vocab_size 4096 --output_dir "$SAMPLE_TOKENIZER"
+        note_made_from "$SAMPLE_TOKENIZER" "$source"
     fi
 }
 

@@ -104,10 +104,18 @@ def test_an_absent_python_is_named(checkout: Path) -> None:
     assert "'python9' was not found; install Python 3.10 to 3.13" in result.stderr
 
 
+# What every step does: it makes the folder that it is told to write to, and calls it $out.
+MAKES_OUT = """for last; do
+    case "$before" in --output_*) out=$last; mkdir -p "$out" ;; esac
+    before=$last
+done
+"""
+
+
 def flags_passed(checkout: Path, script: str, **environment: str) -> list[str]:
     """Arguments of the last command of a shell script, one a line, with a stand-in Python."""
     body = 'case "$*" in -m\\ recformer.*tune*|*recformer.pretrain*) printf "%s\\n" "$@" ;; esac'
-    python = stand_in(checkout, body)
+    python = stand_in(checkout, MAKES_OUT + body)
     result = bash(f"bash {script} --max_token_num 64", checkout, PYTHON=str(python), **environment)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -137,7 +145,8 @@ def test_variables_reach_the_command(
 ) -> None:
     shutil.copy(repository / script, checkout / script)
     sample = flags_passed(checkout, script, **variables)
-    published = flags_passed(checkout, script, **variables, DATA_PATH="my data")
+    mine = {"DATA_PATH": "my data", "MODEL": "minilm", "PRETRAIN_CKPT": "minilm"}
+    published = flags_passed(checkout, script, **variables, **mine)
     for name, value in variables.items():
         assert last_value(sample, f"--{name.lower()}") == value
         assert last_value(published, f"--{name.lower()}") == value
@@ -145,7 +154,7 @@ def test_variables_reach_the_command(
     assert last_value(sample, "--output_dir") == f"{checkout}/quickstart_run/{default}"
     assert any(flag.startswith("my data") for flag in published)
     assert last_value(published, "--batch_size") == "3"
-    plain = flags_passed(checkout, script, DATA_PATH="my data")
+    plain = flags_passed(checkout, script, **mine)
     assert last_value(plain, "--batch_size") == "16"
     assert "--seed" not in plain
 
@@ -153,13 +162,133 @@ def test_variables_reach_the_command(
 def test_another_model_starts_from_its_own_weights(checkout: Path, repository: Path) -> None:
     shutil.copy(repository / "lightning_run.sh", checkout / "lightning_run.sh")
     weights = checkout / "longformer_ckpt" / "longformer-base-4096.bin"
-    weights.parent.mkdir()
-    weights.touch()
+    for path in (weights, checkout / "pretrain_data" / "train.json"):
+        path.parent.mkdir()
+        path.touch()
     flags = flags_passed(checkout, "lightning_run.sh")
     assert last_value(flags, "--longformer_ckpt") == str(weights)
     assert "--longformer_ckpt" not in flags_passed(checkout, "lightning_run.sh", MODEL="minilm")
     flags = flags_passed(checkout, "lightning_run.sh", MODEL="minilm", LONGFORMER_CKPT="mine.bin")
     assert last_value(flags, "--longformer_ckpt") == "mine.bin"
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "flags", "words"),
+    [
+        # A folder of one's own that nobody names is not passed over in silence.
+        ("finetune.sh", {"PRETRAIN_CKPT": "x"}, "", ["DATA_PATH is not", "finetune_data/MyShop"]),
+        ("finetune.sh", {"DATA_PATH": "finetune_data/MyShop"}, "", ["PRETRAIN_CKPT is not set"]),
+        ("finetune.sh", {}, "--data_path finetune_data/MyShop", ["PRETRAIN_CKPT is not set"]),
+        ("finetune.sh", {}, "--pretrain_ckpt=x", ["DATA_PATH is not set", "finetune_data/MyShop"]),
+        ("lightning_run.sh", {"MODEL": "x"}, "", ["DATA_PATH is not set"]),
+        ("lightning_run.sh", {"DATA_PATH": "mine"}, "", ["MODEL is not set"]),
+        ("lightning_run.sh", {}, "--train_file mine/train.json", ["MODEL is not set"]),
+    ],
+)
+def test_a_half_named_job_says_what_to_name(
+    checkout: Path,
+    repository: Path,
+    script: str,
+    variables: dict[str, str],
+    flags: str,
+    words: list[str],
+) -> None:
+    shutil.copy(repository / script, checkout / script)
+    (checkout / "finetune_data" / "MyShop").mkdir(parents=True)
+    (checkout / "finetune_data" / "MyShop" / "train.json").touch()
+    python = stand_in(checkout, "touch started")
+    result = bash(f"bash {script} {flags}", checkout, PYTHON=str(python), **variables)
+    assert result.returncode == 1
+    assert all(word in result.stderr for word in words), result.stderr
+    assert not (checkout / "started").exists()
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "run_tests.sh"])
+def test_help_does_no_work(checkout: Path, repository: Path, script: str) -> None:
+    shutil.copy(repository / script, checkout / script)
+    python = stand_in(checkout, "touch started")
+    result = bash(f"bash {script} --help", checkout, PYTHON=str(python))
+    assert result.returncode == 0
+    assert f"bash {script}" in result.stdout
+    assert "set -euo" not in result.stdout
+    assert not (checkout / "started").exists()
+
+
+def test_cdpath_leads_nowhere_else(checkout: Path, tmp_path: Path) -> None:
+    """With CDPATH `cd` prints where it goes, and may go to a folder of the same name elsewhere."""
+    (tmp_path / "elsewhere" / "checkout").mkdir(parents=True)
+    for place in (".", str(tmp_path / "elsewhere")):
+        for folder, source in ((checkout, "scripts"), (checkout.parent, "checkout/scripts")):
+            command = f'source {source}/environment.sh && printf %s "$RECFORMER_ROOT"'
+            assert bash(command, folder, CDPATH=place).stdout == str(checkout)
+        command = "PYTHON=true bash checkout/run_tests.sh"
+        result = bash(command, checkout.parent, CDPATH=place)
+        assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "all passed")
+
+
+def prepared(checkout: Path, python: Path, seed: int = 0) -> subprocess.CompletedProcess[str]:
+    """`prepare_sample` as the scripts call it."""
+    command = "set -e; . scripts/environment.sh; . scripts/sample.sh; "
+    return bash(f"{command}prepare_sample run {seed}", checkout, PYTHON=str(python))
+
+
+STEPS = ["recformer sample", "meta_data_process", "interaction_data_process",
+         "finetune_data/process", "recformer tokenizer"]  # fmt: skip
+
+
+@pytest.mark.parametrize("killed", STEPS)
+def test_a_step_that_was_killed_is_repeated(checkout: Path, killed: str) -> None:
+    """A killed step may have left every file that a later one looks for, and still be half done."""
+    log = checkout / "calls"
+    names = "train.json dev.json dataset.json meta_data.json tokenizer_config.json"
+    writes = f'echo "$*" >>{log}\n{MAKES_OUT}for name in {names}; do touch "$out/$name"; done\n'
+    kill = f'case "$*" in *"{killed}"*) [ -e {checkout}/again ] || kill -9 $PPID ;; esac'
+    python = stand_in(checkout, writes + kill)
+    assert prepared(checkout, python).returncode != 0
+    assert killed in log.read_text().splitlines()[-1]
+
+    (checkout / "again").touch()
+    log.unlink()
+    assert prepared(checkout, python).returncode == 0
+    expected = STEPS[STEPS.index(killed) :]
+    if killed == "interaction_data_process":  # both write into one folder
+        expected = STEPS[1:]
+    calls = log.read_text().splitlines()
+    assert len(calls) == len(expected)
+    assert all(name in call for name, call in zip(expected, calls, strict=True))
+
+    log.unlink()
+    assert prepared(checkout, python).returncode == 0
+    assert not log.exists()  # all of it is there: nothing is done again
+    other = prepared(checkout, python, seed=1)
+    assert (other.returncode, other.stderr) == (
+        1, "error: run holds a sample of seed 0; choose another folder\n"
+    )  # fmt: skip
+
+
+def test_the_quickstart_converts_again_what_was_trained_on(
+    checkout: Path, repository: Path
+) -> None:
+    """The checkpoint went on after it was converted: the model to start from must follow."""
+    shutil.copy(repository / "quickstart.sh", checkout / "quickstart.sh")
+    log = checkout / "calls"
+    python = stand_in(
+        checkout,
+        f'echo "$*" >>{log}\n{MAKES_OUT}'
+        f'case "$*" in *recformer.pretrain\\ *) mkdir -p "$out/checkpoints"\n'
+        f'  cat {checkout}/state >"$out/checkpoints/last.ckpt" ;;\n'
+        '*convert_pretrain_ckpt*) mkdir -p "$out/recformer_pretrain_ckpt"\n'
+        '  touch "$out/recformer_pretrain_ckpt/config.json" ;; esac',
+    )
+
+    def conversions(state: str) -> int:
+        (checkout / "state").write_text(state)
+        log.unlink(missing_ok=True)
+        result = bash("bash quickstart.sh", checkout, PYTHON=str(python), OUTPUT_DIR="run")
+        assert result.returncode == 0, result.stderr
+        return log.read_text().count("convert_pretrain_ckpt.py")
+
+    assert [conversions(state) for state in ("step 6", "step 6", "step 24")] == [1, 0, 1]
 
 
 def test_check_environment_names_what_is_missing(checkout: Path) -> None:
@@ -200,12 +329,26 @@ def test_run_tests_runs_every_step_and_fails_if_one_did(checkout: Path) -> None:
 
 
 def test_continuous_integration_gives_the_data_and_refuses_an_empty_run(checkout: Path) -> None:
-    body = 'case "$*" in -m\\ pytest*) echo "data: $RECFORMER_REAL_DATA."; exit 5 ;; esac'
+    body = """case "$*" in
+    -m\\ pytest*) echo "data: $RECFORMER_REAL_DATA."; exit $TESTS ;;
+    scripts/fresh_machine.py) echo "a fresh machine"; exit $FRESH ;;
+esac"""
     python = str(stand_in(checkout, body))
-    result = bash("bash .ci/run", checkout, PYTHON=python)
+
+    def run(tests: int, fresh: int) -> subprocess.CompletedProcess[str]:
+        codes = {"TESTS": str(tests), "FRESH": str(fresh)}
+        return bash("bash .ci/run", checkout, PYTHON=python, **codes)
+
+    result = run(5, 0)
     assert result.returncode == 5
     assert "data: .\n" in result.stdout
     assert "pytest collected no test" in result.stderr
     data = checkout.parent / "shared" / "data"
     data.mkdir(parents=True)
-    assert f"data: {data}.\n" in bash("bash .ci/run", checkout, PYTHON=python).stdout
+    result = run(0, 0)
+    assert result.returncode == 0
+    assert f"data: {data}.\n" in result.stdout
+    # The second check runs whatever the first one said, and either fails all.
+    for tests, fresh, status in ((1, 0, 1), (0, 1, 1), (4, 1, 4)):
+        result = run(tests, fresh)
+        assert (result.returncode, "a fresh machine" in result.stdout) == (status, True)

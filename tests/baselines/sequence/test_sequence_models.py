@@ -312,7 +312,7 @@ def test_negatives_of_a_large_catalogue_are_read_alone(monkeypatch, all_items):
 
 @pytest.mark.parametrize("per_candidate", [0, 1000])
 def test_candidate_scores_and_gradients_either_way(monkeypatch, per_candidate):
-    import recformer.losses as losses
+    import recformer.models.losses as losses
 
     monkeypatch.setattr(losses, "ITEMS_PER_CANDIDATE", per_candidate)
     monkeypatch.setattr(losses, "CANDIDATE_ELEMENTS", 40)  # several chunks

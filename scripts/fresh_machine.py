@@ -1,0 +1,514 @@
+"""Run what the README says, as it stands there, on a machine that has only Python and pip.
+
+    python scripts/fresh_machine.py [--keep FOLDER] [--show]
+
+HEAD is cloned into an empty folder; a new virtual environment with pip alone stands for the
+machine's Python; the home folder is empty; of the environment's variables only those remain that
+say how to reach package registries. There every block of commands of the README runs, in order, in
+one session; then the wheel is built, installed into a second such environment, and does the main
+job in a folder without the checkout. Nothing but packages is downloaded: models of the hub are
+replaced by tiny random ones of the same names in the hub's cache. The first step that fails ends
+all with exit status 1, its name and its last lines.
+
+A comment before a block says how it is run, and none of it shows on the page:
+
+    <!-- fresh machine: shop, minilm; prints NDCG@10 -->     made beforehand (see FIXTURES); a word
+                                                             that the block must print
+    <!-- fresh machine: not run, needs four GPUs -->         not run, and why
+
+Blocks of bash and Python need such a comment; any other block is no command. The Python blocks of a
+section are one program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MINUTES = 15  # what all of it may take on two cores that do nothing else
+STEP_SECONDS = 1800  # a step that hangs is ended
+LAST_LINES = 40
+
+# What a stranger's machine may say too: where packages come from, how to get through a proxy, whose
+# certificates hold, and how many threads this process may have.
+KEPT = re.compile(
+    r"PIP_.*|(http|https|no|all)_proxy|SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE"
+    r"|OMP_NUM_THREADS|TERM|TMPDIR|LANG",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a page: commands, a program, or something to read.
+
+    Attributes:
+        line: where its fence stands, from 1.
+        section: the heading above it.
+        language: `bash`, `python`, or another word for what is no command.
+        text: what stands between the fences.
+        fixtures: names of what must be there beforehand.
+        prints: a word of its output; None for any output.
+        not_run: why it does not run here; None if it does.
+    """
+
+    line: int
+    section: str
+    language: str
+    text: str
+    fixtures: tuple[str, ...] = ()
+    prints: str | None = None
+    not_run: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The line and the first command that is neither a comment nor an import."""
+        lines = [line.strip() for line in self.text.splitlines()]
+        telling = [x for x in lines if x and not x.startswith(("#", "import ", "from "))]
+        return f"line {self.line}: {(telling or lines)[0].split('  #')[0].strip()[:60]}"
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page, in order.
+
+    Raises:
+        ValueError: a block of bash or Python without a comment that says how it runs, a comment
+            without a block, an unknown fixture, or a block without a language.
+    """
+    found: list[Block] = []
+    section = ""
+    comment: str | None = None
+    fence: tuple[int, str, list[str]] | None = None
+    for number, line in enumerate(page.splitlines(), 1):
+        if fence is not None:
+            if line.strip() == "```":
+                start, language, lines = fence
+                found.append(_block(start, section, language, "\n".join(lines) + "\n", comment))
+                fence = comment = None
+            else:
+                fence[2].append(line)
+        elif opened := re.fullmatch(r"```(\w*)", line):
+            fence = (number, opened[1], [])
+        elif said := re.fullmatch(r"<!-- fresh machine: (.+) -->", line):
+            comment = said[1]
+        elif comment is not None and line.strip():
+            raise ValueError(f"line {number}: a comment for a block, and no block behind it")
+        elif line.startswith("#"):
+            section = line.lstrip("# ")
+    if fence is not None or comment is not None:
+        raise ValueError("the page ends within a block")
+    return found
+
+
+def _block(line: int, section: str, language: str, text: str, comment: str | None) -> Block:
+    if language not in ("bash", "python"):
+        if not language or comment:
+            raise ValueError(f"line {line}: a block that is no command says so: ```text")
+        return Block(line, section, language, text, not_run="no command")
+    if comment is None:
+        raise ValueError(f"line {line}: nothing says whether this block runs on a fresh machine")
+    if skipped := re.fullmatch(r"not run, (.+)", comment):
+        return Block(line, section, language, text, not_run=skipped[1])
+    names, _, prints = comment.partition("; prints ")
+    fixtures = tuple(name.strip() for name in names.split(",") if name.strip() != "as it is")
+    if unknown := sorted(set(fixtures) - set(FIXTURES)):
+        raise ValueError(f"line {line}: no fixture is called {', '.join(unknown)}")
+    return Block(line, section, language, text, fixtures, prints or None)
+
+
+def programs(found: Sequence[Block]) -> list[tuple[Block, str]]:
+    """The blocks that run, and what runs: Python behind the Python of its section before it."""
+    before: dict[str, str] = {}
+    ready = []
+    for block in found:
+        if block.not_run:
+            continue
+        text = block.text
+        if block.language == "python":
+            text = before[block.section] = before.get(block.section, "") + text
+        ready.append((block, text))
+    return ready
+
+
+# What a stranger has, or would have downloaded. --------------------------------------------------
+
+
+Run = Callable[..., None]  # a Python program and its arguments, with the clone's packages
+
+
+def shop(folder: Path, _: Run) -> None:
+    """`purchases.csv` and `products.csv`: 80 customers who each like one kind of four."""
+    kinds = {"tent": "Camping", "lamp": "Lighting", "pan": "Kitchen", "rope": "Climbing"}
+    makers, colours = ("Acme", "Borex", "Cirrus"), ("red", "green", "blue", "black", "white")
+    rows = [
+        f"{kind}-{n},{colours[n % 5]} {kind} number {n},{makers[n % 3]},{category}"
+        for kind, category in kinds.items()
+        for n in range(12)
+    ]
+    (folder / "products.csv").write_text("item_id,title,brand,category\n" + "\n".join(rows) + "\n")
+    names = list(kinds)
+    log = [
+        f"customer-{user},{names[user % 4]}-{(5 * user + step) % 12},{1_600_000_000 + 3600 * step}"
+        for user in range(80)
+        for step in range(7)
+    ]
+    (folder / "purchases.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(log) + "\n")
+
+
+MAKE_MINILM = """
+import sys
+from pathlib import Path
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+torch.manual_seed(0)
+words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+letters = "abcdefghijklmnopqrstuvwxyz0123456789.,-&'"
+words += [*letters, *("##" + letter for letter in letters)]
+words += "tent lamp pan rope red green blue black white number title brand category".split()
+words += "acme borex cirrus camping lighting kitchen climbing".split()
+backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+backend.post_processor = processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+)
+snapshot = Path(sys.argv[1])
+PreTrainedTokenizerFast(
+    tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+    sep_token="[SEP]", mask_token="[MASK]", model_max_length=512,
+).save_pretrained(snapshot)
+config = BertConfig(
+    vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=64, max_position_embeddings=512, initializer_range=0.2,
+)
+BertModel(config).save_pretrained(snapshot)
+"""
+
+MAKE_LONGFORMER = """
+import sys
+from transformers import LongformerConfig
+
+LongformerConfig(
+    vocab_size=500, hidden_size=24, num_hidden_layers=12, num_attention_heads=2,
+    intermediate_size=48, max_position_embeddings=4098, attention_window=[512] * 12,
+    pad_token_id=1, bos_token_id=0, eos_token_id=2, sep_token_id=2, type_vocab_size=1,
+).save_pretrained(sys.argv[1])
+"""
+
+MAKE_RELEASED = """
+import torch
+from recformer import (
+    RecformerConfig, RecformerForPretraining, RecformerForSeqRec, RecformerModel
+)
+
+config = RecformerConfig.from_pretrained("allenai/longformer-base-4096")
+config.max_attr_num, config.max_attr_length, config.max_item_embeddings = 3, 32, 51
+config.max_token_num, config.attention_window = 1024, [64] * 12
+torch.save(RecformerModel(config).state_dict(), "recformer_ckpt.bin")
+head = {
+    name: value for name, value in RecformerForPretraining(config).state_dict().items()
+    if name.startswith("lm_head.")
+}
+torch.save(RecformerForSeqRec(config).state_dict() | head, "recformer_seqrec_ckpt.bin")
+"""
+
+
+def hub_model(name: str, program: str) -> Callable[[Path, Run], None]:
+    """A fixture that puts a model into the hub's cache, as if it had been downloaded."""
+
+    def make(folder: Path, run: Run) -> None:
+        cache = folder.parent / "home" / ".cache" / "huggingface" / "hub"
+        model = cache / f"models--{name.replace('/', '--')}"
+        snapshot = model / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / "main").write_text("0" * 40)
+        run(program, str(snapshot))
+
+    return make
+
+
+def pretraining(folder: Path, _: Run) -> None:
+    """`pretrain_data/` filled, from the quickstart's sample."""
+    for path in (folder / "quickstart_run" / "pretrain_data").glob("*.json"):
+        shutil.copy(path, folder / "pretrain_data" / path.name)
+
+
+def released(_: Path, run: Run) -> None:
+    """Files as the paper's authors published them, of a tiny model."""
+    run(MAKE_RELEASED)
+
+
+FIXTURES: Mapping[str, Callable[[Path, Run], None]] = {
+    "shop": shop,
+    "minilm": hub_model("sentence-transformers/all-MiniLM-L6-v2", MAKE_MINILM),
+    "longformer": hub_model("allenai/longformer-base-4096", MAKE_LONGFORMER),
+    "pretraining": pretraining,
+    "released": released,
+}
+
+
+# The machine. ------------------------------------------------------------------------------------
+
+
+class StepFailed(Exception):
+    """A step ended with another exit status than 0, or did not print what it should."""
+
+
+@dataclass
+class Machine:
+    """An empty folder with an interpreter, a home and a session of a shell.
+
+    Attributes:
+        folder: holds `home`, `python` (the bare environment), logs of the steps, and the session.
+        show: print what the steps print.
+        seconds: how long each step took, by name, and how much of a core's time.
+    """
+
+    folder: Path
+    show: bool = False
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that the first step sees."""
+        kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
+        own_pip = next((path for path in _pip_configurations() if path.is_file()), None)
+        if own_pip and "PIP_CONFIG_FILE" not in kept:
+            kept["PIP_CONFIG_FILE"] = str(own_pip)
+        # What was downloaded once is kept for the next time, not what was installed.
+        kept.setdefault("PIP_CACHE_DIR", str(Path.home() / ".cache" / "pip"))
+        path = os.pathsep.join([str(self.folder / "python" / "bin"), *_system_folders()])
+        return kept | {
+            "HOME": str(self.folder / "home"),
+            "PATH": path,
+            "HF_HUB_OFFLINE": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }
+
+    def bare_python(self, name: str) -> Path:
+        """A new virtual environment with pip alone, as the machine's Python."""
+        place = self.folder / name
+        base = getattr(sys, "_base_executable", None) or sys.executable
+        subprocess.run([base, "-m", "venv", str(place)], check=True)
+        return place / "bin" / "python"
+
+    def new_session(self, cwd: Path) -> None:
+        """Forget the variables and start in a folder, as a new terminal does."""
+        self._session.write_text(f"cd {shlex.quote(str(cwd))}\n")
+
+    @property
+    def _session(self) -> Path:
+        return self.folder / "session.sh"
+
+    def step(self, name: str, command: str, *, prints: str | None = None) -> None:
+        """Run lines of bash in the session and note the seconds.
+
+        Args:
+            command: stops at its first failure. Exported variables and the folder are carried on.
+            prints: what its output must contain.
+
+        Raises:
+            StepFailed: the message ends with the last lines of its output.
+        """
+        script = self.folder / "step.sh"
+        session = shlex.quote(str(self._session))
+        script.write_text(
+            f"set -eo pipefail\nsource {session}\n{command}\n"
+            f"{{ export -p; echo 'cd -- \"$PWD\"'; }} >{session}\n"
+        )
+        log = self.folder / f"{len(self.seconds) + 1:02d}.log"
+        begun, used = time.monotonic(), _core_seconds()
+        print(f"{time.strftime('%H:%M:%S')}  {name} …", flush=True)
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                ["bash", str(script)], cwd=self.folder, env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                status: int | str = process.wait(STEP_SECONDS)
+            except subprocess.TimeoutExpired:
+                status = f"none after {STEP_SECONDS} s"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        self.seconds[name] = (time.monotonic() - begun, _core_seconds() - used)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        lines = [line.split("\r")[-1] for line in text.splitlines()]
+        if self.show:
+            print("\n".join(f"    | {line}" for line in lines), flush=True)
+        if status != 0:
+            reason = f"exit status {status}"
+        elif prints is not None and prints not in text:
+            reason = f"it did not print {prints!r}"
+        else:
+            print(f"{'':8}  {self.seconds[name][0]:.1f} s", flush=True)
+            return
+        tail = "\n".join(f"    | {line}" for line in lines[-LAST_LINES:])
+        raise StepFailed(f"{name}: {reason}; its last lines:\n{tail}")
+
+
+def _core_seconds() -> float:
+    """Time of cores that ended children have used."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _pip_configurations() -> list[Path]:
+    return [Path.home() / ".config" / "pip" / "pip.conf", Path.home() / ".pip" / "pip.conf"]
+
+
+def _system_folders() -> list[str]:
+    """Folders of programs that come with the system: git, bash and the like, not our own."""
+    return [
+        f for f in ("/usr/local/bin", "/usr/bin", "/bin", "/opt/homebrew/bin") if Path(f).is_dir()
+    ]
+
+
+# What is run. ------------------------------------------------------------------------------------
+
+
+def readme(machine: Machine, clone: Path) -> None:
+    """Every block of the clone's README, in one session."""
+    machine.new_session(clone)
+    made: set[str] = set()
+
+    def with_packages(program: str, *arguments: str) -> None:
+        python = clone / ".venv" / "bin" / "python"
+        environment = machine.environment | {"PYTHONPATH": str(clone)}
+        subprocess.run([python, "-c", program, *arguments], cwd=clone, env=environment, check=True)
+
+    for block, text in programs(blocks((clone / "README.md").read_text(encoding="utf-8"))):
+        for name in block.fixtures:
+            if name not in made:
+                FIXTURES[name](clone, with_packages)
+                made.add(name)
+        command = text
+        if block.language == "python":
+            program = machine.folder / f"line_{block.line}.py"
+            program.write_text(text)
+            command = f"python {shlex.quote(str(program))}"
+        machine.step(f"README, {block.name}", command, prints=block.prints)
+
+
+WHEEL = """
+python3 -m pip wheel --quiet --no-deps --wheel-dir {dist} {clone}
+"""
+
+INSTALL = """
+PATH={python}:$PATH
+python -m pip install --quiet -c {clone}/constraints.txt {dist}/recformer-*.whl
+"""
+
+MAIN_JOB = {
+    "recformer --help": ("recformer --help", "finetune"),
+    "version": ("python -c 'import recformer; print(recformer.__version__)'", "."),
+    "recformer process": (
+        "recformer process --file_path purchases.csv --meta_file_path products.csv "
+        "--output_path shop",
+        "80 users, 48 items",
+    ),
+    "recformer audit": ("recformer audit shop", None),
+    "recformer tokenizer": (
+        "recformer tokenizer --meta_file shop/meta_data.json --vocab_size 400 --output_dir words",
+        None,
+    ),
+    "recformer finetune": (
+        "recformer finetune --data_path shop --tokenizer_name words --from_scratch "
+        "--config_overrides hidden_size=32,num_hidden_layers=2,num_attention_heads=2,"
+        "intermediate_size=64,initializer_range=0.05 --pooler_type avg --max_token_num 96 "
+        "--num_train_epochs 2 --batch_size 32 --gradient_accumulation_steps 1 "
+        "--finetune_negative_sample_size -1 --output_dir runs/recformer",
+        "NDCG@10",
+    ),
+    "recformer baseline": (
+        "recformer baseline --model popularity --data_path shop --output_dir runs/popularity",
+        "NDCG@10",
+    ),
+    "recformer leaderboard": ("recformer leaderboard runs", "popularity"),
+    "recformer recommend": (
+        """echo '{"user": "ann", "items": ["tent-4", "tent-5"]}' >histories.jsonl\n"""
+        "recformer recommend --model runs/recformer/best_model --histories histories.jsonl "
+        "--filter_seen",
+        "ann",
+    ),
+}
+
+
+def installed(machine: Machine, clone: Path) -> None:
+    """Build the wheel, install it elsewhere, and do the main job with the installed command."""
+    dist, place = machine.folder / "dist", machine.folder / "elsewhere"
+    place.mkdir()
+    shop(place, lambda *_: None)
+    words = {"dist": shlex.quote(str(dist)), "clone": shlex.quote(str(clone))}
+    machine.new_session(place)
+    machine.step("wheel: build", WHEEL.format(**words))
+    python = machine.bare_python("second_python")
+    words["python"] = shlex.quote(str(python.parent))
+    machine.step("wheel: install", INSTALL.format(**words))
+    shutil.move(clone, clone.with_name("out_of_reach"))
+    for name, (command, prints) in MAIN_JOB.items():
+        machine.step(f"wheel: {name}", command, prints=prints)
+
+
+def run(folder: Path, *, show: bool) -> int:
+    """All steps in an empty folder; the exit status."""
+    machine = Machine(folder, show)
+    (folder / "home").mkdir()
+    machine.bare_python("python")
+    clone = folder / "recformer"
+    begun = time.monotonic()
+    failure = None
+    try:
+        source = shlex.quote(str(ROOT))
+        machine.new_session(folder)
+        machine.step("clone", f"git clone --quiet {source} {shlex.quote(str(clone))}")
+        readme(machine, clone)
+        if "[project.scripts]" in (clone / "pyproject.toml").read_text(encoding="utf-8"):
+            installed(machine, clone)
+    except StepFailed as failed:
+        failure = failed
+    minutes = (time.monotonic() - begun) / 60
+    print(f"\nseconds   of cores  step ({os.cpu_count()} cores, Python {sys.version.split()[0]})")
+    for name, (seconds, cores) in machine.seconds.items():
+        print(f"{seconds:7.1f}  {cores:9.1f}  {name}")
+    print(f"{60 * minutes:7.1f}  {'':9}  all: {minutes:.1f} minutes")
+    if minutes > MINUTES:
+        print(f"warning: more than the {MINUTES} minutes that two idle cores should need")
+    if failure is not None:
+        print(f"\nFAILED: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--keep", type=Path, help="work in this new folder and leave it there")
+    parser.add_argument("--show", action="store_true", help="print what the commands print")
+    args = parser.parse_args()
+    if args.keep:
+        args.keep.mkdir(parents=True)
+        return run(args.keep.resolve(), show=args.show)
+    with tempfile.TemporaryDirectory(prefix="fresh machine ") as folder:
+        return run(Path(folder).resolve(), show=args.show)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
