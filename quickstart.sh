@@ -58,7 +58,9 @@ for line in popularity text_neighbours; do
 done
 
 echo "== test users of $SAMPLE_TARGET, every item ranked"
-"$PYTHON" scripts/quickstart_report.py --recformer "$OUTPUT_DIR/recformer" \
-    --untrained "$OUTPUT_DIR/untrained" \
-    --lines "popularity=$OUTPUT_DIR/popularity" "TF-IDF neighbours=$OUTPUT_DIR/text_neighbours"
+"$PYTHON" -m recformer compare --against "Recformer, finetuned" --output_dir "$OUTPUT_DIR" \
+    "popularity=$OUTPUT_DIR/popularity" "TF-IDF neighbours=$OUTPUT_DIR/text_neighbours" \
+    "Recformer, random weights=$OUTPUT_DIR/untrained" \
+    "Recformer, pretrained=$OUTPUT_DIR/recformer:zero_shot" \
+    "Recformer, finetuned=$OUTPUT_DIR/recformer"
 echo "The best model is in $OUTPUT_DIR/recformer/best_model, its curves in $OUTPUT_DIR/recformer/curves.png."

@@ -1,4 +1,10 @@
-"""recformer compare: paired tests of two or more runs."""
+"""Runs against each other, user by user: intervals, paired tests, a table and a picture.
+
+A RUN is the output folder of `recformer finetune` or `recformer baseline`, with an evaluation of it
+after a colon where it is not the last one (`result:zero_shot`), and a name before an equals sign
+(`before=result:zero_shot`). Runs on different splits, users, tie rules or `filter_seen` are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +19,25 @@ from recformer.evaluation.statistics import LEVEL
 from recformer.files import UserError, atomic_write, write_json
 
 
+def verdict(pair: dict[str, Any], metric: str) -> str:
+    """What a paired difference allows to say, in one sentence."""
+    one, other = pair["runs"]
+    if pair["p_holm"] + LEVEL >= 1:
+        said = f"{one} and {other} cannot be told apart on this many users"
+    else:
+        said = f"{one} {'beats' if pair['difference'] > 0 else 'falls behind'} {other}"
+    interval = f"[{pair['low']:+.4f}, {pair['high']:+.4f}]"
+    return f"{said}: {pair['difference']:+.4f} {metric} {interval}, p {pair['p_holm']:.4f}"
+
+
 def markdown(
-    rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metric: str, run: RankedRun
+    rows: list[dict[str, Any]],
+    pairs: list[dict[str, Any]],
+    metric: str,
+    run: RankedRun,
+    sentences: bool = False,
 ) -> str:
-    """Both tables, under the rules that all runs share with `run`."""
+    """Both tables, under the rules that all runs share with `run`; or pairs as sentences."""
     metrics = [name for name in rows[0] if name != "name"]
     rule, users = run.rule, len(run.user_ids)
     seen = "filtered" if rule["filter_seen"] else "kept"
@@ -32,6 +53,8 @@ def markdown(
         ]
         lines.append(f"|{row['name']}|" + "|".join(cells) + "|")
     lines += ["", f"Paired differences in {metric}; permutation test, p corrected by Holm", ""]
+    if sentences:
+        return "\n".join([*lines, *(f"- {verdict(pair, metric)}" for pair in pairs)]) + "\n"
     lines += ["|pair|difference|95 % interval|p|corrected|", "|---|---|---|---|---|"]
     for pair in pairs:
         one, other = pair["runs"]
@@ -69,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER[:EVALUATION]")
     parser.add_argument("--metric", default="NDCG@10", help="of the paired test (NDCG@10)")
+    parser.add_argument(
+        "--against", metavar="NAME", help="pair every run with this one alone (default: all pairs)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutations")
     parser.add_argument(
         "--output_dir", type=Path, help="writes comparison.md, comparison.json and comparison.png"
@@ -77,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(args.runs) < 2:
         raise UserError(f"{len(args.runs)} run given, two or more can be compared")
     runs = [RankedRun.load(text) for text in args.runs]
-    rows, pairs = compare(runs, args.metric, args.seed)
-    text = markdown(rows, pairs, args.metric, runs[0])
+    rows, pairs = compare(runs, args.metric, args.seed, args.against)
+    text = markdown(rows, pairs, args.metric, runs[0], sentences=args.against is not None)
     print(text, end="")
     if args.output_dir is not None:
         with atomic_write(args.output_dir / "comparison.md") as handle:

@@ -1,16 +1,8 @@
-"""Runs against each other, user by user: intervals, paired tests, a table and a picture.
-
-`recformer compare RUN RUN [RUN ...] --output_dir DIR`
-
-A RUN is the output folder of `recformer.finetune` or `python -m baselines`, with an evaluation of
-it after a colon where it is not the last one (`result:zero_shot`), and a name before an equals sign
-(`before=result:zero_shot`). Runs on different splits, users, tie rules or `filter_seen` are
-refused.
-"""
+"""Runs against each other, user by user: intervals and paired tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -25,7 +17,10 @@ METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
 
 
 def compare(
-    runs: Sequence[RankedRun], metric: str = "NDCG@10", seed: int = 0
+    runs: Sequence[RankedRun],
+    metric: str = "NDCG@10",
+    seed: int = 0,
+    against: str | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Figures of each run and differences of each pair.
 
@@ -33,6 +28,7 @@ def compare(
         runs: two or more.
         metric: what pairs are tested on.
         seed: of bootstrap and permutations.
+        against: name of the run that every other one is paired with; None: all pairs.
 
     Returns:
         A row a run: `name` and, by metric, `value`, `low`, `high` (95 % bootstrap over users). And
@@ -40,7 +36,7 @@ def compare(
         `p` (paired permutation test) and `p_holm` (corrected for the number of pairs).
 
     Raises:
-        UserError: runs that cannot be compared, or an unknown metric.
+        UserError: runs that cannot be compared, an unknown metric, or no run named `against`.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -67,7 +63,13 @@ def compare(
             row[each] = {"value": float(figures[each].mean()), "low": low, "high": high}
         rows.append(row)
     pairs: list[dict[str, Any]] = []
-    for one, other in combinations(range(len(runs)), 2):
+    places: Iterable[tuple[int, int]] = combinations(range(len(runs)), 2)
+    if against is not None:
+        if against not in names:
+            raise UserError(f"--against {against}: expected one of {', '.join(names)}")
+        chosen = names.index(against)
+        places = [(chosen, place) for place in range(len(runs)) if place != chosen]
+    for one, other in places:
         difference = values[one][metric] - values[other][metric]
         low, high = bootstrap_interval(difference, seed)
         pairs.append(

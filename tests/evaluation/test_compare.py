@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from recformer.commands.compare import main
+from recformer.commands.compare import main, verdict
 from recformer.evaluation.compare import RankedRun, compare
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.ranks import TargetRanks
@@ -143,3 +143,31 @@ def test_from_folders_to_table_and_picture(tmp_path, capsys):
         main([str(tmp_path / "run")])
     with pytest.raises(FileNotFoundError, match="metrics.json"):
         main([str(tmp_path / "none"), str(tmp_path / "run")])
+
+
+def test_against_one_run_pairs_every_other_with_it():
+    draw = np.random.default_rng(3)
+    base = draw.integers(0, 50, 400)
+    better = np.maximum(base - 3, 0)
+    runs = [ranked("a", base), ranked("b", better), ranked("c", base[::-1].copy())]
+    _, all_pairs = compare(runs, "Recall@10")
+    _, pairs = compare(runs, "Recall@10", against="b")
+    assert [pair["runs"] for pair in pairs] == [["b", "a"], ["b", "c"]]
+    assert pairs[0]["difference"] == -all_pairs[0]["difference"] > 0
+    with pytest.raises(UserError, match="--against d: expected one of a, b, c"):
+        compare(runs, against="d")
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "expected"),
+    [
+        (0.1, 0.01, "a beats b: +0.1000 MRR [-0.1000, +0.3000], p 0.0100"),
+        (-0.1, 0.01, "a falls behind b: -0.1000 MRR [-0.3000, +0.1000], p 0.0100"),
+        (0.1, 0.05, "a and b cannot be told apart on this many users: "
+         "+0.1000 MRR [-0.1000, +0.3000], p 0.0500"),
+    ],
+)  # fmt: skip
+def test_a_verdict_claims_only_what_the_numbers_show(difference, p, expected):
+    pair = {"runs": ["a", "b"], "difference": difference, "p_holm": p}
+    pair |= {"low": difference - 0.2, "high": difference + 0.2}
+    assert verdict(pair, "MRR") == expected
