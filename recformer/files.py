@@ -7,13 +7,24 @@ and never destroys the one that was there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+# Names of this process's own open files; the first group or the second says which.
+DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/(?:(stdout|stderr)|fd/(\d+))")
+# Errors of writing that do not say to which file.
+NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+# How numpy says that a file could not be written to its end.
+NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")
 
 
 class UserError(ValueError):
@@ -24,9 +35,63 @@ class UserError(ValueError):
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file beside `path` for writing; rename it to `path` when the block ends without error.
 
-    On any error the partial file is removed and whatever stood at `path` stays untouched.
+    On any error the partial file is removed and whatever stood at `path` stays untouched. A
+    symbolic link stays, and the file that it names is replaced. What is no file (a pipe, a device,
+    `/dev/stdout`) is written to as it is.
+
+    Raises:
+        OSError: names `path`, whatever of the writing failed.
     """
-    path = Path(path)
+    with _naming(path):
+        if not _is_plain(path):
+            with _open_as_it_is(path, mode) as handle:
+                yield handle
+            return
+        with _written_beside(Path(os.path.realpath(path)), mode) as handle:
+            yield handle
+
+
+@contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """Give the name of the file to an error of writing, which has none: full disk, closed pipe."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # Torch's zip writer raises a RuntimeError of its own behind the system's error.
+        for cause in (error, error.__context__):
+            if isinstance(cause, OSError) and cause.errno in NAMELESS and cause.filename is None:
+                raise OSError(cause.errno, cause.strerror, os.fspath(path)) from error
+        if isinstance(error, OSError) and NUMPY_CUT.fullmatch(str(error)):
+            raise OSError(f"{path} was not written whole: {error}; is the disk full?") from None
+        raise
+
+
+def _is_plain(path: str | os.PathLike) -> bool:
+    """Whether there is a file, or nothing yet, where `path` leads."""
+    if DESCRIPTOR.fullmatch(os.fspath(path)):
+        return False
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return True  # what is wrong with it, opening will tell
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def _open_as_it_is(path: str | os.PathLike, mode: str) -> IO[Any]:
+    """A pipe or device opened, or a descriptor of this process under its name in `/dev`.
+
+    A descriptor keeps its place: opened by name, a file behind it would be emptied.
+    """
+    name = DESCRIPTOR.fullmatch(os.fspath(path))
+    sys.stdout.flush()  # what was printed before comes first
+    encoding = None if "b" in mode else "utf-8"
+    numbers = {"stdout": 1, "stderr": 2}
+    target = path if name is None else os.dup(numbers.get(name[1]) or int(name[2]))
+    return open(target, mode, encoding=encoding)
+
+
+@contextmanager
+def _written_beside(path: Path, mode: str) -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     encoding = None if "b" in mode else "utf-8"

@@ -1,0 +1,103 @@
+"""Files appear whole or not at all; what is no file is written to; errors say which file."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recformer.files import atomic_write
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    with atomic_write(pipe) as handle:
+        handle.write("one\ntwo\n")
+    reader.join(timeout=20)
+    assert got == ["one\ntwo\n"]
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_stays_and_its_file_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    real, link = tmp_path / "there" / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    with atomic_write(link) as handle:
+        handle.write("new")
+        handle.flush()
+        assert real.read_text() == "old"
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    with suppress(KeyError), atomic_write(link) as handle:
+        handle.write("half")
+        raise KeyError
+    assert real.read_text() == "new"
+    (tmp_path / "dangling").symlink_to(tmp_path / "later" / "file")
+    with atomic_write(tmp_path / "dangling") as handle:
+        handle.write("made")
+    assert (tmp_path / "later" / "file").read_text() == "made"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(
+        ["there", "real", "link", "dangling", "later", "file"]
+    )
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_standard_output_by_name_keeps_its_place(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    print("before")
+    with atomic_write(name) as handle:
+        handle.write("within\n")
+    print("behind")
+    assert capfd.readouterr().out == "before\nwithin\nbehind\n"
+
+
+def test_a_device_stays_and_a_full_one_is_named() -> None:
+    with atomic_write("/dev/null") as handle:
+        handle.write("gone")
+    assert Path("/dev/null").is_char_device()
+    with (
+        pytest.raises(OSError, match="No space left on device: '/dev/full'"),
+        atomic_write("/dev/full") as handle,
+    ):
+        handle.write("x" * 100_000)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 100 kB; the error is as unnamed as that of a full disk."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("how", ["write", "numpy", "torch"])
+def test_a_full_disk_names_the_file(tmp_path: Path, small_disk: None, how: str) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(b"old")
+    write = {
+        "write": lambda handle: handle.write(bytes(1_000_000)),
+        "numpy": lambda handle: np.save(handle, np.zeros(1_000_000)),
+        "torch": lambda handle: torch.save({"a": torch.zeros(1_000_000)}, handle),
+    }[how]
+    with pytest.raises(OSError, match=str(path)) as raised, atomic_write(path, "wb") as handle:
+        write(handle)
+    assert "too large" in str(raised.value) or "disk full" in str(raised.value)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
