@@ -38,27 +38,39 @@ class _UserSide:
     """What a block of users brings to every chunk of items.
 
     The length of a user's vector does not change the order of items, so users are of length 1 here
-    and one error bound serves them all.
+    and one error bound serves them all; additions to dot products are divided by it.
     """
 
     vectors: torch.Tensor  # (B, H) float64, of length 1
     vectors32: torch.Tensor  # the same in float32
-    target_scores: torch.Tensor  # (B,) float64
+    lengths: torch.Tensor  # (B,) float64, by which additions are divided; 1 with cosine
+    target_scores: torch.Tensor  # (B,) float64, with the target's addition
     scale: torch.Tensor  # (B,) float64, norm of the target's vector; 1 with cosine
     cosine: bool
 
     @classmethod
     def of(
-        cls, users: torch.Tensor, items: Vectors, targets: NDArray, first: int, cosine: bool
+        cls,
+        users: torch.Tensor,
+        items: Vectors,
+        targets: NDArray,
+        terms: NDArray,
+        first: int,
+        cosine: bool,
     ) -> _UserSide:
-        vectors, _ = _of_length_one(users, first)
+        """`terms` (B,) are added to the scores of the targets; `first` as in `_of_length_one`."""
+        vectors, lengths = _of_length_one(users, first)
+        if cosine:
+            lengths = torch.ones_like(lengths)
         target_vectors = _read(items, targets, users.device)
         _checked_norms(target_vectors, "target's item", first)
         scale = _ordered_norm(target_vectors.double())
+        added = torch.from_numpy(terms).to(users.device) / lengths
         return cls(
             vectors=vectors,
             vectors32=vectors.float(),
-            target_scores=_pair_scores(vectors, target_vectors, cosine),
+            lengths=lengths,
+            target_scores=_pair_scores(vectors, target_vectors, cosine) + added,
             scale=torch.ones_like(scale) if cosine else scale,
             cosine=cosine,
         )
@@ -69,25 +81,31 @@ def _compare(
     items: torch.Tensor,
     norms: torch.Tensor,
     pairs: tuple[torch.Tensor, torch.Tensor],
+    added: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Items of a chunk above and tied with the target of each user, two int64 (B,).
 
-    items (C, H) float32, norms (C,) float64, pairs (rows, cols) that are not to be compared.
+    items (C, H) float32, norms (C,) float64, pairs (rows, cols) that are not to be compared, added
+    (rows, cols, terms) of other pairs, whose scores have a term more: they are compared apart.
     """
     hidden = items.shape[1]
     tolerance = side.scale * TIE_TOLERANCE  # (B,)
     # no score, of this chunk or of the target, is larger than this; errors are relative to it
     bound = torch.ones_like(side.scale) if side.cosine else side.scale.clamp(min=norms.max())
+    bound = torch.maximum(bound, side.target_scores.abs())  # an addition may be larger
     inverse = 1 / norms.clamp(min=MIN_NORM)
 
     scores = side.vectors32 @ items.T  # (B, C)
     if side.cosine:
         scores *= inverse.float()
-    scores[pairs] = -torch.inf
     reach = tolerance + bound * _rounding(hidden, 2.0**-24)
     higher = scores > (side.target_scores + reach).float()[:, None]  # (B, C)
     undecided = scores >= (side.target_scores - reach).float()[:, None]
     undecided ^= higher
+    apart_rows, apart_cols, terms = added
+    elsewhere = torch.cat([pairs[0], apart_rows]), torch.cat([pairs[1], apart_cols])
+    higher[elsewhere] = False
+    undecided[elsewhere] = False
     above, near = _count(higher), _count(undecided)
     tied = torch.zeros_like(above)
 
@@ -106,10 +124,14 @@ def _compare(
         tied[dense] += _count(close & (apart <= tol - margin))
         undecided[dense] = close & (apart > tol - margin) & (apart <= tol + margin)
 
-    rows, cols = _where(undecided)  # (P,)
+    rows, cols = _where(undecided)
+    terms = torch.cat([terms.new_zeros(len(rows)), terms])  # (P,)
+    rows, cols = torch.cat([rows, apart_rows]), torch.cat([cols, apart_cols])
     step = max(1, PAIR_ELEMENTS // max(hidden, 1))
-    for row, col in zip(rows.split(step), cols.split(step), strict=True):
-        exact = _pair_scores(side.vectors[row], items[col], side.cosine) - side.target_scores[row]
+    for row, col, term in zip(rows.split(step), cols.split(step), terms.split(step), strict=True):
+        exact = _pair_scores(side.vectors[row], items[col], side.cosine)
+        exact += term / side.lengths[row]
+        exact -= side.target_scores[row]
         above.index_add_(0, row, (exact > tolerance[row]).long())
         tied.index_add_(0, row, (exact.abs() <= tolerance[row]).long())
     return above, tied
@@ -153,16 +175,17 @@ def _pair_scores(users: torch.Tensor, items: torch.Tensor, cosine: bool) -> torc
 
 
 def _of_length_one(users: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors (B, H) float64 of length 1, and the lengths (B,) they had.
+    """Vectors (B, H) float64 of length 1, and the lengths (B,) they had, 1 for zero vectors.
 
-    `first` is the row of the first one, for messages.
+    A zero vector stays zero, so that all its items tie. `first` is the row of the first vector, for
+    messages.
     """
     users = users.to(torch.float32)
     _checked_norms(users, "user", first)
     vectors = users.double()
     lengths = _ordered_norm(vectors)
-    tiny = torch.finfo(torch.float64).tiny  # a zero vector stays zero: all its items tie
-    return vectors / lengths.clamp(min=tiny)[:, None], lengths
+    lengths[lengths == 0] = 1
+    return vectors / lengths[:, None], lengths
 
 
 def _ordered_norm(vectors: torch.Tensor) -> torch.Tensor:

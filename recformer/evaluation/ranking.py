@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from recformer.evaluation.additions import Additions, PairTerms
 from recformer.evaluation.exact import (
     PAIR_ELEMENTS,
     TIE_TOLERANCE,
@@ -53,6 +54,7 @@ def rank_by_vectors(
     seen: Pairs | None = None,
     chunk_size: int | None = None,
     cosine: bool = True,
+    additions: Additions | None = None,
 ) -> TargetRanks:
     """Rank each user's target among all items by the similarity of vectors (paper, section 2.2.4).
 
@@ -76,6 +78,10 @@ def rank_by_vectors(
         chunk_size: items a chunk; by default as many as make 8 MB.
         cosine: rank by cosine similarity (vectors need not be normalised; a norm below 1e-8 counts
             as 1e-8); otherwise by the dot product.
+        additions: (rows, items, values): the cosine (or product) of item `items[j]` and the user in
+            row `rows[j]` is raised by `values[j]`, a finite number, before anything is compared.
+            Values of a pair that repeats are summed. These pairs are compared in float64, so the
+            answer stays as exact as without them; the tolerance of a tie does not change.
 
     Raises:
         UserError: wrong shapes, ids out of range, a vector that is not finite, `chunk_size` < 1.
@@ -87,6 +93,9 @@ def rank_by_vectors(
     chunk_size = _checked_chunk_size(chunk_size, users)
     rows, cols, num_candidates = _not_compared(seen, target_ids, num_items)
     by_item = np.argsort(cols, kind="stable")  # the pairs of a chunk become one slice
+    terms = PairTerms.of(additions, num_users, num_items)
+    target_terms = terms.at(np.arange(num_users), target_ids)
+    terms = terms.without(rows, cols).by_item()
     rows, cols = rows[by_item], cols[by_item]
 
     above = torch.zeros(num_users, dtype=torch.int64, device=device)
@@ -94,7 +103,14 @@ def rank_by_vectors(
     blocks = _user_blocks(num_users)
     with _full_float32(device):
         sides = [
-            _UserSide.of(users[block], item_vectors, target_ids[block], block.start, cosine)
+            _UserSide.of(
+                users[block],
+                item_vectors,
+                target_ids[block],
+                target_terms[block],
+                block.start,
+                cosine,
+            )
             for block in blocks
         ]
         for start in range(0, num_items, chunk_size):
@@ -102,9 +118,11 @@ def rank_by_vectors(
             items = _read(item_vectors, slice(start, stop), device)  # (C, H)
             norms = _checked_norms(items, "item", start)
             low, high = np.searchsorted(cols, (start, stop))
+            chunk_terms = terms.of_items(start, stop)
             for block, side in zip(blocks, sides, strict=True):
                 pairs = _pairs_of(block, rows[low:high], cols[low:high] - start, device)
-                more_above, more_tied = _compare(side, items, norms, pairs)
+                added = chunk_terms.of_users(block, start, device)
+                more_above, more_tied = _compare(side, items, norms, pairs, added)
                 above[block] += more_above
                 tied[block] += more_tied
     return TargetRanks(_to_numpy(above), _to_numpy(tied), num_candidates)
@@ -117,12 +135,13 @@ def rank_among_by_vectors(
     targets: ArrayLike,
     candidates: ArrayLike,
     cosine: bool = True,
+    additions: Additions | None = None,
 ) -> TargetRanks:
     """Rank each user's target among a few items of that user's own, by the rules of
     `rank_by_vectors`.
 
     Args:
-        user_vectors, item_vectors, targets, cosine: as in `rank_by_vectors`.
+        user_vectors, item_vectors, targets, cosine, additions: as in `rank_by_vectors`.
         candidates: (B, C) item ids, without the target and without repetition in a row.
 
     Raises:
@@ -131,16 +150,24 @@ def rank_among_by_vectors(
     users = _checked_users(user_vectors, item_vectors)
     target_ids, ids = _checked_candidates(targets, candidates, len(users), item_vectors.shape[0])
     num_candidates = ids.shape[1]
+    terms = PairTerms.of(additions, len(users), item_vectors.shape[0])
+    target_terms = terms.at(np.arange(len(users)), target_ids)
     above = np.zeros(len(users), dtype=np.int64)
     tied = np.zeros_like(above)
     step = max(1, PAIR_ELEMENTS // max(num_candidates * users.shape[1], 1))  # users at a time
     for first in range(0, len(users), step):
         block = slice(first, first + step)
-        side = _UserSide.of(users[block], item_vectors, target_ids[block], first, cosine)
+        side = _UserSide.of(
+            users[block], item_vectors, target_ids[block], target_terms[block], first, cosine
+        )
+        rows = np.arange(len(users))[block].repeat(num_candidates)
+        added = torch.from_numpy(terms.at(rows, ids[block].reshape(-1))).to(users.device)
         items = _read(item_vectors, ids[block].reshape(-1), users.device)  # (P, H)
         _checked_norms(items, "candidate's item", first * num_candidates)
         vectors = side.vectors.repeat_interleave(num_candidates, dim=0)
-        apart = _pair_scores(vectors, items, cosine).reshape(-1, num_candidates)
+        apart = _pair_scores(vectors, items, cosine)
+        apart += added / side.lengths.repeat_interleave(num_candidates)
+        apart = apart.reshape(-1, num_candidates)
         apart -= side.target_scores[:, None]
         tolerance = (side.scale * TIE_TOLERANCE)[:, None]
         above[block] = _to_numpy((apart > tolerance).sum(dim=1))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from recformer.evaluation.additions import Additions, PairTerms
 from recformer.evaluation.exact import (
     MIN_NORM,
     PAIR_ELEMENTS,
@@ -33,6 +34,7 @@ def top_items_by_vectors(
     seen: Pairs | None = None,
     chunk_size: int | None = None,
     cosine: bool = True,
+    additions: Additions | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The k items of highest similarity for each user.
 
@@ -41,7 +43,7 @@ def top_items_by_vectors(
     `rank_by_vectors`, and memory is that of a few chunks.
 
     Args:
-        user_vectors, item_vectors, chunk_size, cosine: as in `rank_by_vectors`.
+        user_vectors, item_vectors, chunk_size, cosine, additions: as in `rank_by_vectors`.
         k: items a user, at least 1.
         seen: (rows, cols): item `cols[j]` is not recommended to the user in row `rows[j]`.
 
@@ -57,38 +59,51 @@ def top_items_by_vectors(
     chunk_size = _checked_chunk_size(chunk_size, users)
     rows, cols = _seen_pairs(seen, num_users, num_items)
     by_item = np.argsort(cols, kind="stable")
+    terms = PairTerms.of(additions, num_users, num_items)
+    offered = terms.without(rows, cols).by_item()
     rows, cols = rows[by_item], cols[by_item]
     best = _Best(num_users, k)
-    lengths = np.ones(num_users)
+    lengths = torch.ones(num_users, dtype=torch.float64, device=device)
     step = max(1, PAIR_ELEMENTS // max(users.shape[1], 1))
+
+    def exact(
+        vectors: torch.Tensor, items: torch.Tensor, row: torch.Tensor, col: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores (P,) of pairs, few at a time."""
+        parts = zip(row.split(step), col.split(step), strict=True)
+        return torch.cat([_pair_scores(vectors[r], items[c], cosine) for r, c in parts])
+
     blocks = _user_blocks(num_users)
     with _full_float32(device):
-        sides = [_of_length_one(users[block], block.start) for block in blocks]
+        sides = []
+        for block in blocks:
+            vectors, length = _of_length_one(users[block], block.start)
+            sides.append(vectors)
+            if not cosine:
+                lengths[block] = length
         for start in range(0, num_items, chunk_size):
             stop = min(start + chunk_size, num_items)
             items = _read(item_vectors, slice(start, stop), device)  # (C, H)
             norms = _checked_norms(items, "item", start)
             low, high = np.searchsorted(cols, (start, stop))
             error = _rounding(items.shape[1], 2.0**-53) * (1.0 if cosine else float(norms.max()))
-            for block, (vectors, length) in zip(blocks, sides, strict=True):
-                if not cosine:
-                    lengths[block] = _to_numpy(length)
+            chunk_terms = offered.of_items(start, stop)
+            for block, vectors in zip(blocks, sides, strict=True):
+                length = lengths[block]
                 scores = vectors @ items.double().T  # (B, C)
                 if cosine:
                     scores /= norms.clamp(min=MIN_NORM)
                 pairs = _pairs_of(block, rows[low:high], cols[low:high] - start, device)
                 scores[pairs] = -torch.inf
+                row, col, term = chunk_terms.of_users(block, start, device)
+                # exact, so that no addition, however large, makes the margin wider
+                scores[row, col] = exact(vectors, items, row, col) + term / length[row]
                 row, col = _may_be_best(scores, k, best.least[block], 4 * error)  # (P,)
-                exact = [
-                    _pair_scores(vectors[r], items[c], cosine)
-                    for r, c in zip(row.split(step), col.split(step), strict=True)
-                ]
-                best.offer(
-                    _to_numpy(row) + block.start,
-                    _to_numpy(col) + start,
-                    _to_numpy(torch.cat(exact)),
-                )
-    return best.items, best.scores * lengths[:, None]
+                users_of, items_of = _to_numpy(row) + block.start, _to_numpy(col) + start
+                term = torch.from_numpy(terms.at(users_of, items_of)).to(device)
+                values = exact(vectors, items, row, col) + term / length[row]
+                best.offer(users_of, items_of, _to_numpy(values))
+    return best.items, best.scores * _to_numpy(lengths)[:, None]
 
 
 def top_items(

@@ -1,0 +1,109 @@
+"""Terms added to the scores of single pairs (user, item), such as a bonus for items of a history.
+
+Shapes: B users, N items, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from recformer.evaluation.ranks import _ids, _same_length, _to_numpy
+from recformer.files import UserError
+
+#: (rows, items, values), each (P,): the score of item `items[j]` for the user in row `rows[j]` is
+#: raised by `values[j]`. Pairs may repeat; their values are summed.
+Additions = tuple[ArrayLike, ArrayLike, ArrayLike]
+
+MAX_ADDITION = 1e37  # as for vectors: beyond it float32 could overflow
+
+
+@dataclass(frozen=True)
+class PairTerms:
+    """Checked `Additions`: each pair once, sorted by user and item.
+
+    Attributes:
+        rows, cols: int64 (P,).
+        values: float64 (P,), the sum of the additions of a pair.
+        num_items: N.
+    """
+
+    rows: NDArray[np.int64]
+    cols: NDArray[np.int64]
+    values: NDArray[np.float64]
+    num_items: int
+
+    @classmethod
+    def of(cls, additions: Additions | None, num_users: int, num_items: int) -> PairTerms:
+        """Check additions and sum those of the same pair, in an order that depends on them alone.
+
+        Raises:
+            UserError: ids out of range, lengths that differ, a value that is not finite.
+        """
+        if additions is None:
+            nothing = np.empty(0, dtype=np.int64)
+            return cls(nothing, nothing, np.empty(0), num_items)
+        rows = _ids(additions[0], "rows of additions", num_users)
+        cols = _ids(additions[1], "items of additions", num_items)
+        values = _float64(additions[2])
+        _same_length("items of additions", len(cols), len(rows))
+        if values.shape != rows.shape:
+            raise UserError(
+                f"values of additions have shape {values.shape}, expected {rows.shape}, one a pair"
+            )
+        bad = (~(np.abs(values) <= MAX_ADDITION)).nonzero()[0]
+        if len(bad):
+            raise UserError(
+                f"the addition to item {cols[bad[0]]} for the user in row {rows[bad[0]]} is "
+                f"{values[bad[0]]}: expected a finite number of at most {MAX_ADDITION:g}"
+            )
+        order = np.lexsort((values, cols, rows))
+        keys, pair = np.unique((rows * num_items + cols)[order], return_inverse=True)
+        sums = np.bincount(pair, weights=values[order], minlength=len(keys))  # one after the other
+        rows, cols = np.divmod(keys, max(num_items, 1))
+        return cls(rows, cols, sums, num_items)
+
+    def at(self, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The terms (Q,) of any pairs (Q,), 0 where there is none."""
+        if not len(self.rows):
+            return np.zeros(len(rows))
+        keys, wanted = self.rows * self.num_items + self.cols, rows * self.num_items + cols
+        places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+        return np.where(keys[places] == wanted, self.values[places], 0.0)
+
+    def without(self, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> PairTerms:
+        """The terms of all pairs but these."""
+        keys, gone = self.rows * self.num_items + self.cols, rows * self.num_items + cols
+        return self._chosen(~np.isin(keys, gone))
+
+    def by_item(self) -> PairTerms:
+        """The same, sorted by item: the pairs of a chunk of items are then one slice."""
+        return self._chosen(np.argsort(self.cols, kind="stable"))
+
+    def of_items(self, start: int, stop: int) -> PairTerms:
+        """The pairs of a range of items; of terms sorted by item."""
+        low, high = np.searchsorted(self.cols, (start, stop))
+        return self._chosen(slice(low, high))
+
+    def of_users(
+        self, users: slice, first_item: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows from the first of `users` on, columns from `first_item` on, values; on `device`."""
+        mine = (self.rows >= users.start) & (self.rows < users.stop)
+        return (
+            torch.from_numpy(self.rows[mine] - users.start).to(device),
+            torch.from_numpy(self.cols[mine] - first_item).to(device),
+            torch.from_numpy(self.values[mine]).to(device),
+        )
+
+    def _chosen(self, which: slice | NDArray) -> PairTerms:
+        return PairTerms(self.rows[which], self.cols[which], self.values[which], self.num_items)
+
+
+def _float64(values: ArrayLike) -> NDArray[np.float64]:
+    if isinstance(values, torch.Tensor):
+        values = _to_numpy(values.double())  # numpy has no bfloat16
+    return np.asarray(values, dtype=np.float64)
