@@ -143,6 +143,19 @@ def programs(found: Sequence[Block]) -> list[tuple[Block, str]]:
     return ready
 
 
+def scripts(page: str) -> list[str]:
+    """Commands in the first column of the page's tables, without their arguments."""
+    found = []
+    for command in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE):
+        words = [word for word in command.split() if not word.isupper()]
+        if words[0].endswith(".sh"):
+            words.insert(0, "bash")
+        elif words[0].endswith(".py"):
+            words.insert(0, "python")
+        found.append(" ".join(words))
+    return found
+
+
 # What a stranger has, or would have downloaded. --------------------------------------------------
 
 
@@ -386,8 +399,9 @@ def _system_folders() -> list[str]:
 
 
 def readme(machine: Machine, clone: Path) -> None:
-    """Every block of the clone's README, in one session."""
+    """Every block of the clone's README, in one session, and `--help` of every command in it."""
     machine.new_session(clone)
+    page = (clone / "README.md").read_text(encoding="utf-8")
     made: set[str] = set()
 
     def with_packages(program: str, *arguments: str) -> None:
@@ -395,7 +409,7 @@ def readme(machine: Machine, clone: Path) -> None:
         environment = machine.environment | {"PYTHONPATH": str(clone)}
         subprocess.run([python, "-c", program, *arguments], cwd=clone, env=environment, check=True)
 
-    for block, text in programs(blocks((clone / "README.md").read_text(encoding="utf-8"))):
+    for block, text in programs(blocks(page)):
         for name in block.fixtures:
             if name not in made:
                 FIXTURES[name](clone, with_packages)
@@ -406,6 +420,10 @@ def readme(machine: Machine, clone: Path) -> None:
             program.write_text(text)
             command = f"python {shlex.quote(str(program))}"
         machine.step(f"README, {block.name}", command, prints=block.prints)
+    if commands := [
+        f"{command} --help >help || {{ cat help; false; }}" for command in scripts(page)
+    ]:
+        machine.step(f"README, --help of {len(commands)} commands", "\n".join(commands))
 
 
 WHEEL = """
@@ -481,8 +499,7 @@ def run(folder: Path, *, show: bool) -> int:
         machine.new_session(folder)
         machine.step("clone", f"git clone --quiet {source} {shlex.quote(str(clone))}")
         readme(machine, clone)
-        if "[project.scripts]" in (clone / "pyproject.toml").read_text(encoding="utf-8"):
-            installed(machine, clone)
+        installed(machine, clone)
     except StepFailed as failed:
         failure = failed
     minutes = (time.monotonic() - begun) / 60

@@ -85,6 +85,16 @@ def test_a_block_that_nobody_classified_is_refused(
         fresh.blocks(page)
 
 
+def test_commands_of_the_table(fresh: ModuleType, repository: Path) -> None:
+    page = "| `a.sh` | does |\n| `b/c.py` | x |\n| `recformer inspect FILE` | y |\ntext `d.sh` |\n"
+    assert fresh.scripts(page) == ["bash a.sh", "python b/c.py", "recformer inspect"]
+    found = fresh.scripts((repository / "README.md").read_text(encoding="utf-8"))
+    assert {"bash finetune.sh", "recformer recommend", "python finetune_data/process.py"} <= {
+        *found
+    }
+    assert len(found) > 15
+
+
 def test_the_readme_is_classified_and_runs_what_it_promises(
     fresh: ModuleType, repository: Path
 ) -> None:
