@@ -232,7 +232,9 @@ def read_config(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UserError(f"{path} is no YAML of flags: nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date of day 99
         raise UserError(f"{path} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no mapping of flags to values")

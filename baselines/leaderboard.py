@@ -27,6 +27,7 @@ from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RULE, RankedRun
 from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
 from recformer.files import UserError, atomic_write, read_json, write_json
+from recformer.pictures import drawable
 
 METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
 
@@ -171,7 +172,7 @@ def draw(groups: Sequence[Sequence[Row]], path: Path, metric: str = METRICS[0]) 
             color = "C7" if row.parameters == 0 else "C0"  # nothing was trained
             axis.plot([low, high], [place, place], color=color)
             axis.plot(value, place, "o", color=color)
-        axis.set_yticks(range(len(group)), [row.run.name for row in group])
+        axis.set_yticks(range(len(group)), drawable([row.run.name for row in group]))
         axis.invert_yaxis()
         axis.set_xlim(left=0)
         axis.grid(axis="x", alpha=0.3)

@@ -117,7 +117,8 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        UserError: the file is empty or is not JSON; the message names file and line.
+        UserError: the file is empty or is not JSON; the message names file and line. Also where a
+            key stands twice in an object: which of the two is meant, nobody knows.
     """
     path = Path(path)
     if not path.is_file():
@@ -126,9 +127,20 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} is empty, expected JSON")
     try:
         with open(path, encoding="utf-8") as handle:
-            return json.load(handle)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return json.load(handle, object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: nested too deep") from None
+    except ValueError as error:  # not JSON, not UTF-8, a number of thousands of digits
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice, which of the two is meant?")
+    return row
 
 
 def sha256_of(*parts: bytes | str) -> str:

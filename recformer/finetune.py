@@ -123,6 +123,13 @@ class Run:
             say(f"{self.folder.num_without_metadata:,} items have no metadata: empty sentences")
         seed_everything(args.seed, verbose=False)
         self.model, self.tokenizer = self._load_model()
+        most = self.model.config.max_attr_num
+        unread = sum(len(item) > most for item in self.folder.items)
+        if unread:
+            say(
+                f"{unread:,} items have more than {most} attributes, of which the first {most} are "
+                f"read (--max_attr_num)"
+            )
         data_path = Path(args.data_path)
         self.store = TokenizedItems.open_or_build(
             self.folder.items, self.tokenizer, cache_dir(data_path, self.output_dir)

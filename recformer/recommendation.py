@@ -125,7 +125,8 @@ class CatalogueRecommender:
                 rows = np.repeat(np.arange(len(filled)), [len(items) for items in sequences])
                 seen = (rows, np.concatenate(sequences))
             assert self.model.item_embedding is not None  # `load` refused it
-            top = top_items_by_vectors(users, self.model.item_embedding.weight, k, seen)
+            table = self.model.item_embedding.weight
+            top = top_items_by_vectors(users, table, min(k, len(table)), seen)
             found = dict(zip(filled, zip(*top, strict=True), strict=True))
         answers = []
         for row, names in enumerate(histories):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import from its own layer and from the ones above it in this list, never from below.
 LAYERS: list[tuple[str, ...]] = [
-    ("recformer.files", "recformer.packing", "recformer.processes"),
+    ("recformer.files", "recformer.packing", "recformer.pictures", "recformer.processes"),
     ("recformer.cli", "recformer.config"),
     ("recformer.tokenization",),
     ("recformer.data",),

@@ -18,6 +18,8 @@ quantiser to the items' vectors and writes
     vectors         key of the item vectors that they were made from
     hash            SHA-256 of items and codes, in the order of the asins
 
+LC-Rec's and MiniOneRec's NAME.index.json, {item: ["<a_12>", "<b_3>", …]}, is read as well.
+
 Content codes of two items can be the same. `add_level` appends a number that tells such items
 apart; `reassign` moves all but one of them to the nearest free code. Both go by the order of the
 asins, not by item ids, so that a quantiser gives the same items the same ids in every folder.
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +54,10 @@ TYPES = {
     "vectors": str,
     "hash": str,
 }
+
+
+# A level of NAME.index.json.
+_TOKEN = re.compile(r"<[a-z]+_(\d{1,9})>", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +126,7 @@ class SemanticIds:
         """Read and check a file.
 
         Args:
-            path: `semantic_ids.json`.
+            path: `semantic_ids.json`, or a NAME.index.json.
             asins: the items wanted, in item id order, each of which must have a code; None for all
                 that the file has. The hash is checked over the whole file either way.
 
@@ -127,7 +134,11 @@ class SemanticIds:
             FileNotFoundError: there is no such file.
             UserError: it is not such a file, was changed by hand, or lacks one of `asins`.
         """
-        value = _checked(path, read_json(path))
+        value = read_json(path)
+        listed = (
+            isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values())
+        )
+        value = _of_index(path, value) if listed else _checked(path, value)
         try:
             ids = cls(
                 asins=list(value["codes"]),
@@ -139,7 +150,7 @@ class SemanticIds:
             )
         except (ValueError, OverflowError) as error:
             raise UserError(f"{path}: {error}; make the ids again") from error
-        if ids.hash != value["hash"]:
+        if ids.hash != value.get("hash", ids.hash):
             raise UserError(
                 f"{path} holds other codes than its hash says ({ids.hash[:12]}, expected "
                 f"{value['hash'][:12]}): it was changed after it was written; make the ids again"
@@ -155,6 +166,29 @@ class SemanticIds:
             )
         chosen = ids.codes[[rows[asin] for asin in asins]]
         return cls(list(asins), chosen, ids.levels, ids.codebook_size, ids.method, ids.vectors)
+
+
+def _of_index(path: str | os.PathLike, index: dict[str, list[Any]]) -> dict[str, Any]:
+    """The content of a NAME.index.json in the form of the file; it records no hash.
+
+    Raises:
+        UserError: an item has something else than its codes, or more or fewer than the others.
+    """
+    codes: dict[str, list[int]] = {}
+    for item, tokens in index.items():
+        found = [_TOKEN.fullmatch(token) for token in tokens if isinstance(token, str)]
+        codes[item] = [int(match.group(1)) for match in found if match]
+        first = len(next(iter(codes.values())))
+        if not first or len(codes[item]) != len(tokens) or len(tokens) != first:
+            raise UserError(
+                f"{path}: {item!r} has {json.dumps(tokens)[:60]}, expected as many codes for every "
+                f'item, as in ["<a_12>", "<b_3>"]'
+            )
+    sizes = [max(column) + 1 for column in zip(*codes.values())]
+    return {
+        "codes": codes, "levels": len(sizes), "codebook_size": sizes, "method": "index.json",
+        "vectors": "",
+    }  # fmt: skip
 
 
 def _checked(path: str | os.PathLike, value: Any) -> dict[str, Any]:

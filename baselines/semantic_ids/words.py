@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import CountVectorizer
 
 from recformer.files import atomic_write
+from recformer.pictures import drawable
+from recformer.preparation.text import cut_words
 
 WORDS = 3  # shown of a code
 ROWS_OF_A_COLUMN = 64
@@ -71,7 +74,8 @@ def typical_words(texts: list[str], groups: np.ndarray) -> list[list[tuple[str, 
         groups: (N,) group of each, 0 to G - 1, none empty.
     """
     count = int(groups.max()) + 1
-    vectorizer = CountVectorizer(binary=True)
+    words_of = partial(cut_words, words=CountVectorizer().build_analyzer())
+    vectorizer = CountVectorizer(binary=True, analyzer=words_of)
     try:
         has_word = vectorizer.fit_transform(texts)  # (N, V)
     except ValueError:  # scikit-learn's word for texts without any word
@@ -122,7 +126,9 @@ def draw(rows: list[CodeWords], path: Path) -> None:
         shown = rows[column * ROWS_OF_A_COLUMN : (column + 1) * ROWS_OF_A_COLUMN]
         axis.barh(range(len(shown)), [row.size for row in shown], color="C0", alpha=0.35)
         for place, row in enumerate(shown):
-            words = [" ".join(word for word, _ in part) for part in (row.category, row.title)]
+            words = drawable(
+                [" ".join(word for word, _ in part) for part in (row.category, row.title)]
+            )
             axis.text(0, place, f" {row.size}  {words[0]} | {words[1]}", fontsize=7, va="center")
         axis.set_yticks(range(len(shown)), [row.code for row in shown], fontsize=7)
         axis.set_ylim(min(len(rows), ROWS_OF_A_COLUMN) - 0.5, -0.5)

@@ -10,6 +10,7 @@ Shapes: E evaluation examples, N items, V words, H hidden.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.evaluation.ranking import rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError
+from recformer.preparation.text import cut_words
 
 
 class TextNeighbours:
@@ -97,8 +99,12 @@ def history_weights(histories: Sequences, num_items: int, decay: float) -> spars
 
 
 def tfidf_vectors(texts: list[str]) -> sparse.csr_matrix:
-    """TF-IDF of every text as scikit-learn computes it by default, rows of length 1, (N, V)."""
+    """TF-IDF of every text as scikit-learn computes it by default, rows of length 1, (N, V).
+
+    Where a script puts no spaces between words, pairs of neighbouring signs are the words.
+    """
+    words = TfidfVectorizer().build_analyzer()
     try:
-        return TfidfVectorizer().fit_transform(texts)
+        return TfidfVectorizer(analyzer=partial(cut_words, words=words)).fit_transform(texts)
     except ValueError as error:  # one-letter words and signs are no words to it
         raise UserError(f"the items' texts hold no words to compare: {error}") from error

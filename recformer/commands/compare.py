@@ -17,6 +17,7 @@ from recformer.evaluation.compare import compare
 from recformer.evaluation.runs import RankedRun
 from recformer.evaluation.statistics import LEVEL
 from recformer.files import UserError, atomic_write, write_json
+from recformer.pictures import drawable
 
 
 def verdict(pair: dict[str, Any], metric: str) -> str:
@@ -78,7 +79,7 @@ def draw(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
         cell = row[metric]
         axis.plot([cell["low"], cell["high"]], [place, place], color="C0")
         axis.plot(cell["value"], place, "o", color="C0")
-    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.set_yticks(range(len(rows)), drawable([row["name"] for row in rows]))
     axis.invert_yaxis()
     axis.set_xlabel(f"{metric}, test, {LEVEL:.0%} interval")
     axis.grid(axis="x", alpha=0.3)

@@ -1,7 +1,10 @@
 """Interactions and items → a processed folder to finetune and evaluate on.
 
-Reads Amazon's reviews and metadata (2014, 2018, 2023), CSV, TSV, Parquet, JSON Lines, RecBole's
-atomic files and the SASRec text format (`user item` a line), gzipped or not.
+Reads Amazon's reviews and metadata (2014, 2018, 2023), CSV, TSV, Parquet (a file or a folder), JSON
+Lines, RecBole's atomic files, `user item` (SASRec) and `user item item …` (S3-Rec) a line,
+{user: [item, …]} and {item: {attribute: text}} as one JSON object (UniSRec, LC-Rec), and histories
+as lists: a column of lists, or a history beside the next item, of which the whole is rebuilt
+(RecBole's token_seq, MiniOneRec). Text may be gzipped.
 """
 
 from __future__ import annotations

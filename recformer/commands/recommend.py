@@ -40,7 +40,9 @@ def read_histories(path: Path) -> Iterator[tuple[Any, list[str]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except RecursionError:
+                raise UserError(f"{path}:{number} is not JSON: nested too deep") from None
+            except ValueError as error:  # also a number of thousands of digits
                 raise UserError(f"{path}:{number} is not JSON: {error}") from error
             items = row.get("items") if isinstance(row, dict) else None
             right = isinstance(items, list) and all(isinstance(x, str | int) for x in items)

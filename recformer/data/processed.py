@@ -45,6 +45,11 @@ DATASET_FILE = "dataset.json"
 INTERACTION_FILE = "interactions.parquet"
 
 
+# User ids may have gaps, as published folders do; an id that is larger by far is a mistake, and
+# would take memory for all users below it.
+MOST_USERS_WITHOUT_ROW = 10_000_000
+
+
 @dataclass(frozen=True, eq=False)
 class Sequences:
     """One list of item ids a user, all laid end to end.
@@ -170,6 +175,12 @@ class ProcessedFolder:
         if not splits[0]:
             raise UserError(f"{folder / train_file} holds no user, expected {{user id: [item id]}}")
         num_users = 1 + max(max(split, default=-1) for split in splits)
+        filled = max(map(len, splits))
+        if num_users > MOST_USERS_WITHOUT_ROW + 10 * filled:
+            raise UserError(
+                f"{folder} has the user id {num_users - 1:,} among {filled:,} users: expected ids "
+                f"from 0 on without large gaps, a row is kept for every one; number the users anew"
+            )
         train, val, test = (
             Sequences.from_lists([split.get(user, ()) for user in range(num_users)])
             for split in splits
@@ -440,7 +451,10 @@ def _read_split(path: Path, num_items: int) -> dict[int, list[int]]:
             raise UserError(
                 f"{path}: user {key} has item id {wrong}; the item map has ids 0 to {num_items - 1}"
             )
-        split[int(key)] = row
+        user = int(key) if len(key) < 20 else 10**20
+        if user in split:
+            raise UserError(f"{path} has user {user} twice, once as {key!r}: which is meant?")
+        split[user] = row
     return split
 
 

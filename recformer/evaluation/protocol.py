@@ -71,7 +71,9 @@ class Protocol:
             )
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except RecursionError:
+            raise UserError(f"{path} is no YAML of this form: nested too deep") from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date of day 99
             raise UserError(f"{path} is no YAML: {error}") from error
         content = _mapping(content, str(path), tuple(FLAGS))
         parts: dict[Part, dict[str, Any]] = {}

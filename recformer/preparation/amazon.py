@@ -2,7 +2,8 @@
 
 Reviews hold `reviewerID`, `asin`, `unixReviewTime` (seconds; in 2023 `user_id`, `parent_asin`,
 `timestamp` in milliseconds); metadata hold `asin` (in 2023 `parent_asin`) and the attributes of a
-product. Metadata of 2014 are Python literals, not JSON: a file is taken for one by its first line.
+product. Metadata of 2014 and the Steam files are Python literals (`{u'id': u'10'}`), not JSON: a
+file is taken for one by its first line. A file that is one array of objects is read as its entries.
 Both hold many fields that nobody asked for: lines go through a typed
 parser that steps over them without building anything, so that neither time nor memory grows much
 with them. Only a line that does not fit the type is looked at again, with Python's own parser: it
@@ -14,31 +15,28 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
-import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from gzip import BadGzipFile
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
-from isal import igzip, igzip_lib
-from tqdm import tqdm
 
 from recformer.files import UserError
+from recformer.preparation.histories import item_name
+from recformer.preparation.lines import byte_lines, check_file
 from recformer.preparation.splits import Interactions
 from recformer.preparation.text import OddValueError, clean_text, text_parts
+from recformer.preparation.times import NO_TIME, in_one_unit, parse_time
 
 DEFAULT_ATTRIBUTES = ("title", "brand", "category")
 
-_ISAL_ERROR: Any = igzip_lib.IsalError  # a class, which its stub declares as an instance
-_GZIP_ERRORS: tuple[type[Exception], ...] = (EOFError, BadGzipFile, zlib.error, _ISAL_ERROR)
-_LINES_A_PROGRESS_STEP = 256
 _FEW_TEXTS, _MANY_TEXTS = 5_000, 1_000_000
 
 _Key = Annotated[str, msgspec.Meta(min_length=1)]
@@ -46,29 +44,53 @@ _Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Row = TypeVar("_Row", bound=msgspec.Struct)
 
 
-class Review(msgspec.Struct, gc=False):
-    """What is kept of a review."""
+# Names that stand in no file: fields that are not read must not be found by their own.
+_NOT_READ = {"billionths": "(billionths)", "rating": "(rating)", "event": "(event)"}
+
+
+class Review(msgspec.Struct, gc=False, rename=_NOT_READ):
+    """What is kept of a review.
+
+    Attributes:
+        reviewerID, asin: user and item.
+        unixReviewTime: whole seconds, or whatever unit the source has.
+        billionths: of that unit, which the time is later.
+        rating, event: where they are asked for.
+    """
 
     reviewerID: _Key
     asin: _Key
     unixReviewTime: _Time
+    billionths: int = 0
+    rating: float = 0.0
+    event: Any = None
 
 
 @dataclass(frozen=True)
 class ReviewColumns:
-    """Which fields of a line are what; `time` and `rating` may be missing."""
+    """Which fields of a line are what; `time`, `rating` and `event` may be missing."""
 
     user: str = "reviewerID"
     item: str = "asin"
     time: str | None = "unixReviewTime"
     rating: str | None = "overall"
+    event: str | None = None
 
 
 _AMAZON_2018 = ReviewColumns()
 
 
 class BadLineError(ValueError):
-    """A line that cannot be used; the message is the reason in a few words."""
+    """A line that cannot be used.
+
+    Attributes:
+        reason: why, in a few words.
+        got: what stands there, where that helps.
+    """
+
+    def __init__(self, reason: str, got: Any = None) -> None:
+        super().__init__(reason)
+        self.reason, self.got = reason, got
 
 
 @dataclass
@@ -85,20 +107,37 @@ class BadLines:
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
 
-    def add(self, path: Path, line_number: int, reason: str) -> None:
+    def add(
+        self, path: Path, number: int, reason: str, got: Any = None, what: str = "line"
+    ) -> None:
         """Note a bad line.
+
+        Args:
+            path: the file.
+            number: of the line, from 1.
+            reason: why it cannot be used, in a few words.
+            got: what stands there, where that helps.
+            what: "line", or "row", "entry" where the file has no lines.
 
         Raises:
             UserError: bad lines are not to be skipped.
         """
+        said = reason if got is None else f"{reason}, got {_shown(got)}"
         if not self.skip:
             raise UserError(
-                f"{path}, line {line_number}: {reason}. Mend the file, or pass --skip_bad_lines to "
+                f"{path}, {what} {number}: {said}. Mend the file, or pass --skip_bad_lines to "
                 f"leave such lines out and count them"
             )
         self.reasons[reason] += 1
         if len(self.first) < 5:
-            self.first.append(f"{path.name}, line {line_number}: {reason}")
+            self.first.append(f"{path.name}, {what} {number}: {said}")
+
+    def why(self) -> str:
+        """The commonest reasons and the first line, for the error where nothing is left."""
+        if not self.reasons:
+            return ""
+        counts = ", ".join(f"{number} {why}" for why, number in self.reasons.most_common(3))
+        return f" ({counts}; the first: {self.first[0]})"
 
     def summary(self) -> dict[str, Any]:
         """For dataset.json: how many, why, and where the first ones are."""
@@ -107,6 +146,15 @@ class BadLines:
             "reasons": dict(self.reasons),
             "first": list(self.first),
         }
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, and on one line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list a mile deep
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def check_raw_files(
@@ -136,22 +184,27 @@ def check_raw_files(
             )
 
 
-def first_keys(path: str | os.PathLike) -> list[str]:
-    """Keys of the first lines, in the order met.
+def first_rows(path: str | os.PathLike, encoding: str | None = None) -> list[dict[str, Any]]:
+    """The objects among the first lines.
 
     Raises:
-        UserError: the file is empty or damaged, or none of its first lines is an object.
+        UserError: the file is empty or damaged, none of its first lines is an object, or one names
+            a key twice.
     """
-    keys: dict[str, None] = {}
-    for row in _first_rows(Path(path)):
-        keys.update(dict.fromkeys(row))
-    if not keys:
+    rows = _first_rows(Path(path), encoding)
+    if not rows:
         raise UserError(f"{path}: expected one JSON object a line, found none in its first lines")
-    return list(keys)
+    return rows
 
 
 def read_reviews(
-    path: str | os.PathLike, bad_lines: BadLines, columns: ReviewColumns | None = None
+    path: str | os.PathLike,
+    bad_lines: BadLines,
+    columns: ReviewColumns | None = None,
+    *,
+    rating: bool = False,
+    event: bool = False,
+    encoding: str | None = None,
 ) -> Iterator[Review]:
     """The reviews of a file, in file order.
 
@@ -160,70 +213,66 @@ def read_reviews(
         bad_lines: what to do with lines that cannot be used.
         columns: which fields hold what, Amazon 2018's where not given. Without a field of times,
             all are 0.
+        rating, event: read these too.
+        encoding: see `lines.text_lines`.
 
     Raises:
         UserError: the file is damaged or has no usable line, or `bad_lines` refuses one.
     """
-    if columns is None:
-        return _read_rows(Path(path), Review, _mend_review, bad_lines)
-    named = {"reviewerID": columns.user, "asin": columns.item, "unixReviewTime": columns.time}
+    columns = columns or _AMAZON_2018
 
     def mend(row: dict[str, Any]) -> Review:
-        return _mend_review(row, columns)
+        return _mend_review(row, columns, rating, event)
 
-    row_type: Any = msgspec.defstruct(
-        "Review",
-        [
-            ("reviewerID", _Key),
-            ("asin", _Key),
-            ("unixReviewTime", _Time) if columns.time else ("unixReviewTime", _Time, 0),
-        ],
-        # A field without a name in the file must not be found there by its own.
-        rename={field_name: column or "\0" for field_name, column in named.items()},
-        gc=False,
-    )
-    return _read_rows(Path(path), row_type, mend, bad_lines)
+    if columns == _AMAZON_2018 and not (rating or event):
+        return _read_rows(Path(path), Review, mend, bad_lines, encoding)
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [("reviewerID", _Key), ("asin", _Key)]
+    fields += [("rating", float)] if rating else []
+    fields += [("event", str)] if event else []
+    fields += [("unixReviewTime", _Time) if columns.time else ("unixReviewTime", _Time, 0)]
+    fields += [("billionths", int, 0)]
+    fields += [] if rating else [("rating", float, 0.0)]
+    fields += [] if event else [("event", Any, None)]
+    names: Any = {
+        **_NOT_READ,
+        "reviewerID": columns.user,
+        "asin": columns.item,
+        "unixReviewTime": columns.time or "(no time)",
+        **({"rating": columns.rating} if rating else {}),
+        **({"event": columns.event} if event else {}),
+    }
+    row_type: Any = msgspec.defstruct("Review", fields, rename=names, gc=False)
+    return _read_rows(Path(path), row_type, mend, bad_lines, encoding)
 
 
-def _read_ratings(
-    path: Path, bad_lines: BadLines, columns: ReviewColumns
-) -> Iterator[tuple[Review, float]]:
-    """Reviews with their ratings."""
-    assert columns.rating is not None
-    rating_column = columns.rating
+def read_objects(
+    path: str | os.PathLike, bad_lines: BadLines, encoding: str | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and content of every line, whole: slower than a reader that knows what it looks for.
 
-    def mend(row: dict[str, Any]) -> msgspec.Struct:
-        review = _mend_review(row, columns)
+    Raises:
+        UserError: the file is damaged or has no usable line, or `bad_lines` refuses one.
+    """
+    path = Path(path)
+    literal = None
+    for number, line in enumerate(_lines(path, encoding), 1):
+        if not line.strip():
+            continue
+        literal = is_literal(line) if literal is None else literal
         try:
-            rating = float(row[rating_column])
-        except (KeyError, TypeError, ValueError):
-            raise BadLineError(f"{rating_column} is missing or no number") from None
-        if rating != rating:
-            raise BadLineError(f"{rating_column} is missing or no number")
-        return row_type(review.reviewerID, review.asin, rating, review.unixReviewTime)
-
-    row_type = msgspec.defstruct(
-        "RatedReview",
-        [
-            ("reviewerID", _Key),
-            ("asin", _Key),
-            ("rating", float),
-            ("unixReviewTime", _Time) if columns.time else ("unixReviewTime", _Time, 0),
-        ],
-        rename={
-            "reviewerID": columns.user,
-            "asin": columns.item,
-            "rating": rating_column,
-            "unixReviewTime": columns.time or "\0",
-        },
-        gc=False,
-    )
-    for row in map(msgspec.structs.astuple, _read_rows(path, row_type, mend, bad_lines)):
-        yield Review(row[0], row[1], row[3]), row[2]
+            row = _parse(line, literal)
+        except BadLineError as error:
+            bad_lines.add(path, number, error.reason, error.got)
+            continue
+        yield number, row
 
 
 def read_products(
-    path: str | os.PathLike, attributes: Sequence[str], bad_lines: BadLines, key: str = "asin"
+    path: str | os.PathLike,
+    attributes: Sequence[str],
+    bad_lines: BadLines,
+    key: str = "asin",
+    encoding: str | None = None,
 ) -> Iterator[tuple[Any, ...]]:
     """`(key, value of the first attribute, …)` of every line, in file order.
 
@@ -243,10 +292,11 @@ def read_products(
     )
 
     def mend(row: dict[str, Any]) -> msgspec.Struct:
-        values = [_mend_text(row.get(name)) for name in names.values()]
+        values = [mend_text(row.get(name)) for name in names.values()]
         return row_type(_mend_key(row, key), *values)
 
-    rows = map(msgspec.structs.astuple, _read_rows(Path(path), row_type, mend, bad_lines))
+    found = _read_rows(Path(path), row_type, mend, bad_lines, encoding)
+    rows = map(msgspec.structs.astuple, found)
     if key not in attributes:
         return rows
     place = list(attributes).index(key)
@@ -263,6 +313,7 @@ def read_metadata(
     required: str | None = None,
     key: str = "asin",
     rows: Iterable[tuple[Any, ...]] | None = None,
+    encoding: str | None = None,
 ) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
     """The text of every product: `{asin: {attribute: text}}`, attributes in the order asked for.
 
@@ -279,6 +330,7 @@ def read_metadata(
         required: leave out products that have null here or nothing at all.
         key: field of the product's id.
         rows: `(id, value of the first attribute, …)` from elsewhere, instead of the files.
+        encoding: of the files, see `lines.text_lines`.
 
     Returns:
         The products and how many rows there were, were duplicates, were left out and why.
@@ -299,7 +351,7 @@ def read_metadata(
     sources = (
         [rows]
         if rows is not None
-        else (read_products(path, fields, bad_lines, key) for path in paths)
+        else (read_products(path, fields, bad_lines, key, encoding) for path in paths)
     )
     for source in sources:
         for asin, *values in source:
@@ -315,7 +367,7 @@ def read_metadata(
                     continue
                 try:
                     text = text_of(_joined(value, border))
-                except OddValueError:
+                except (OddValueError, RecursionError):  # the latter: lists a thousand deep
                     num_odd += 1
                     continue
                 if text or not clean:
@@ -350,10 +402,13 @@ def read_interactions(
     *,
     columns: ReviewColumns | None = None,
     min_rating: float | None = None,
+    events: Container[str] | None = None,
+    encoding: str | None = None,
 ) -> tuple[Interactions, dict[str, int]]:
     """The reviews of known products as arrays, in file order.
 
-    Takes 16 bytes an interaction beside the names of users and items.
+    Takes 16 bytes an interaction beside the names of users and items; 24 where times have
+    fractions.
 
     Args:
         path: a review file.
@@ -361,6 +416,8 @@ def read_interactions(
         bad_lines: what to do with lines that cannot be used; by default the first ends the run.
         columns: which fields hold what, Amazon 2018's where not given.
         min_rating: leave out and count reviews rated lower.
+        events: leave out and count what is of another type, see `ReviewColumns.event`.
+        encoding: see `lines.text_lines`.
 
     Returns:
         The interactions, and how many reviews there were and were of unknown products.
@@ -368,43 +425,61 @@ def read_interactions(
     Raises:
         UserError: see `read_reviews`.
     """
-    bad_lines = bad_lines or BadLines()
-    users, items, times = array("i"), array("i"), array("q")
+    path, bad_lines = Path(path), bad_lines or BadLines()
+    users, items, times, billionths = array("i"), array("i"), array("q"), array("q")
     user_codes: dict[str, int] = {}
     item_codes: dict[str, int] = {}
-    num_unknown = num_below = 0
-
-    def well_rated(minimum: float) -> Iterator[Review]:
-        nonlocal num_below
-        for review, rating in _read_ratings(Path(path), bad_lines, columns or ReviewColumns()):
-            if review.asin in known and rating < minimum:
-                num_below += 1
-            else:
-                yield review
-
-    reviews = (
-        read_reviews(path, bad_lines, columns) if min_rating is None else well_rated(min_rating)
+    num_unknown = num_below = num_other_events = 0
+    first_unknown = None
+    reviews = read_reviews(
+        path,
+        bad_lines,
+        columns,
+        rating=min_rating is not None,
+        event=events is not None,
+        encoding=encoding,
     )
     for review in reviews:
         asin = review.asin
+        if events is not None and review.event not in events:
+            num_other_events += 1
+            continue
         if asin not in known:
             num_unknown += 1
+            first_unknown = first_unknown or asin
             continue
+        if min_rating is not None and review.rating < min_rating:
+            num_below += 1
+            continue
+        if review.billionths and not billionths:
+            billionths.extend([0] * len(times))
+        if billionths or review.billionths:
+            billionths.append(review.billionths)
         users.append(user_codes.setdefault(review.reviewerID, len(user_codes)))
         items.append(item_codes.setdefault(asin, len(item_codes)))
         times.append(review.unixReviewTime)
 
+    moments = np.frombuffer(times, np.int64) if times else np.empty(0, np.int64)
+    if billionths:
+        moments, too_large = in_one_unit(moments, np.frombuffer(billionths, np.int64))
+        if too_large.any():
+            raise UserError(
+                f"{path} has times with fractions and the time {moments[too_large][0]} among them, "
+                f"which is too large for their unit: mend or remove this one"
+            )
     interactions = Interactions(
-        users=np.frombuffer(users, dtype=np.int32) if users else np.empty(0, np.int32),
-        items=np.frombuffer(items, dtype=np.int32) if items else np.empty(0, np.int32),
-        times=np.frombuffer(times, dtype=np.int64) if times else np.empty(0, np.int64),
+        users=np.frombuffer(users, np.int32) if users else np.empty(0, np.int32),
+        items=np.frombuffer(items, np.int32) if items else np.empty(0, np.int32),
+        times=moments,
         user_names=list(user_codes),
         item_names=list(item_codes),
         has_times=columns is None or columns.time is not None,
+        first_unknown=first_unknown,
     )
     return interactions, {
-        "reviews": len(users) + num_unknown + num_below,
+        "reviews": len(users) + num_unknown + num_below + num_other_events,
         "reviews_of_unknown_products": num_unknown,
+        **({} if events is None else {"reviews_of_other_events": num_other_events}),
         **({} if min_rating is None else {"reviews_below_min_rating": num_below}),
     }
 
@@ -445,31 +520,33 @@ def _joined(value: Any, border: str) -> str:
     return border.join(text_parts(value))
 
 
-def _lines(path: Path) -> Generator[bytes, None, None]:
-    """Lines of a gzip file, with a progress bar over its compressed size."""
-    with (
-        open(path, "rb") as raw,
-        tqdm(
-            total=path.stat().st_size,
-            desc=path.name,
-            unit="B",
-            unit_scale=True,
-            disable=None,  # no bar where nobody watches: a file or a pipe
-            leave=False,
-        ) as bar,
-    ):
-        try:
-            plain = raw.read(1) in (b"{", b"\xef")  # an object or a byte order mark, not gzip's 1f
-            raw.seek(0)
-            with raw if plain else igzip.IGzipFile(fileobj=raw) as lines:
-                while step := list(islice(lines, _LINES_A_PROGRESS_STEP)):
-                    yield from step
-                    bar.update(raw.tell() - bar.n)
-        except _GZIP_ERRORS as error:
-            raise UserError(
-                f"{path} is cut off, damaged or not gzip ({error}): expected a whole gzip file, "
-                f"fetch it again"
-            ) from error
+def _lines(path: Path, encoding: str | None, progress: bool = True) -> Iterator[bytes]:
+    """Lines of a file; the entries where it is one array."""
+    check_file(path)
+    lines = byte_lines(path, encoding, progress)
+    for line in lines:
+        start = line.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if start[:1] == b"[":
+            whole = b"".join([line.removeprefix(b"\xef\xbb\xbf"), *lines])
+            try:
+                yield from map(bytes, msgspec.json.decode(whole, type=list[msgspec.Raw]))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise UserError(
+                    f"{path} begins with [ and is no JSON array ({error}): expected one JSON "
+                    f"object a line, or one array of them"
+                ) from None
+            return
+        yield line
+        if start:
+            break
+    yield from lines
+
+
+def _is_array(path: Path, encoding: str | None) -> bool:
+    for line in byte_lines(path, encoding, progress=False):
+        if start := line.lstrip(b"\xef\xbb\xbf \t\r\n"):
+            return start[:1] == b"["
+    return False
 
 
 def _read_rows(
@@ -477,29 +554,33 @@ def _read_rows(
     row_type: type[_Row],
     mend: Callable[[dict[str, Any]], _Row],
     bad_lines: BadLines,
+    encoding: str | None = None,
 ) -> Iterator[_Row]:
     decode = msgspec.json.Decoder(row_type).decode
     line_number = num_rows = 0
     literal: bool | None = None
-    for line in _lines(path):
+    what = "line"
+    for line in _lines(path, encoding):
         line_number += 1
         try:
             row = decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             if not line.strip():
                 continue
             try:
                 if literal is None:
-                    literal = _is_literal(line) and num_rows == 0
+                    literal = is_literal(line) and num_rows == 0
                 row = mend(_parse(line, literal))
             except BadLineError as error:
-                bad_lines.add(path, line_number, str(error))
+                if what == "line" and _is_array(path, encoding):
+                    what = "entry"
+                bad_lines.add(path, line_number, error.reason, error.got, what)
                 continue
         num_rows += 1
         yield row
     if num_rows == 0:
         found = f"{line_number} lines, none of them usable" if line_number else "an empty file"
-        raise UserError(f"{path}: expected one JSON object a line, got {found}")
+        raise UserError(f"{path}: expected one JSON object a line, got {found}{bad_lines.why()}")
 
 
 def _parse(line: bytes, literal: bool = False) -> dict[str, Any]:
@@ -517,9 +598,13 @@ def _parse(line: bytes, literal: bool = False) -> dict[str, Any]:
     return row
 
 
-def _is_literal(line: bytes) -> bool:
-    """Whether a file that begins with this line holds Python dicts, as Amazon 2014's metadata."""
-    return line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{'")
+def is_literal(line: bytes) -> bool:
+    """Whether a file that begins with this line holds Python dicts, as Amazon 2014's metadata.
+
+    Python 2 wrote `{u'id': u'10'}`.
+    """
+    start = line.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start.startswith((b"{'", b"{u'", b'{u"'))
 
 
 def _python_literal(line: bytes) -> Any:
@@ -531,46 +616,52 @@ def _python_literal(line: bytes) -> Any:
 
 def _mend_key(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
     if value is None or value == "":
         raise BadLineError(f"no {name}")
-    if not isinstance(value, str):
-        raise BadLineError(f"{name} is no text")
-    return _mend_text(value)
+    try:
+        key = item_name(value)
+    except ValueError:  # a number of thousands of digits
+        key = None
+    if key is None:
+        raise BadLineError(f"{name} is no text", value)
+    return key
 
 
-def _mend_text(value: Any) -> Any:
+def mend_text(value: Any) -> Any:
     """Without lone surrogates, which no file can hold."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, list):
-        return [_mend_text(part) for part in value]
+        try:
+            return [mend_text(part) for part in value]
+        except RecursionError:
+            return value  # no text either, see `text_parts`
     return value
 
 
-def _mend_review(row: dict[str, Any], columns: ReviewColumns = _AMAZON_2018) -> Review:
-    reviewer, asin = _mend_key(row, columns.user), _mend_key(row, columns.item)
-    name = columns.time
-    if name is None:
-        return Review(reviewer, asin, 0)
-    time = row.get(name)
-    if time is None or time == "":
-        raise BadLineError(f"no {name}")
-    try:
-        seconds = int(time) if isinstance(time, int) else _whole_number(time)
-    except (TypeError, ValueError, OverflowError):
-        raise BadLineError(f"{name} is no number") from None
-    if isinstance(time, bool) or not -(2**63) <= seconds < 2**63:
-        raise BadLineError(f"{name} is no number")
-    return Review(reviewer, asin, seconds)
-
-
-def _whole_number(value: Any) -> int:
-    try:
-        return int(value) if isinstance(value, str) else int(float(value))
-    except ValueError:
-        return int(float(value))
+def _mend_review(row: dict[str, Any], columns: ReviewColumns, rating: bool, event: bool) -> Review:
+    review = Review(_mend_key(row, columns.user), _mend_key(row, columns.item), 0)
+    if columns.time is not None:
+        value = row.get(columns.time)
+        time = parse_time(value)
+        if value is None or value == "":
+            raise BadLineError(f"no {columns.time}")
+        if time is None:
+            raise BadLineError(f"{columns.time} {NO_TIME}", value)
+        review.unixReviewTime, review.billionths = time
+    if rating and columns.rating is not None:
+        value = row.get(columns.rating)
+        if value is None or value == "":
+            raise BadLineError(f"no {columns.rating}")
+        try:
+            review.rating = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            review.rating = math.nan
+        if review.rating != review.rating:
+            raise BadLineError(f"{columns.rating} is no number", value)
+    if event and columns.event is not None:
+        review.event = _mend_key(row, columns.event)
+    return review
 
 
 def _kinds(path: Path) -> set[str]:
@@ -586,16 +677,39 @@ def _kinds(path: Path) -> set[str]:
     return kinds
 
 
-def _first_rows(path: Path) -> list[dict[str, Any]]:
-    lines = _lines(path)
+def _first_rows(path: Path, encoding: str | None = None) -> list[dict[str, Any]]:
+    lines = _lines(path, encoding, progress=False)
     first = [line for line in islice(lines, 20) if line.strip()]
-    lines.close()
     if not first:
         raise UserError(f"{path} is empty, expected one JSON object a line")
     rows = []
-    for line in first:
+    for number, line in enumerate(first, 1):
         try:
-            rows.append(_parse(line, _is_literal(first[0])))
+            rows.append(_parse(line, is_literal(first[0])))
         except BadLineError:
             continue  # whether bad lines matter is decided when the file is read
+        twice = _twice(line)
+        if twice is not None:
+            raise UserError(
+                f"{path} has {twice!r} twice in line {number}: which of the two is meant, it does "
+                f"not say"
+            )
     return rows
+
+
+def _twice(line: bytes) -> str | None:
+    """A key that stands twice in an object of a line of JSON, if any."""
+    found: list[str] = []
+
+    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(entries)
+        names = [name for name, _ in entries]
+        # The outermost object comes last; what stands inside of one is read by nobody.
+        found[:] = [name for name in row if names.count(name) > 1] if len(names) > len(row) else []
+        return row
+
+    try:
+        json.loads(line.decode("utf-8-sig"), strict=False, object_pairs_hook=pairs)
+    except ValueError:
+        return None  # a Python literal
+    return found[0] if found else None

@@ -93,16 +93,17 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_column_flags(parser: argparse.ArgumentParser) -> None:
-    """--user_column, --item_column, --time_column, --rating_column, --item_key_column."""
+    """--user_column, …, --item_key_column, --separator, --encoding."""
     for flag, what in (
         ("user", "users, in the interactions"),
-        ("item", "items, in the interactions"),
+        ("item", "items, in the interactions; a list a row is a whole history"),
         (
             "time",
-            "times, in the interactions, fractions are cut off; without times their order in the "
-            "file counts",
+            "times, in the interactions: numbers or ISO 8601, UTC where there is no zone; without "
+            "times their order in the file counts",
         ),
         ("rating", "ratings, in the interactions"),
+        ("event", "types of events, in the interactions, see --events"),
         ("item_key", "items, in the file of items"),
     ):
         parser.add_argument(
@@ -110,6 +111,25 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
             metavar="COLUMN",
             help=f"column of {what} (default: recognised by its name)",
         )
+    parser.add_argument(
+        "--session_column",
+        metavar="COLUMN",
+        help="column of sessions, each of which is taken as a user (default: there are users)",
+    )
+    parser.add_argument(
+        "--separator",
+        type=_separator,
+        metavar="TEXT",
+        help="what stands between the columns of a text file, in those whose first line has it; "
+        "' ' is any white space (default: a comma in CSV, a tab in TSV). Columns of a file without "
+        "a header go by their numbers, from 1",
+    )
+    parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of the text files that are not UTF-8: latin-1, cp932, … (default: UTF-8, or what a "
+        "byte order mark says)",
+    )
 
 
 def columns(args: argparse.Namespace) -> Columns:
@@ -119,17 +139,28 @@ def columns(args: argparse.Namespace) -> Columns:
         item=args.item_column,
         time=args.time_column,
         rating=args.rating_column,
+        event=args.event_column,
+        session=args.session_column,
         item_key=args.item_key_column,
+        separator=args.separator,
+        encoding=args.encoding,
     )
 
 
 def add_filter_flags(parser: argparse.ArgumentParser) -> None:
-    """--min_rating, --deduplicate, --drop_consecutive_repeats, --k_core, --max_users."""
+    """--min_rating, --events, --deduplicate, --drop_consecutive_repeats, --k_core, --max_users."""
     parser.add_argument(
         "--min_rating",
         type=float,
         metavar="RATING",
         help="leave out interactions rated lower (default: none)",
+    )
+    parser.add_argument(
+        "--events",
+        nargs="+",
+        default=[],
+        metavar="TYPE",
+        help="keep interactions of these types alone, such as purchase cart (default: all)",
     )
     parser.add_argument(
         "--deduplicate",
@@ -164,6 +195,7 @@ def filters(args: argparse.Namespace) -> Filters:
     """What `add_filter_flags` parsed."""
     return Filters(
         min_rating=args.min_rating,
+        events=tuple(args.events),
         deduplicate=args.deduplicate,
         drop_consecutive_repeats=args.drop_consecutive_repeats,
         k_core=args.k_core,
@@ -247,6 +279,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
+    return value
+
+
+def _separator(text: str) -> str:
+    value = text.replace("\\t", "\t")  # as a shell hands it on
+    if not value or set(value) & set("\r\n\"'"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected ',', ';', '|', '\\t', '::', …")
     return value
 
 

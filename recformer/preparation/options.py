@@ -28,11 +28,13 @@ class Filters:
 
     Attributes:
         min_rating: interactions rated lower.
+        events: interactions of other types than these; none: all types stay.
         deduplicate, drop_consecutive_repeats, k_core: see `filter_interactions`.
         max_users: users beyond this many, by a seeded draw.
     """
 
     min_rating: float | None = None
+    events: tuple[str, ...] = ()
     deduplicate: bool = False
     drop_consecutive_repeats: bool = False
     k_core: int = 0
@@ -40,7 +42,9 @@ class Filters:
 
     def asked_for(self) -> dict[str, Any]:
         """Those that do something, for dataset.json."""
-        return {name: value for name, value in vars(self).items() if value not in (None, False, 0)}
+        return {
+            name: value for name, value in vars(self).items() if value not in (None, False, 0, ())
+        }
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,20 @@ def _histories(
     seed: int,
 ) -> tuple[Histories, dict[str, int], dict[str, int]]:
     """Histories of a source, counts of its interactions, and of what the filters left out."""
-    interactions, counts = source.read(products, bad_lines, filters.min_rating)
+    interactions, counts = source.read(products, bad_lines, filters.min_rating, filters.events)
     if not len(interactions):
         below = counts.get("reviews_below_min_rating", 0)
+        names = ""
+        if interactions.first_unknown is not None:
+            own = next(iter(products), "")
+            names = (
+                f" (an id of the former is {interactions.first_unknown!r}, of the latter {own!r})"
+            )
         raise UserError(
             f"none of the {counts['reviews']} reviews in {source.path} is of a product in "
             f"{items.path}"
             + (f" and rated {filters.min_rating} or better ({below} below)" if below else "")
-            + ": expected two files of the same category"
+            + f"{names}: expected two files of the same category"
         )
     counts["duplicate_reviews"] = count_duplicates(interactions)
     interactions, filtered = filter_interactions(

@@ -30,6 +30,7 @@ class Interactions:
         times: int64 (M,), in whatever unit the source has.
         user_names, item_names: names in the order in which they first appear.
         has_times: False where the source gives the order alone; `times` are zeros then.
+        first_unknown: the first item of the source that is not known, for messages.
     """
 
     users: np.ndarray
@@ -38,6 +39,7 @@ class Interactions:
     user_names: list[str]
     item_names: list[str]
     has_times: bool = True
+    first_unknown: str | None = None
 
     def __len__(self) -> int:
         return len(self.users)

@@ -9,6 +9,7 @@ carry style sheets, and some titles are the page's opening script from the first
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from html import unescape
 from html.entities import html5
 from typing import Any
@@ -78,6 +79,38 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _INVISIBLE = re.compile(
     r"[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff]"
 )
+
+
+# Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+_NO_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+"
+)
+_SIGNS_A_WORD = 2  # of these scripts, about
+
+
+def count_words(text: str) -> int:
+    """Words of a text: between spaces, and two signs each where a script has no spaces."""
+    if text.isascii():
+        return len(text.split())
+    runs = _NO_SPACES.findall(text)
+    return len(_NO_SPACES.sub(" ", text).split()) + sum(
+        -(-len(run) // _SIGNS_A_WORD) for run in runs
+    )
+
+
+def cut_words(text: str, words: Callable[[str], list[str]]) -> list[str]:
+    """Words of a text, for counting which texts share some.
+
+    Args:
+        text: any.
+        words: cuts text of scripts with spaces; others give every pair of neighbouring signs.
+    """
+    runs = [] if text.isascii() else _NO_SPACES.findall(text)
+    if not runs:
+        return words(text)
+    pairs = [run[i : i + 2] for run in runs for i in range(max(1, len(run) - 1))]
+    return words(_NO_SPACES.sub(" ", text)) + pairs
 
 
 class OddValueError(ValueError):

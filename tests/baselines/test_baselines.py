@@ -154,6 +154,18 @@ def test_values_of_all_attributes_are_the_text(tmp_path: Path) -> None:
     )
 
 
+def test_scripts_without_spaces_are_cut_into_pairs(tmp_path: Path) -> None:
+    texts: list[str | None] = ["無線イヤホン", "無線充電", "保温杯 red", "red cup"]
+    folder = write_folder(tmp_path, texts, [[0]], [[1]], [[1]])
+    vectors = TextNeighbours(folder).vectors
+    # Pairs: 無線 線イ イヤ ヤホ ホン, 無線 線充 充電, 保温 温杯; words: red cup.
+    assert vectors.shape == (4, 11)
+    alike = (vectors @ vectors.T).toarray()
+    assert alike[0, 1] > 0
+    assert alike[2, 3] > 0
+    assert alike[0, 2] == alike[1, 3] == 0
+
+
 def test_options_that_make_no_sense(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, ["one", None], [[0]], [[1]], [[1]])
     with pytest.raises(UserError, match="decay is 1.5"):

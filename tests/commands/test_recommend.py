@@ -53,6 +53,7 @@ def test_recommendations_are_the_best_by_the_models_scores(folder):
     unseen = [name for name in best if name not in history]
     answer = recommender.recommend([history], k=100, filter_seen=True)[0]
     assert answer.items == unseen  # six of eight: the catalogue ends
+    assert recommender.recommend([history], k=10**12)[0].items == best  # and takes no memory
 
 
 def test_a_history_does_not_depend_on_its_company(folder):
@@ -92,6 +93,11 @@ def test_the_command(folder, tmp_path, capsys):
     ("line", "message"),
     [
         ('{"user": 1, "items": ["B1"]', r"histories.jsonl:2 is not JSON"),
+        (
+            '{"user": ' + "9" * 5000 + ', "items": ["B1"]}',
+            r"histories.jsonl:2 is not JSON: Exceeds",
+        ),
+        ('{"user": ' + "[" * 100_000, r"histories.jsonl:2 is not JSON: nested too deep"),
         ('{"items": ["B1"]}', r'histories.jsonl:2: expected {"user": …, "items": \[name, …\]}'),
         ('{"user": 1, "items": "B1"}', "histories.jsonl:2: expected"),
         ('{"user": 1, "items": [["B1"]]}', "histories.jsonl:2: expected"),

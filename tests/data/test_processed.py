@@ -277,6 +277,17 @@ def test_a_half_rewritten_folder_is_refused(tmp_path: Path) -> None:
         ("meta_data.json", '{"B0": "title"}', 'B0 has "title", expected {attribute: text}'),
         ("meta_data.json", '{"B0": {"category": ["a"]}}', r'B0 has \["a"\] as its \'category\''),
         ("meta_data.json", "[]", "meta_data.json holds a list"),
+        ("train.json", '{"7": [0, 1], "007": [2]}', "train.json has user 7 twice, once as '007'"),
+        (
+            "val.json",
+            '{"0": [0], "0": [1]}',
+            "val.json is not valid JSON: the key '0' stands twice",
+        ),
+        ("smap.json", '{"B0": 0, "B0": 1}', "smap.json is not valid JSON: the key 'B0' stands"),
+        ("smap.json", "[" * 200_000, "smap.json is not valid JSON: nested too deep"),
+        ("smap.json", f'{{"B0": {"9" * 5000}}}', "smap.json is not valid JSON: Exceeds the limit"),
+        ("train.json", '{"2000000000": [0, 1]}', "has the user id 2,000,000,000 among . users"),
+        ("test.json", f'{{"{10**30}": [0, 1]}}', "has the user id 100,000,000,000,000,000,000"),
     ],
 )
 def test_wrong_files_are_named(folder: Path, name: str, content: str, message: str) -> None:

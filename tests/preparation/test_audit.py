@@ -25,6 +25,7 @@ from recformer.preparation.audit.figures import audit, audit_folder, gini
 from recformer.preparation.finetuning import prepare_finetuning
 from recformer.preparation.options import SplitOptions
 from recformer.preparation.tables import Columns
+from recformer.preparation.text import count_words
 from recformer.tokenization import train_tokenizer
 
 START = 1_300_000_000
@@ -178,6 +179,16 @@ def one_item_everywhere(shop: Shop) -> None:
         user[0][0] = 8
 
 
+def one_in_milliseconds(shop: Shop) -> None:
+    assert shop.times is not None
+    shop.times[3][4] *= 1000  # the last of its user: nothing comes out of order
+
+
+def attributes_behind_the_third(shop: Shop) -> None:
+    shop.items[0] |= {"category": "Cards", "price": "3", "size": "S"}
+    shop.items[1] |= {"price": "4", "size": "M"}
+
+
 # Fault: what figures it must leave behind (share as a fraction), and which warnings.
 FAULTS: list[tuple[Callable[[Shop], None], dict[str, tuple[int, int]], set[str]]] = [
     (
@@ -287,6 +298,12 @@ FAULTS: list[tuple[Callable[[Shop], None], dict[str, tuple[int, int]], set[str]]
         {"synthetic_times"},
     ),
     (constant_gaps, {"times.commonest_gap": (26, 32)}, {"synthetic_times"}),
+    (one_in_milliseconds, {"times.odd": (1, 40)}, {"odd_times"}),
+    (
+        attributes_behind_the_third,
+        {"texts.not_read.attributes.price": (1, 8), "texts.not_read.attributes.size": (2, 8)},
+        {"attributes_not_read"},
+    ),
     (
         cold_target,
         {"targets.test.cold": (1, 8), "targets.val.cold": (0, 8)},
@@ -367,6 +384,70 @@ def test_the_message_says_how_much(tmp_path: Path) -> None:
         "message": "2 (25.0 %) items have the very text of another, so they tie; 2 (25.0 %) test "
         "targets are among them",
     }
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (START + 41_000) * 1000,  # milliseconds
+        253_402_300_799,  # the year 9999
+        -62_135_596_800,  # the year 1
+        2**63 - 1,
+        -(2**63),
+        0,
+    ],
+)
+@pytest.mark.parametrize("unit", ["s", "none"])
+def test_an_odd_time_is_said_and_drawn_around(tmp_path: Path, odd: int, unit: str) -> None:
+    shop = Shop()
+    if unit == "none":  # numbers of rows, as good as any clock
+        shop.times = [[10 * place + user for place in range(5)] for user in range(8)]
+    assert shop.times is not None
+    usual = sorted(time for user in shop.times for time in user if time != shop.times[3][4])
+    shop.times[3][4] = odd
+    shop.write(tmp_path)
+    found = audit_folder(tmp_path)
+    far = unit == "s" or abs(odd) > 2**61
+    assert found["times"]["odd"] == {
+        "count": int(far), "share": far / 40, "first": odd if far else None
+    }  # fmt: skip
+    assert ("odd_times" in {warning["kind"] for warning in found["warnings"]}) == far
+    assert (found["times"]["first"], found["times"]["last"]) == (
+        min(odd, usual[0]), max(odd, usual[-1])
+    )  # fmt: skip
+    if far:
+        edges = found["times"]["histogram"]["edges"]
+        assert (edges[0], edges[-1]) == (usual[0], usual[-1])
+        assert found["times"]["resolution"] == int(np.gcd.reduce(np.array(usual) - usual[0]))
+    assert "<img" in (tmp_path / "audit.html").read_text()
+
+
+def test_what_the_model_does_not_read_is_said(tmp_path: Path) -> None:
+    shop = Shop()
+    attributes_behind_the_third(shop)
+    (warning,) = audit(shop.write(tmp_path))["warnings"]
+    assert warning["message"].startswith(
+        "price of 1 (12.5 %), size of 2 (25.0 %) items are stored and not read: the model reads "
+        "the first 3 attributes of an item"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Gift card", 2),
+        ("無線イヤホン 防水", 4),  # 無線 イヤ ホン, 防水
+        ("ソニー WH-1000XM5 無線", 4),
+        ("傘", 1),
+        ("蓝牙耳机", 2),
+        ("หูฟังไร้สาย", 6),
+        ("무선 이어폰", 2),  # Korean has spaces
+        ("Écouteurs sans fil", 3),
+        ("", 0),
+    ],
+)
+def test_words_of_scripts_without_spaces(text: str, words: int) -> None:
+    assert count_words(text) == words
 
 
 @pytest.mark.parametrize(("number", "warned"), [(201, False), (199, True)])
@@ -503,7 +584,8 @@ def test_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Histories of four items: <s> and 80 tokens.
     assert tokens["test_history"]["mean"] == 81
     assert tokens["cut_by_max_token_num"]["count"] == 0
-    assert {w["kind"] for w in found["warnings"]} == {"identical_tokens"}
+    assert {w["kind"] for w in found["warnings"]} == {"attributes_not_read", "identical_tokens"}
+    assert found["texts"]["not_read"]["attributes"] == {"brand": {"count": 6, "share": 0.75}}
 
     main([*command, "--max_attr_length", "25", "--max_token_num", "81"])
     tokens = json.loads((tmp_path / "data" / "audit.json").read_text())["tokens"]

@@ -221,7 +221,7 @@ WRONG_INPUTS = {
     ),
     "not gzip": (
         lambda raw: raw["--file_path"].write_text("<html>"),
-        "{--file_path} is cut off, damaged or not gzip",
+        "{--file_path} is a web page",
     ),
     "broken line": (
         lambda raw: break_line(raw["--file_path"], 7, '{"reviewerID": "u", "as'),

@@ -13,6 +13,7 @@ Shapes: U users, N items, M interactions, E evaluated users of a split.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from recformer.config import PAPER
 from recformer.data.processed import (
     EvalExamples,
     ProcessedFolder,
@@ -31,6 +33,7 @@ from recformer.data.processed import (
 from recformer.files import UserError, atomic_write, write_json
 from recformer.preparation.audit.page import page
 from recformer.preparation.audit.warnings import DAY, FEW_WORDS, Figure, _figure, _notes, _warnings
+from recformer.preparation.text import count_words
 from recformer.tokenization import RecformerTokenizer
 
 AUDIT_FILE = "audit.json"
@@ -143,7 +146,11 @@ def audit(data: ProcessedFolder, tokenizer: RecformerTokenizer | None = None) ->
             "interactions": len(log.items),
             **{name: int((log.parts == part).sum()) for part, name in enumerate(PARTS)},
         },
-        "texts": _texts(data, examples["test"]),
+        "texts": _texts(
+            data,
+            examples["test"],
+            PAPER["max_attr_num"] if tokenizer is None else tokenizer.config.max_attr_num,
+        ),
         "repeats": _repeats(log),
         "targets": {name: _targets(data, log, name, examples[name]) for name in examples},
         "times": None if log.times is None else _times(log, log.times, _split(data)),
@@ -207,9 +214,9 @@ def _split(data: ProcessedFolder) -> dict[str, Any]:
 # --- figures --------------------------------------------------------------------------------------
 
 
-def _texts(data: ProcessedFolder, test: EvalExamples) -> dict[str, Any]:
+def _texts(data: ProcessedFolder, test: EvalExamples, max_attr_num: int) -> dict[str, Any]:
     items = data.items
-    words = np.fromiter((len(" ".join(item.values()).split()) for item in items), np.int64)
+    words = np.fromiter((count_words(" ".join(item.values())) for item in items), np.int64)
     described = np.fromiter(map(bool, items), bool)
     sentences: dict[tuple, int] = {}
     codes = np.fromiter(
@@ -219,6 +226,7 @@ def _texts(data: ProcessedFolder, test: EvalExamples) -> dict[str, Any]:
     for item in items:
         for name, value in item.items():
             filled[name] = filled.get(name, 0) + bool(value.strip())
+    not_read = Counter(name for item in items for name in list(item)[max_attr_num:])
     for attribute in _recorded(data, "parameters").get("attributes", []):
         filled.setdefault(attribute.partition("=")[0], 0)
     return {
@@ -227,6 +235,10 @@ def _texts(data: ProcessedFolder, test: EvalExamples) -> dict[str, Any]:
         "near_empty": _items((words > 0) & (words < FEW_WORDS), test),
         "identical": _items((np.bincount(codes)[codes] > 1) & (words > 0), test),
         "attributes": {name: _figure(count, len(items)) for name, count in filled.items()},
+        "not_read": {
+            "max_attr_num": max_attr_num,
+            "attributes": {name: _figure(count, len(items)) for name, count in not_read.items()},
+        },
         "words": _distribution(words),
     }
 
@@ -289,16 +301,20 @@ def _targets(
 def _times(log: _Log, times: np.ndarray, split: Mapping[str, Any]) -> dict[str, Any]:
     in_tie = np.concatenate([[False], log.tied]) | np.concatenate([log.tied, [False]])
     backwards = log.same_user & (times[1:] < times[:-1])
-    gaps = np.diff(times)[log.same_user]
+    unit = _unit(times)
+    odd = _odd(times, unit)  # with these no difference can be taken, and no picture drawn
+    usual = times[~odd]
+    gaps = np.diff(times)[log.same_user & ~odd[1:] & ~odd[:-1]]
     starts = times[np.concatenate([[True], ~log.same_user])]
     commonest_start, same_start = _commonest(starts)
     commonest_gap, same_gap = _commonest(gaps)
     found: dict[str, Any] = {
         "first": int(times.min()),
         "last": int(times.max()),
-        "unit": _unit(times),
+        "unit": unit,
+        "odd": {"first": int(times[odd][0]) if odd.any() else None, **_figure(odd.sum(), len(odd))},
         # The largest number that divides all differences.
-        "resolution": int(np.gcd.reduce(times - times.min())),
+        "resolution": int(np.gcd.reduce(usual - usual.min())),
         "commonest_start": {"time": commonest_start, **_figure(same_start, len(starts))},
         "commonest_gap": {"gap": commonest_gap, **_figure(same_gap, len(gaps))},
         "tied": _figure(in_tie.sum(), len(times)),
@@ -317,11 +333,11 @@ def _times(log: _Log, times: np.ndarray, split: Mapping[str, Any]) -> dict[str, 
         }
     else:
         found |= _leave_one_out_times(log, times)
-    edges = np.histogram_bin_edges(times, bins=BARS)
+    edges = np.histogram_bin_edges(usual, bins=BARS)
     found["histogram"] = {
         "edges": edges.tolist(),
         **{
-            name: np.histogram(times[log.parts == part], edges)[0].tolist()
+            name: np.histogram(times[(log.parts == part) & ~odd], edges)[0].tolist()
             for part, name in enumerate(PARTS)
         },
     }
@@ -348,6 +364,15 @@ def _unit(times: np.ndarray) -> str | None:
         if 1e8 < middle / day * DAY["s"] < 1e10:  # 1973 … 2286
             return unit
     return None
+
+
+def _odd(times: np.ndarray, unit: str | None) -> np.ndarray:
+    """Times that are no moment from 1973 to 2100, or, without a unit, too far from all others."""
+    if unit is not None:
+        second = DAY[unit] // DAY["s"]
+        return (times < 100_000_000 * second) | (times >= 4_102_444_800 * second)
+    odd = np.abs(times.astype(np.float64) - float(np.median(times))) > 2.0**61
+    return times != np.sort(times)[len(times) // 2] if odd.all() else odd
 
 
 def _after_the_cut(log: _Log, times: np.ndarray, part: int, cut: int | None) -> dict[str, Any]:

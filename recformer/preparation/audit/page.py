@@ -166,6 +166,7 @@ def _tables(
             ("interactions tied in time", cell(times["tied"])),
             ("users whose order ties decide", cell(times["users_ordered_by_ties"])),
             ("users out of order", cell(times["users_out_of_order"])),
+            ("odd times, not in the picture", cell(times["odd"])),
         ]
         if "after_the_cut" in times:
             facts += [

@@ -22,7 +22,9 @@ CUT = 0.1
 
 # An item of fewer words is nearly without text: `gift card` names a kind of thing, not a thing.
 FEW_WORDS = 3
-DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000}
+DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
+
+UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 Figure = dict[str, Any]  # {"count": int, "share": float}
 
@@ -49,6 +51,16 @@ def _warnings(found: dict[str, Any]) -> list[dict[str, Any]]:
         items, targets = found["texts"][key]["items"], found["texts"][key]["test_targets"]
         message = f"{cell(items)} items {what}; {cell(targets)} test targets are among them"
         warn(kind, (items, targets), message)
+
+    unread = found["texts"]["not_read"]
+    if unread["attributes"]:
+        names = ", ".join(f"{name} of {cell(each)}" for name, each in unread["attributes"].items())
+        message = (
+            f"{names} items are stored and not read: the model reads the first "
+            f"{unread['max_attr_num']} attributes of an item (--attributes of processing chooses "
+            f"them, --max_attr_num of training reads more)"
+        )
+        warn("attributes_not_read", list(unread["attributes"].values()), message, least=0)
 
     for kind, key, what in (
         ("consecutive_repeats", "consecutive", "repeat the one before"),
@@ -89,6 +101,15 @@ def _warnings(found: dict[str, Any]) -> list[dict[str, Any]]:
             f"{cell(users)} users is that of the file"
         )
         warn("tied_times", (tied, users), message)
+        odd = times["odd"]
+        unit = times["unit"]
+        message = (
+            f"{cell(odd)} times are not between 1973 and 2100 in {UNITS[unit]}, as most are"
+            if unit
+            else f"{cell(odd)} times lie so far from the others that no clock can have shown both"
+        )
+        message += f", the first is {odd['first']}: another unit, or a number that stands for none"
+        warn("odd_times", [odd], message, least=0)
         figure = times["users_out_of_order"]
         message = f"{cell(figure)} users have a later interaction before an earlier one"
         warn("out_of_order", [figure], message, least=0)

@@ -506,3 +506,23 @@ def test_a_missing_folder(tmp_path: Path) -> None:
 def test_a_missing_encoder(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing gives no text encoder"):
         main(["--data_path", str(folder), "--text_encoder", str(tmp_path / "nothing")])
+
+
+def test_index_json_of_other_projects(tmp_path: Path) -> None:
+    path = tmp_path / "Shop.index.json"
+    path.write_text(json.dumps({"7": ["<a_12>", "<b_3>"], "8": ["<a_0>", "<b_3>"]}))
+    ids = SemanticIds.load(path, ["8", "7"])
+    assert (ids.asins, ids.codes.tolist()) == (["8", "7"], [[0, 3], [12, 3]])
+    assert (ids.levels, ids.codebook_size) == (2, [13, 4])
+    for wrong, message in (
+        (
+            {"7": ["<a_12>", "<b_3>"], "8": ["<a_0>"]},
+            "'8' has .*a_0.*expected as many codes",
+        ),
+        ({"7": ["twelve"]}, "'7' has .*twelve.*expected as many codes"),
+        ({"7": []}, "'7' has"),
+        ({"7": ["<a_1>"], "8": ["<a_1>"]}, "'7' and '8' have the same id"),
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=message):
+            SemanticIds.load(path)

@@ -637,6 +637,12 @@ def test_configurations_that_ship_are_read_and_flags_win(data, tmp_path, reposit
     config.write_text("hiden_size: 3")
     with pytest.raises(UserError, match="hiden_size is no flag"):
         read_config(str(config))
+    config.write_text("[" * 20_000)
+    with pytest.raises(UserError, match="config.yaml is no YAML of flags: nested too deep"):
+        read_config(str(config))
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="config.yaml is no YAML: .*invalid start byte"):
+        read_config(str(config))
 
 
 def test_names_of_losses_are_those_of_the_help():

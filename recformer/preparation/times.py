@@ -1,0 +1,109 @@
+"""Times of a log as whole numbers in which nothing of their order is lost.
+
+A time is a number, in whatever unit the source has, or a date as ISO 8601 writes it, which becomes
+seconds since 1970. Both may have fractions: where a log has them, all of its times are counted in
+thousandths, millionths or billionths of the unit.
+
+Shapes: M interactions.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timedelta, timezone
+from decimal import ROUND_FLOOR, Decimal
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+NO_TIME = "is no number and no ISO 8601 date"
+
+_LARGEST = 2**63 - 1
+_BILLION = 10**9
+_NUMBER = re.compile(r"[+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,2})?", re.ASCII)
+_DATE = re.compile(
+    r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})"
+    r"(?:[T ]\s*(\d{1,2}):(\d{2})(?::(\d{2})(?:[.,](\d{1,12}))?)?)?"
+    r"\s*(?:(Z|UTC|GMT)|([+-])(\d{2}):?(\d{2})?)?",
+    re.ASCII | re.IGNORECASE,
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def parse_time(value: Any) -> tuple[int, int] | None:
+    """A time as a whole number and billionths, both of the source's unit; None: it is no time.
+
+    Args:
+        value: a number or text: `1400086897`, ` 1400086897.25`, `2014-05-14T17:01:37.5+02:00`,
+            `2014-05-14 17:01:37 UTC`, `2014-05-14`. A date without a zone is taken as UTC.
+    """
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return (value, 0) if -_LARGEST - 1 <= value <= _LARGEST else None
+    if isinstance(value, float):
+        return _number(repr(value)) if isfinite(value) else None
+    if not isinstance(value, str):
+        return None
+    text = value.strip()
+    return _number(text) if _NUMBER.fullmatch(text) else _date(text)
+
+
+def _number(text: str) -> tuple[int, int] | None:
+    number = Decimal(text)
+    if number.adjusted() > 18:
+        return None
+    whole = int(number.to_integral_value(ROUND_FLOOR))
+    if not -_LARGEST - 1 <= whole <= _LARGEST:
+        return None
+    return whole, int((number - whole) * _BILLION)
+
+
+def _date(text: str) -> tuple[int, int] | None:
+    match = _DATE.fullmatch(text)
+    if match is None:
+        return None
+    year, month, day, hour, minute, second, fraction, _, sign, ahead, ahead_minutes = match.groups()
+    try:
+        moment = datetime(
+            int(year), int(month), int(day), int(hour or 0), int(minute or 0), tzinfo=timezone.utc
+        )
+    except ValueError:
+        return None
+    seconds = int(second or 0)
+    if seconds > 60 or (ahead and int(ahead_minutes or 0) > 59):  # 60: a leap second
+        return None
+    whole = (moment - _EPOCH) // timedelta(seconds=1) + seconds
+    if ahead:
+        offset = 3600 * int(ahead) + 60 * int(ahead_minutes or 0)
+        whole += -offset if sign == "+" else offset
+    return whole, int((fraction or "0").ljust(9, "0")[:9])
+
+
+def in_one_unit(wholes: np.ndarray, billionths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times with fractions as whole numbers of the largest of 1, 10⁻³, 10⁻⁶, 10⁻⁹ that is exact.
+
+    Args:
+        wholes, billionths: int64 (M,) each, as `parse_time` gives them.
+
+    Returns:
+        int64 (M,) times, and bool (M,) where one is too large for a number of 64 bits in that unit.
+    """
+    exponent = 0
+    for exponent in (0, 3, 6, 9):
+        if not (billionths % 10 ** (9 - exponent)).any():
+            break
+    # Milliseconds with nine places do not fit: what is cut then is below a billionth of a second.
+    while exponent and 2 * int(_too_large(wholes, exponent).sum()) > len(wholes):
+        exponent -= 3
+    too_large = _too_large(wholes, exponent)
+    times = np.where(too_large, 0, wholes) * 10**exponent + billionths // 10 ** (9 - exponent)
+    return np.where(too_large, wholes, times), too_large
+
+
+def _too_large(wholes: np.ndarray, exponent: int) -> np.ndarray:
+    most = _LARGEST // 10**exponent - 1
+    if exponent == 0:
+        return np.zeros(len(wholes), dtype=bool)
+    return (wholes > most) | (wholes < -most)
