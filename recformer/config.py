@@ -46,6 +46,7 @@ class RecformerConfig(LongformerConfig):
         item_num: rows of the item table of `RecformerForSeqRec`; 0 means that there is none yet.
         finetune_negative_sample_size: negatives per example in finetuning; 0 or less means the
             softmax over all items.
+        head: options of the head of `RecformerForCatalogue`; None: another model.
         kwargs: any field of `LongformerConfig`.
     """
 
@@ -64,6 +65,7 @@ class RecformerConfig(LongformerConfig):
         mlm_weight: float = 0.1,
         item_num: int = 0,
         finetune_negative_sample_size: int = 0,
+        head: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # A Longformer's fields may come with its model_type, which this class must not take over.
@@ -79,6 +81,7 @@ class RecformerConfig(LongformerConfig):
         self.mlm_weight = mlm_weight
         self.item_num = item_num
         self.finetune_negative_sample_size = finetune_negative_sample_size
+        self.head = head
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,11 +1,16 @@
-"""Two-stage finetuning and evaluation of Recformer (paper, section 2.4, algorithm 1).
+"""Finetuning of Recformer on a processed folder, and its evaluation by full ranking.
 
-`python -m recformer.finetune --data_path FOLDER --pretrain_ckpt FILE_OR_FOLDER --output_dir DIR`
+`recformer finetune --data_path FOLDER --pretrain_ckpt FILE_OR_FOLDER --output_dir DIR`
 
-1. All test users are ranked with the start weights (zero-shot).
-2. Stage 1: at every epoch start all items are encoded with the current model; the sequence side
-   trains against that table; early stop on validation NDCG.
-3. Stage 2: the best model and its table are taken up again; the table stays, training goes on.
+Both methods first rank all test users with the start weights (zero-shot).
+
+`--method published` (paper, section 2.4, algorithm 1)
+    Stage 1: at every epoch start all items are encoded with the current model; the sequence side
+    trains against that table; early stop on validation NDCG. Stage 2: the best model and its table
+    are taken up again; the table stays, training goes on.
+`--method head` (docs/method.md)
+    Items are encoded once. A head on their vectors is trained, which knows the catalogue: who
+    bought what before, what an item is bought with, what a user has already. Minutes on a CPU.
 
 The same command again continues a run that was cut off, and prints the results of a finished one.
 """
@@ -14,40 +19,71 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import seed_everything
 
-from recformer.cli import exit_with_message, keep_freed_memory, parse_flags
+from recformer.cli import exit_with_message, flags_parser, keep_freed_memory
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
+from recformer.data.histories import HistoryEvalCollator, NextItemCollator
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ITEM_FILE, META_FILE, ProcessedFolder
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
 from recformer.files import UserError, atomic_write, write_json
 from recformer.models import RecformerForSeqRec
+from recformer.models.catalogue import HeadOptions, RecformerForCatalogue
 from recformer.processes import say
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, RunArguments, flag
-from recformer.training.callbacks import ItemTable
+from recformer.training.callbacks import HeadTable, ItemTable
 from recformer.training.experiment import Experiment
 from recformer.training.history import draw_history
 from recformer.training.start import load_start_model, weights_hash
 from recformer.training.trainer import wandb_logger
 
-# Evaluations without gain before a stage ends (published values).
-PATIENCE = {"stage1": 5, "stage2": 3}
+# Evaluations without gain before a stage ends (of stage 1 and 2: published values).
+PATIENCE = {"stage1": 5, "stage2": 3, "head": 2}
+METHODS = ("published", "head")
+# Defaults of the method where they are not those of the published one.
+HEAD_DEFAULTS = {
+    "num_train_epochs": 3,
+    "batch_size": 128,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "verbose": 1,
+    "finetune_negative_sample_size": -1,
+}
 
 
 @dataclass
 class FinetuneArguments(RunArguments, ModelArguments):
     """Finetune Recformer on a processed folder and evaluate it by full ranking."""
 
+    method: str = flag(
+        "published",
+        "published: two stages, encoder and all (paper); head: the encoder stays as it is, a head "
+        "on the items' vectors is trained (docs/method.md). Other defaults with head: "
+        + ", ".join(f"{name} {value}" for name, value in HEAD_DEFAULTS.items()),
+        choices=list(METHODS),
+    )
+    max_history: int = flag(HeadOptions.max_history, "head: newest items read of a history")
+    whiten: bool = flag(True, "head: decorrelate the encoder's vectors over the catalogue")
+    bag_size: int = flag(HeadOptions.bag_size, "head: size of the trained token bag; 0: none")
+    offsets: bool = flag(True, "head: learn an offset an item")
+    offset_dropout: float = flag(
+        HeadOptions.offset_dropout, "head: share of offsets left out of a training step"
+    )
+    recency: bool = flag(True, "head: newer items of the history weigh more")
+    history_term: bool = flag(True, "head: items of the history have a score of their own")
+    spare_unbought: bool = flag(True, "head: items that nobody bought are no negatives")
     pretrain_ckpt: str | None = flag(
         None,
         "start weights: a released or converted .bin file, a folder written by save_pretrained, or "
@@ -86,6 +122,17 @@ class FinetuneArguments(RunArguments, ModelArguments):
             UserError: names the flag, its value and what is allowed.
         """
         super().check()
+        self.head_options()
+        foreign = [f.name for f in fields(HeadOptions) if getattr(self, f.name) != f.default]
+        if self.method == "published" and foreign:
+            raise UserError(f"--{foreign[0]} is a flag of --method head")
+        if self.method == "head":
+            if self.stages != "both":
+                raise UserError("--stages is a flag of --method published: head has one stage")
+            if self.finetune_negative_sample_size > 0:
+                raise UserError("--method head trains on all items: leave out the sample size")
+            if self.fix_word_embedding:
+                raise UserError("--method head trains no encoder: leave --fix_word_embedding out")
         if self.preprocessing_num_workers < 1:
             raise UserError(
                 f"--preprocessing_num_workers {self.preprocessing_num_workers}: must be at least 1"
@@ -95,13 +142,20 @@ class FinetuneArguments(RunArguments, ModelArguments):
         if Path(self.ckpt).name != self.ckpt or self.ckpt in ("", ".", ".."):
             raise UserError(f"--ckpt {self.ckpt!r}: must be a plain name within --output_dir")
 
+    def head_options(self) -> HeadOptions:
+        """The parts of the head, checked."""
+        return HeadOptions(**{f.name: getattr(self, f.name) for f in fields(HeadOptions)})
+
 
 class Run:
     """One finetuning run: everything that its steps share, and its folder."""
 
+    stages: tuple[str, ...] = ("stage1", "stage2")
+    schedule = "linear"
+
     def __init__(self, args: FinetuneArguments) -> None:
         self.args = args
-        self.experiment = Experiment(args, list(PATIENCE))
+        self.experiment = Experiment(args, self.stages, self.schedule)
         self.output_dir = self.experiment.output_dir
         # Before the tokenizer's first use; its thread pool is made once.
         os.environ.setdefault("RAYON_NUM_THREADS", str(args.preprocessing_num_workers))
@@ -137,8 +191,7 @@ class Run:
         self.vectors_dir = cache_dir(data_path, self.output_dir, "vectors")
         self.data = SeqRecDataModule(
             self.folder,
-            RecformerTrainCollator(self.store, self.model.config),
-            RecformerEvalCollator(self.store, self.model.config),
+            *self._collators(),
             args.batch_size,
             args.dataloader_num_workers,
             args.eval_users,
@@ -170,6 +223,13 @@ class Run:
             model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
         return model, tokenizer
 
+    def _collators(self) -> tuple[Callable, Callable]:
+        config = self.model.config
+        return (
+            RecformerTrainCollator(self.store, config),
+            RecformerEvalCollator(self.store, config),
+        )
+
     def evaluate(self, name: str) -> dict[str, dict[str, Any]]:
         """Figures of the model as it stands, by split."""
         return self.experiment.evaluate(name, lambda: [self._item_table(every_epoch=False)])
@@ -196,16 +256,50 @@ class Run:
                 torch.save(self.model.state_dict(), handle)
 
 
+class HeadRun(Run):
+    """A run of `--method head`."""
+
+    stages = ("head",)
+    schedule = "cosine"
+    model: RecformerForCatalogue
+
+    def _load_model(self) -> tuple[Any, RecformerTokenizer]:
+        start, tokenizer = super()._load_model()
+        config = start.config
+        config.head = self.args.head_options().as_dict()
+        model = RecformerForCatalogue(config)
+        model.longformer.load_state_dict(start.longformer.state_dict())
+        return model, tokenizer
+
+    def _collators(self) -> tuple[Callable, Callable]:
+        length = self.args.max_history
+        return NextItemCollator(length), HistoryEvalCollator(length)
+
+    def evaluate(self, name: str) -> dict[str, dict[str, Any]]:
+        return self.experiment.evaluate(name, lambda: [self._head_table()])
+
+    def train(self, stage: str, best_before: float | None) -> dict[str, Any]:
+        return self.experiment.train(stage, PATIENCE[stage], [self._head_table()], best_before)
+
+    def _head_table(self) -> HeadTable:
+        bought = np.bincount(self.folder.train.items, minlength=self.folder.num_items) > 0
+        return HeadTable(self.store, bought, self.vectors_dir)
+
+    def save_best(self) -> None:
+        self.model.cpu().refresh_table()
+        super().save_best()
+
+
 def run(args: FinetuneArguments) -> dict[str, Any]:
     """Finetune and evaluate; returns what `metrics.json` holds."""
     started = time.monotonic()
-    this = Run(args)
+    this = HeadRun(args) if args.method == "head" else Run(args)
     metrics_path = this.output_dir / "metrics.json"
     evaluations = {"zero_shot": this.evaluate("zero_shot")}
     stages: dict[str, dict[str, Any]] = {}
     if not args.zero_shot:
         best: float | None = None
-        chosen = ["stage1", "stage2"] if args.stages == "both" else [f"stage{args.stages}"]
+        chosen = list(this.stages) if args.stages == "both" else [f"stage{args.stages}"]
         for stage in chosen:
             this.model.train()
             stages[stage] = this.train(stage, best)
@@ -246,9 +340,11 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    args = parse_flags(
-        "finetune", __doc__.split("\n\n")[0], FinetuneArguments, with_protocol(argv, "evaluation")
-    )
+    parser = flags_parser("finetune", __doc__, FinetuneArguments)
+    line = with_protocol(argv, "evaluation")
+    if parser.parse_known_args(line)[0].method == "head":
+        parser.set_defaults(**HEAD_DEFAULTS)
+    (args,) = parser.parse_args_into_dataclasses(line)
     keep_freed_memory()
     run(args)
 

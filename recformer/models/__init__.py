@@ -1,10 +1,14 @@
 """The networks: encoder, pretraining and recommendation heads."""
 
+from recformer.models.catalogue import CatalogueHead, HeadOptions, RecformerForCatalogue
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.models.pretraining import RecformerForPretraining, RecformerPretrainingOutput
 from recformer.models.seqrec import RecformerForSeqRec
 
 __all__ = [
+    "CatalogueHead",
+    "HeadOptions",
+    "RecformerForCatalogue",
     "RecformerForPretraining",
     "RecformerForSeqRec",
     "RecformerModel",

@@ -45,6 +45,10 @@ class RecformerForSeqRec(RecformerPreTrainedModel):
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a folder whose config has an `item_num` holds item vectors."""
+        if path is not None and getattr(cls.config_class.from_pretrained(path), "head", None):
+            raise UserError(
+                f"{path} was finetuned with --method head: load it as RecformerForCatalogue"
+            )
         kwargs.setdefault("with_item_embedding", True)
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`

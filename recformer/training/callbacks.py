@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from recformer.data.items import TokenizedItems
+from recformer.models.catalogue import RecformerForCatalogue, token_bags
 from recformer.training.item_encoder import catalogue_vectors, encode_items
 
 
@@ -50,6 +52,44 @@ class ItemTable(Callback):
             self._refresh(trainer, pl_module)
 
     on_test_start = on_validation_start
+
+
+class HeadTable(Callback):
+    """Gives a `RecformerForCatalogue` the texts of its items, and its table before it is judged.
+
+    Args:
+        store: the tokenised items.
+        bought: (N,) bool, items that a training sequence holds.
+        vectors_dir: where stores of the encoder's vectors are kept.
+    """
+
+    def __init__(
+        self, store: TokenizedItems, bought: np.ndarray, vectors_dir: str | os.PathLike
+    ) -> None:
+        self.store, self.bought, self.vectors_dir = store, bought, vectors_dir
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model: RecformerForCatalogue = pl_module.model
+        if model.knows_catalogue:
+            return
+        vectors = catalogue_vectors(
+            model.longformer,
+            self.store,
+            self.vectors_dir,
+            trainer.precision,
+            trainer.strategy.precision_plugin.forward_context(),
+        )
+        encoded = torch.from_numpy(np.array(vectors)).to(model.device)
+        bags = token_bags(self.store).to(model.device)
+        model.set_catalogue(encoded, bags)
+        model.head.fit(encoded, bags, torch.from_numpy(self.bought).to(model.device))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.model.refresh_table()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_fit_start(trainer, pl_module)
+        pl_module.model.refresh_table()
 
 
 class LastEpochIsValidated(Callback):

@@ -8,7 +8,11 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
-from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.negatives import sample_negatives
@@ -35,18 +39,31 @@ class Recommender(Protocol):
         """Where `batch["labels"]` stand among all items, for a batch of its evaluation collator."""
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: no decay on biases and LayerNorm weights."""
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: no decay on biases and LayerNorm weights.
+
+    Where the model has `learning_rate_factors`, by name, those parameters are groups of their own,
+    without decay, whose learning rate is so many times `learning_rate`.
+    """
     decay: list[torch.nn.Parameter] = []
     no_decay: list[torch.nn.Parameter] = []
+    own: list[dict[str, Any]] = []
+    factors = getattr(model, "learning_rate_factors", {}) if learning_rate else {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
+            continue
+        if name in factors:
+            lr = factors[name] * learning_rate
+            own.append({"params": [parameter], "weight_decay": 0.0, "lr": lr})
             continue
         plain = name.endswith("bias") or "layernorm" in name.lower() or "layer_norm" in name
         (no_decay if plain else decay).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
+        *own,
     ]
 
 
@@ -61,7 +78,7 @@ class LitWrapper(lightning.LightningModule):
     Args:
         model: a `Recommender`.
         learning_rate, weight_decay, warmup_steps: of AdamW and its schedule.
-        schedule: `linear` (down to 0 at the last step) or `constant` after the warm-up.
+        schedule: `linear` or `cosine` (down to 0 at the last step) or `constant` after the warm-up.
         metric_ks: cut-offs of NDCG and Recall.
         ties: `expected`, `pessimistic` or `optimistic`.
         filter_seen: take items of the history out of the candidates (never the target).
@@ -112,7 +129,7 @@ class LitWrapper(lightning.LightningModule):
         return cast(Recommender, self.model)
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.model, self.weight_decay)
+        groups = parameter_groups(self.model, self.weight_decay, self.learning_rate)
         # With float16 gradients are unscaled and clipped before the step; the fused kernel would
         # unscale them itself, too late for that.
         fused = self.trainer.precision != "16-mixed"
@@ -120,9 +137,11 @@ class LitWrapper(lightning.LightningModule):
         if self.schedule == "constant":
             schedule = get_constant_schedule_with_warmup(optimizer, self.warmup_steps)
         else:
-            schedule = get_linear_schedule_with_warmup(
-                optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
-            )
+            shape = get_cosine_schedule_with_warmup
+            if self.schedule == "linear":
+                shape = get_linear_schedule_with_warmup
+            steps = int(self.trainer.estimated_stepping_batches)
+            schedule = shape(optimizer, self.warmup_steps, steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def configure_gradient_clipping(

@@ -116,5 +116,5 @@ def weights_hash(model: torch.nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if not name.startswith("item_embedding"):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

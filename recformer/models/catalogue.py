@@ -1,0 +1,394 @@
+"""A head that makes a Recformer know its catalogue: items and users from vectors of single items.
+
+The encoder reads every item alone, once; what is trained on top of its vectors costs minutes. With
+e_i the encoder's vector of item i, b_i the bag of its text's tokens and h the history, newest
+first (docs/method.md has the reasons):
+
+    x_i = n([n(W (n(e_i) - m)), s n(B^T b_i)])                      text: whitening and a bag
+    v_i = n(x_i + d_i), |d_i| <= 1, 0 for items nobody bought       item: text and a learned offset
+    u   = n(sum_a exp(r_a) v_h[a])                                  user: newer items weigh more
+    s(u, i) = cos(u, v_i),  for i in h:  g cos(u, v_i) + t_age      score: a term for known items
+
+n(.) divides by the length. Trained by the softmax over all items that were ever bought, every item
+of a user's history being a target behind those before it. Items that nobody bought are no
+negatives: they keep their place among texts, and the offsets cannot push them away.
+
+Shapes: N items, M any items, H encoder, G bag, D = H + G, V vocabulary, S tokens of all bags,
+P histories, W items of all histories, U distinct items of all histories.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from recformer.config import RecformerConfig
+from recformer.data.histories import Histories
+from recformer.data.items import TokenizedItems
+from recformer.evaluation.additions import Additions
+from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
+from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.top_items import top_items_by_vectors
+from recformer.files import UserError
+from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
+
+VALUE = 2  # token type of an attribute's value
+AGES = 6  # ages told apart in the term for items of the history, the last one for all older items
+SCORES_AT_ONCE = 2**24  # of the loss: 64 MB in float32
+SMALLEST = 1e-3  # of the largest variance: directions below are not blown up by whitening
+FIRST_DECAY = 0.6  # weight of an item beside the next newer one, before training
+FIRST_FACTOR = 0.5  # of the score of an item of the history, before training
+FIRST_TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Parts of the head; each can be left out.
+
+    Attributes:
+        max_history: newest items read of a history.
+        whiten: decorrelate the encoder's vectors over the catalogue.
+        bag_size: G, size of the trained token bag; 0: none.
+        offsets: learn an offset an item.
+        offset_dropout: share of items whose offset is left out of a training step.
+        recency: newer items weigh more; otherwise all alike.
+        history_term: items of the history have a score of their own.
+        spare_unbought: items that nobody bought are no negatives.
+    """
+
+    max_history: int = 20
+    whiten: bool = True
+    bag_size: int = 384
+    offsets: bool = True
+    offset_dropout: float = 0.5
+    recency: bool = True
+    history_term: bool = True
+    spare_unbought: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_history < 1:
+            raise UserError(f"max_history is {self.max_history}, expected at least 1")
+        if self.bag_size < 0:
+            raise UserError(f"bag_size is {self.bag_size}, expected 0 or more")
+        if not 0 <= self.offset_dropout < 1:
+            raise UserError(f"offset_dropout is {self.offset_dropout}, expected from 0 to below 1")
+
+    @classmethod
+    def of(cls, config: RecformerConfig) -> HeadOptions:
+        """What `config.head` holds.
+
+        Raises:
+            UserError: the configuration is that of a model without a head.
+        """
+        values = getattr(config, "head", None)
+        if not isinstance(values, Mapping):
+            raise UserError("the configuration has no head: the model was made by another method")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `config.head`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TokenBags:
+    """How often each token stands in the texts of M items.
+
+    Attributes:
+        tokens: (S,) int64 ids, each once an item.
+        counts: (S,) float32.
+        offsets: (M + 1,) int64; item i has the entries `offsets[i]:offsets[i + 1]`.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def to(self, *args: Any, **kwargs: Any) -> TokenBags:
+        """The same on another device."""
+        return TokenBags(*(t.to(*args, **kwargs) for t in vars(self).values()))
+
+
+def token_bags(store: TokenizedItems) -> TokenBags:
+    """Bags of the value tokens of all items of a store; attribute names say nothing."""
+    values = np.asarray(store.token_type_ids) == VALUE
+    tokens = np.asarray(store.input_ids)[values].astype(np.int64)
+    owner = np.repeat(np.arange(len(store)), store.lengths)[values]
+    size = int(tokens.max()) + 1 if len(tokens) else 1
+    keys, counts = np.unique(owner * size + tokens, return_counts=True)
+    owner, tokens = np.divmod(keys, size)
+    ends = np.cumsum(np.bincount(owner, minlength=len(store)))
+    return TokenBags(
+        torch.from_numpy(tokens),
+        torch.from_numpy(counts.astype(np.float32)),
+        torch.from_numpy(np.append(0, ends)),
+    )
+
+
+def whitening(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (H,) and matrix (H, H) that decorrelate vectors (M, H) (ZCA, symmetric).
+
+    Directions of little variance are damped rather than blown up; float64 inside.
+    """
+    vectors = F.normalize(vectors.double(), dim=-1)
+    mean = vectors.mean(dim=0)
+    centred = vectors - mean
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    variances = variances.clamp(min=0)
+    scales = (variances + SMALLEST * variances.max().clamp(min=1e-12)).rsqrt()
+    return mean.float(), (directions * scales @ directions.T).float()
+
+
+class CatalogueHead(nn.Module):
+    """Vectors of items and users, and the term for items of the history; see the module.
+
+    Args:
+        config: `hidden_size`, `vocab_size`, `item_num` and `head` are read.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+    idf: Tensor
+    bought: Tensor
+
+    def __init__(self, config: RecformerConfig) -> None:
+        super().__init__()
+        self.options = options = HeadOptions.of(config)
+        hidden, bag = config.hidden_size, options.bag_size
+        self.register_buffer("mean", torch.zeros(hidden))
+        self.register_buffer("whitening", torch.eye(hidden))
+        self.register_buffer("bought", torch.zeros(config.item_num, dtype=torch.bool))
+        if bag:
+            self.register_buffer("idf", torch.ones(config.vocab_size))
+            self.bag = nn.Parameter(torch.randn(config.vocab_size, bag) * bag**-0.5)
+            self.bag_scale = nn.Parameter(torch.ones(()))
+        if options.offsets:
+            self.offset = nn.Parameter(torch.zeros(config.item_num, hidden + bag))
+        decay = math.log(FIRST_DECAY) if options.recency else 0.0
+        weights = decay * torch.arange(options.max_history)
+        self.log_recency = nn.Parameter(weights, requires_grad=options.recency)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(FIRST_TEMPERATURE)))
+        if options.history_term:
+            self.history_factor = nn.Parameter(torch.tensor(FIRST_FACTOR))
+            self.history_bias = nn.Parameter(torch.zeros(AGES))
+
+    @torch.no_grad()
+    def fit(self, vectors: Tensor, bags: TokenBags, bought: Tensor) -> None:
+        """Take from a catalogue what is not trained: whitening, rarity of tokens, who was bought.
+
+        Args:
+            vectors: (N, H) of the encoder.
+            bags: of the N items.
+            bought: (N,) bool, items that a training sequence holds.
+        """
+        if self.options.whiten:
+            mean, matrix = whitening(vectors)
+            self.mean.copy_(mean)
+            self.whitening.copy_(matrix)
+        if self.options.bag_size:
+            found = torch.bincount(bags.tokens, minlength=len(self.idf)).float()
+            self.idf.copy_(torch.log((1 + len(bags)) / (1 + found)) + 1)  # smooth, as scikit-learn
+        self.bought.copy_(bought)
+
+    def text_vectors(self, vectors: Tensor, bags: TokenBags) -> Tensor:
+        """(M, D) of length 1, from the encoder's vectors (M, H) and the token bags of any items."""
+        text = F.normalize(vectors.float(), dim=-1)
+        if self.options.whiten:
+            text = F.normalize((text - self.mean) @ self.whitening, dim=-1)
+        if not self.options.bag_size:
+            return text
+        weights = bags.counts * self.idf[bags.tokens]
+        bag = F.embedding_bag(
+            bags.tokens, self.bag, bags.offsets[:-1], mode="sum", per_sample_weights=weights
+        )
+        bag = F.normalize(bag, dim=-1) * self.bag_scale
+        return F.normalize(torch.cat([text, bag], dim=-1), dim=-1)
+
+    def item_vectors(self, text: Tensor) -> Tensor:
+        """(N, D) of length 1: the catalogue's text vectors (N, D) with the learned offsets."""
+        if not self.options.offsets:
+            return text
+        offset = self.offset / self.offset.norm(dim=1, keepdim=True).clamp(min=1)
+        kept = self.bought
+        if self.training and self.options.offset_dropout:
+            kept = kept & (torch.rand(len(kept), device=kept.device) >= self.options.offset_dropout)
+        return F.normalize(text + offset * kept[:, None], dim=-1)
+
+    def user_vectors(self, histories: Histories, table: Tensor) -> Tensor:
+        """(P, D) of length 1, from the vectors (M, D) of the items that histories name by row."""
+        weights = self.log_recency.exp()[histories.ages]
+        users = F.embedding_bag(
+            histories.items, table, histories.offsets[:-1], mode="sum", per_sample_weights=weights
+        )
+        return F.normalize(users, dim=-1)
+
+    def history_additions(self, histories: Histories, cosines: Tensor) -> Tensor:
+        """What is added to the cosines (U,) of `histories.distinct`; zeros without that part."""
+        if not self.options.history_term:
+            return torch.zeros_like(cosines)
+        bias = self.history_bias[histories.newest.clamp(max=AGES - 1)]
+        return (self.history_factor - 1) * cosines + bias
+
+    def loss(self, histories: Histories, labels: Tensor, table: Tensor) -> Tensor:
+        """Mean cross-entropy of the labels (P,) among all items (N, D), a float32 scalar.
+
+        Memory is that of `SCORES_AT_ONCE` scores beyond the arguments and their gradients: users
+        are taken in parts, whose scores backward computes again.
+        """
+        users = self.user_vectors(histories, table)
+        step = max(1, SCORES_AT_ONCE // len(table))
+        if step >= len(labels):
+            return self._loss_of(users, histories, labels, table, 0) / len(labels)
+        total = users.new_zeros(())
+        for start in range(0, len(labels), step):
+            part = slice(start, start + step)
+            total = total + checkpoint(
+                self._loss_of, users[part], histories, labels[part], table, start,
+                use_reentrant=False,
+            )  # fmt: skip
+        return total / len(labels)
+
+    def _loss_of(
+        self, users: Tensor, histories: Histories, labels: Tensor, table: Tensor, first: int
+    ) -> Tensor:
+        """Sum of the losses of users (B, D), the histories from number `first` on."""
+        scores = (users @ table.T).float()  # in 16 bits under autocast
+        inside = (histories.rows >= first) & (histories.rows < first + len(users))
+        rows, items = histories.rows[inside] - first, histories.distinct[inside]
+        if self.options.history_term:
+            known = Histories(**vars(histories) | {"newest": histories.newest[inside]})
+            cosines = scores[rows, items]
+            added = self.history_additions(known, cosines)
+            scores = scores.index_put((rows, items), cosines + added)
+        scores = scores * torch.exp(-self.log_temperature)
+        if self.options.spare_unbought:
+            scores = scores.masked_fill(~self.bought, -torch.inf)
+        return F.cross_entropy(scores, labels, reduction="sum")
+
+
+class RecformerForCatalogue(RecformerPreTrainedModel):
+    """A Recformer, frozen, with a `CatalogueHead`: the method `head` of finetuning.
+
+    The item table `item_embedding` holds the final vectors (N, D) of the catalogue; a folder that
+    `save_pretrained` wrote recommends without encoding anything.
+
+    Args:
+        config: as for `RecformerModel`, with `head` (`HeadOptions.as_dict`) and `item_num`.
+    """
+
+    # Few numbers that steer everything learn faster than the many.
+    learning_rate_factors: ClassVar[dict[str, float]] = {
+        f"head.{name}": 10.0
+        for name in (
+            "bag_scale",
+            "log_recency",
+            "log_temperature",
+            "history_factor",
+            "history_bias",
+        )
+    }
+
+    def __init__(self, config: RecformerConfig) -> None:
+        super().__init__(config)
+        self.longformer = RecformerModel(config).requires_grad_(False)
+        self.head = CatalogueHead(config)
+        size = config.hidden_size + self.head.options.bag_size
+        self.item_embedding = nn.Embedding(config.item_num, size).requires_grad_(False)
+        self._vectors: Tensor | None = None  # of the encoder
+        self._bags: TokenBags | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, CatalogueHead):  # which starts as its own constructor says
+            super()._init_weights(module)
+
+    @property
+    def knows_catalogue(self) -> bool:
+        """Whether `set_catalogue` was called."""
+        return self._vectors is not None
+
+    def set_catalogue(self, vectors: Tensor, bags: TokenBags) -> None:
+        """Give the texts of all items, which training and `refresh_table` need.
+
+        Args:
+            vectors: (N, H) of the encoder.
+            bags: of the N items.
+
+        Raises:
+            UserError: another number of items, or another size of vectors.
+        """
+        expected = (self.config.item_num, self.config.hidden_size)
+        if tuple(vectors.shape) != expected or len(bags) != len(vectors):
+            raise UserError(
+                f"vectors of shape {tuple(vectors.shape)} and {len(bags)} token bags, expected "
+                f"{expected} and {expected[0]}"
+            )
+        self._vectors, self._bags = vectors, bags
+
+    def _catalogue_vectors(self) -> Tensor:
+        """Item vectors (N, D) as the weights stand now."""
+        if self._vectors is None or self._bags is None:
+            raise UserError("there are no texts of items yet: call set_catalogue first")
+        device = self.item_embedding.weight.device
+        self._vectors, self._bags = self._vectors.to(device), self._bags.to(device)
+        return self.head.item_vectors(self.head.text_vectors(self._vectors, self._bags))
+
+    @torch.no_grad()
+    def refresh_table(self) -> None:
+        """Write the item vectors of today's weights, without dropout, to `item_embedding`."""
+        training = self.head.training
+        self.head.eval()
+        with torch.autocast(self.device.type, enabled=False):
+            self.item_embedding.weight.copy_(self._catalogue_vectors())
+        self.head.train(training)
+
+    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Loss of a batch of `NextItemCollator`."""
+        return self.head.loss(batch["histories"], batch["labels"], self._catalogue_vectors())
+
+    def users_of(self, histories: Histories) -> tuple[Tensor, Additions]:
+        """Vectors (P, D) of histories of catalogue items, and their terms (see `additions`)."""
+        table = self.item_embedding.weight
+        with torch.autocast(table.device.type, enabled=False):
+            users = self.head.user_vectors(histories, table)
+            known = table[histories.distinct]
+            cosines = (users[histories.rows].double() * known.double()).sum(dim=-1)
+            added = self.head.history_additions(histories, cosines)
+        return users, (histories.rows, histories.distinct, added)
+
+    def encode_users(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with what `rank`, `recommend` and `rank_among` would compute again each."""
+        return {**batch, "users": self.users_of(batch["histories"])}
+
+    def _users(self, batch: dict[str, Any]) -> tuple[Tensor, Additions]:
+        return batch["users"] if "users" in batch else self.users_of(batch["histories"])
+
+    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
+        """Where the targets of a batch of `HistoryEvalCollator` stand among all items."""
+        (users, additions), seen = self._users(batch), batch["seen"] if filter_seen else None
+        table = self.item_embedding.weight
+        return rank_by_vectors(users, table, batch["labels"], seen, additions=additions)
+
+    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> NDArray[np.int64]:
+        """The k best items for each user of a batch, best first, int64 (B, k)."""
+        (users, additions), seen = self._users(batch), batch["seen"] if filter_seen else None
+        table = self.item_embedding.weight
+        return top_items_by_vectors(users, table, k, seen, additions=additions)[0]
+
+    def rank_among(self, batch: dict[str, Any], candidates: NDArray[np.int64]) -> TargetRanks:
+        """Where the targets of a batch stand among items (B, K) of each user's own."""
+        users, additions = self._users(batch)
+        table = self.item_embedding.weight
+        return rank_among_by_vectors(users, table, batch["labels"], candidates, additions=additions)
