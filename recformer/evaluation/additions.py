@@ -62,7 +62,8 @@ class PairTerms:
             )
         order = np.lexsort((values, cols, rows))
         keys, pair = np.unique((rows * num_items + cols)[order], return_inverse=True)
-        sums = np.bincount(pair, weights=values[order], minlength=len(keys))  # one after the other
+        # one after the other
+        sums = np.bincount(pair, values[order], len(keys)).astype(np.float64, copy=False)
         rows, cols = np.divmod(keys, max(num_items, 1))
         return cls(rows, cols, sums, num_items)
 
