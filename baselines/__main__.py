@@ -106,6 +106,12 @@ class BaselineArguments(RunArguments):
         "text_neighbours, cooccurrence: weight of an item against the next newer one, 0 for the "
         "last item alone (0.6)",
     )
+    weighting: str | None = flag(None, "text_neighbours: of words, tfidf or bm25 (tfidf)")
+    history_factor: float | None = flag(
+        None,
+        "text_neighbours, cooccurrence: scores of items that the user has are multiplied by it, "
+        "from 0 to 1 (1)",
+    )
     from_published: str | None = flag(
         None, "sasrec, gsasrec: weights of a published gSASRec file to start from"
     )

@@ -70,8 +70,13 @@ TRANSFORMER = SEQUENCE | {"arch": "gpt2", "objective": "causal", "mask_probabili
 # Settings of each model and their defaults. A setting that a model does not have is refused.
 MODELS: dict[str, dict[str, Any]] = {
     "popularity": {},
-    "text_neighbours": {"decay": 0.6, "text_encoder": None},
-    "cooccurrence": {"decay": 0.6},
+    "text_neighbours": {
+        "decay": 0.6,
+        "text_encoder": None,
+        "weighting": "tfidf",
+        "history_factor": 1.0,
+    },
+    "cooccurrence": {"decay": 0.6, "history_factor": 1.0},
     "sasrec": SEQUENCE | {"from_published": None},
     "gsasrec": SEQUENCE | {"loss": "gbce", "separate_outputs": True, "from_published": None},
     "bert4rec": TRANSFORMER | {"arch": "bert", "objective": "masked"},

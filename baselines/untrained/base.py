@@ -13,6 +13,7 @@ from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
 from recformer.evaluation.top_items import top_items
+from recformer.files import UserError
 
 SCORES_AT_A_TIME = 2**23  # users x items: 64 MB in float64
 
@@ -88,6 +89,35 @@ def rank_in_chunks(
             for name in ("above", "tied", "num_candidates")
         )
     )
+
+
+def checked_history_factor(value: float) -> float:
+    """The factor, if it is one.
+
+    Raises:
+        UserError: it is not from 0 to 1.
+    """
+    if not 0 <= value <= 1:
+        raise UserError(f"--history_factor {value}: expected from 0 to 1")
+    return value
+
+
+def scale_history(scores: Scores, examples: EvalExamples, factor: float) -> Scores:
+    """Scores of which those of items that stand in the user's history are multiplied by `factor`.
+
+    What a user has is most like what he has, and he seldom buys it again; this is what the history
+    term of `finetune --method head` does, for lines without one of their own.
+    """
+    if factor == 1:
+        return scores
+
+    def scaled(chunk: slice) -> np.ndarray | torch.Tensor:
+        values = scores(chunk)
+        rows, items = np.unique(np.stack(seen_pairs(examples, chunk)), axis=1)
+        values[rows, items] *= factor
+        return values
+
+    return scaled
 
 
 def seen_pairs(examples: EvalExamples, chunk: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,13 @@ from typing import Any, Literal
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
 
-from baselines.untrained.base import Scores, evaluate, rank_in_chunks
+from baselines.untrained.base import (
+    Scores,
+    checked_history_factor,
+    evaluate,
+    rank_in_chunks,
+    scale_history,
+)
 from baselines.untrained.text_neighbours import history_weights
 from recformer.data.processed import EvalExamples, ProcessedFolder
 from recformer.evaluation.ranks import TargetRanks
@@ -29,15 +35,19 @@ class Cooccurrence:
     Args:
         folder: the data.
         decay: weight of an item against the next newer one, from 0 (the last item alone) to 1.
+        history_factor: scores of items of the history are multiplied by it.
 
     Attributes:
         follows: sparse (N, N) float64; row = the earlier item, column = the later one.
 
     Raises:
-        UserError: `decay` is out of range.
+        UserError: `decay` or `history_factor` is out of range.
     """
 
-    def __init__(self, folder: ProcessedFolder, decay: float = 0.6) -> None:
+    def __init__(
+        self, folder: ProcessedFolder, decay: float = 0.6, history_factor: float = 1.0
+    ) -> None:
+        self.history_factor = checked_history_factor(history_factor)
         if not 0 <= decay <= 1:
             raise UserError(f"decay is {decay}, expected a weight from 0 to 1")
         self.folder = folder
@@ -57,7 +67,11 @@ class Cooccurrence:
     def scores(self, examples: EvalExamples) -> Scores:
         """How much items followed the histories."""
         users = history_weights(examples.histories, self.folder.num_items, self.decay)
-        return lambda chunk: (users[chunk] @ self.follows).toarray()
+
+        def scores(chunk: slice) -> np.ndarray:
+            return (users[chunk] @ self.follows).toarray()
+
+        return scale_history(scores, examples, self.history_factor)
 
     def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
         """Place the target of every example; items that never followed tie at 0."""

@@ -2,8 +2,8 @@
 
 A user is the sum of the vectors of the history's items, the newest with weight 1 and each older one
 with `decay` times the weight of the next; all items are ranked by cosine similarity. The text of an
-item is its attributes' values, joined by spaces. Vectors are TF-IDF, or those of a text encoder or
-a Recformer (`baselines.text_vectors`).
+item is its attributes' values, joined by spaces. Vectors are those of words (TF-IDF, BM25), or of a
+text encoder or a Recformer (`baselines.text_vectors`).
 
 Shapes: E evaluation examples, N items, V words, H hidden.
 """
@@ -16,15 +16,26 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from scipy import sparse  # type: ignore[import-untyped]
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.preprocessing import normalize
 
 from baselines.text_vectors import item_texts, text_vectors
-from baselines.untrained.base import Scores, evaluate, rank_in_chunks, seen_pairs
+from baselines.untrained.base import (
+    Scores,
+    checked_history_factor,
+    evaluate,
+    rank_in_chunks,
+    scale_history,
+    seen_pairs,
+)
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.evaluation.ranking import rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError
 from recformer.preparation.text import cut_words
+
+WEIGHTINGS = ("tfidf", "bm25")
+BM25_K1, BM25_B = 1.2, 0.75
 
 
 class TextNeighbours:
@@ -33,19 +44,30 @@ class TextNeighbours:
     Args:
         folder: the data.
         decay: weight of an item against the next newer one, from 0 (the last item alone) to 1.
-        text_encoder: what `text_vectors` takes as its encoder; None for TF-IDF.
+        text_encoder: what `text_vectors` takes as its encoder; None for words.
+        weighting: of words: `tfidf`, or `bm25` (Robertson and Zaragoza, 2009; k1 1.2, b 0.75).
+        history_factor: scores of items of the history are multiplied by it.
 
     Attributes:
         vectors: one row an item, of length 1, or 0 for an item without text; scipy sparse (N, V)
-            float64 for TF-IDF, float32 (N, H) for a text encoder.
+            float64 for words, float32 (N, H) for a text encoder.
 
     Raises:
-        UserError: `decay` is out of range, or no item has any text.
+        UserError: `decay` or `history_factor` is out of range, an unknown weighting, or no item has
+            any text.
     """
 
     def __init__(
-        self, folder: ProcessedFolder, decay: float = 0.6, text_encoder: str | None = None
+        self,
+        folder: ProcessedFolder,
+        decay: float = 0.6,
+        text_encoder: str | None = None,
+        weighting: str = "tfidf",
+        history_factor: float = 1.0,
     ) -> None:
+        if weighting not in WEIGHTINGS:
+            raise UserError(f"--weighting {weighting}: expected one of {', '.join(WEIGHTINGS)}")
+        self.history_factor = checked_history_factor(history_factor)
         if not 0 <= decay <= 1:
             raise UserError(f"decay is {decay}, expected a weight from 0 to 1")
         self.folder = folder
@@ -54,7 +76,9 @@ class TextNeighbours:
         if not any(texts):
             raise UserError(f"no item of {folder.path} has any text, so none has neighbours")
         self.vectors: Any = (
-            tfidf_vectors(texts) if text_encoder is None else text_vectors(folder, text_encoder)
+            word_vectors(texts, weighting)
+            if text_encoder is None
+            else text_vectors(folder, text_encoder)
         )
 
     def scores(self, examples: EvalExamples) -> Scores:
@@ -66,11 +90,11 @@ class TextNeighbours:
             products = users[chunk] @ items
             return products.toarray() if sparse.issparse(products) else products
 
-        return scores
+        return scale_history(scores, examples, self.history_factor)
 
     def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
         """Place the target of every example; items of the same text tie."""
-        if sparse.issparse(self.vectors):
+        if sparse.issparse(self.vectors) or self.history_factor != 1:
             return rank_in_chunks(
                 examples, self.folder.num_items, filter_seen, self.scores(examples)
             )
@@ -98,13 +122,35 @@ def history_weights(histories: Sequences, num_items: int, decay: float) -> spars
     return matrix
 
 
-def tfidf_vectors(texts: list[str]) -> sparse.csr_matrix:
-    """TF-IDF of every text as scikit-learn computes it by default, rows of length 1, (N, V).
+def word_vectors(texts: list[str], weighting: str = "tfidf") -> sparse.csr_matrix:
+    """Words of every text, rows of length 1, (N, V).
 
     Where a script puts no spaces between words, pairs of neighbouring signs are the words.
+
+    Args:
+        texts: N of them.
+        weighting: `tfidf` as scikit-learn computes it by default, or `bm25`.
+
+    Raises:
+        UserError: no text has a word.
     """
     words = TfidfVectorizer().build_analyzer()
+    analyzer = partial(cut_words, words=words)
     try:
-        return TfidfVectorizer(analyzer=partial(cut_words, words=words)).fit_transform(texts)
+        if weighting == "bm25":
+            return _bm25(CountVectorizer(analyzer=analyzer).fit_transform(texts))
+        return TfidfVectorizer(analyzer=analyzer).fit_transform(texts)
     except ValueError as error:  # one-letter words and signs are no words to it
         raise UserError(f"the items' texts hold no words to compare: {error}") from error
+
+
+def _bm25(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """BM25 weights of word counts (N, V), rows of length 1."""
+    matrix = counts.astype(np.float64).tocsr()
+    lengths = np.asarray(matrix.sum(axis=1)).ravel()
+    found = np.bincount(matrix.indices, minlength=matrix.shape[1])
+    rarity = np.log1p((len(lengths) - found + 0.5) / (found + 0.5))
+    rows = np.repeat(np.arange(len(lengths)), np.diff(matrix.indptr))
+    saturation = BM25_K1 * (1 - BM25_B + BM25_B * lengths / lengths.mean())
+    matrix.data *= (BM25_K1 + 1) / (matrix.data + saturation[rows]) * rarity[matrix.indices]
+    return normalize(matrix)

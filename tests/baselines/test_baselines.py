@@ -14,8 +14,9 @@ import pytest
 from baselines.__main__ import main
 from baselines.models import build
 from baselines.untrained import base, text_neighbours
+from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
-from baselines.untrained.text_neighbours import TextNeighbours
+from baselines.untrained.text_neighbours import TextNeighbours, word_vectors
 from recformer.data.collators import EvalExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.ranks import TargetRanks
@@ -225,7 +226,7 @@ def test_the_command_writes_figures_and_ranks(
     assert figures["MRR"] == pytest.approx((1 / 6 + 1 / 2 + 1 / 6) / 3)  # by hand, above
     assert {k: result[k] for k in ("model", "settings", "ties", "filter_seen", "split_hash")} == {
         "model": "text_neighbours",
-        "settings": {"decay": 0, "text_encoder": None},
+        "settings": {"decay": 0, "text_encoder": None, "weighting": "tfidf", "history_factor": 1.0},
         "ties": "pessimistic",
         "filter_seen": False,
         "split_hash": folder.split_hash,
@@ -271,3 +272,27 @@ def test_lines_on_scientific(real_data: Path, tmp_path: Path) -> None:
     neighbours = TextNeighbours(folder).evaluate()
     assert neighbours["NDCG@10"] == pytest.approx(0.0541, abs=1e-3)
     assert neighbours["Recall@10"] == pytest.approx(0.1118, abs=2e-3)
+
+
+@pytest.mark.parametrize("model", [TextNeighbours, Cooccurrence])
+def test_items_of_the_history_have_their_scores_multiplied(folder: ProcessedFolder, model) -> None:
+    examples = folder.eval_examples("test")
+    plain = model(folder).scores(examples)(slice(0, 3))
+    scaled = model(folder, history_factor=0.25).scores(examples)(slice(0, 3))
+    for row, history in enumerate(examples.histories[row] for row in range(3)):
+        expected = np.array(plain[row])
+        expected[np.unique(history)] *= 0.25  # once, however often it was bought
+        assert scaled[row] == pytest.approx(expected)
+    assert (scaled != plain).any()
+    with pytest.raises(UserError, match="--history_factor 1.5"):
+        model(folder, history_factor=1.5)
+
+
+def test_bm25_by_hand() -> None:
+    rows = word_vectors(["red red lamp", "red tent"], "bm25").toarray()  # lamp, red, tent
+    once, both = np.log1p(1.5 / 1.5), np.log1p(0.5 / 2.5)
+    long = 1.2 * (1 - 0.75 + 0.75 * 3 / 2.5)
+    expected = np.array([once * 2.2 / (1 + long), both * 2.2 * 2 / (2 + long), 0])
+    assert rows[0] == pytest.approx(expected / np.linalg.norm(expected))
+    with pytest.raises(UserError, match="--weighting idf"):
+        TextNeighbours(None, weighting="idf")
