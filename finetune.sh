@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Two-stage finetuning and evaluation by full ranking. Variables have the published values as
+# Finetuning and evaluation by full ranking: the two published stages, or with METHOD=head a head
+# that knows the catalogue, in minutes (docs/method.md). Variables have the published values as
 # defaults; further flags are passed on (`python -m recformer.finetune --help` lists them):
 #
 #   bash finetune.sh
+#   METHOD=head PRETRAIN_CKPT=sentence-transformers/all-MiniLM-L6-v2 \
+#       bash finetune.sh --pooler_type avg
 #   DATA_PATH=finetune_data/Arts PRETRAIN_CKPT=my_ckpt.bin bash finetune.sh --max_token_num 512
 #   PRETRAIN_CKPT=sentence-transformers/all-MiniLM-L6-v2 bash finetune.sh --pooler_type avg
 #
@@ -47,28 +50,34 @@ elif [ -z "$named_start" ] && [ ! -e $pretrained ]; then
     exit 1
 fi
 use_environment
+METHOD=${METHOD:-published}
 
 if [ -n "$sample" ]; then
     echo "**** NO PUBLISHED FILES (finetune_data/Scientific, pretrain_ckpt/seqrec_pretrain_ckpt.bin):"
     echo "**** finetuning a SMALL RANDOM MODEL on the bundled SAMPLE; set DATA_PATH and PRETRAIN_CKPT"
     prepare_sample quickstart_run "${SEED:-0}"
+    settings=("${SMALL_FINETUNING[@]}")
+    if [ "$METHOD" = head ]; then settings=("${SMALL_HEAD[@]}"); fi
     cd "$START"
     exec "$PYTHON" -m recformer.finetune --data_path "$RECFORMER_ROOT/$SAMPLE_DATA" \
         --tokenizer_name "$RECFORMER_ROOT/$SAMPLE_TOKENIZER" "${SMALL_MODEL[@]}" \
-        "${SMALL_FINETUNING[@]}" \
+        "${settings[@]}" \
         ${NUM_TRAIN_EPOCHS:+--num_train_epochs "$NUM_TRAIN_EPOCHS"} \
         ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} \
         --output_dir "${OUTPUT_DIR:-$RECFORMER_ROOT/quickstart_run/finetune_run}" \
         --seed "${SEED:-0}" "$@"
 fi
 
+epochs=${NUM_TRAIN_EPOCHS:-} batch=${BATCH_SIZE:-}
+if [ "$METHOD" = published ]; then epochs=${epochs:-128} batch=${batch:-16}; fi
 cd "$START"
 exec "$PYTHON" -m recformer.finetune \
     --data_path "${DATA_PATH:-$RECFORMER_ROOT/finetune_data/Scientific}" \
     --pretrain_ckpt "${PRETRAIN_CKPT:-$RECFORMER_ROOT/pretrain_ckpt/seqrec_pretrain_ckpt.bin}" \
     --output_dir "${OUTPUT_DIR:-result}" \
-    --num_train_epochs "${NUM_TRAIN_EPOCHS:-128}" \
-    --batch_size "${BATCH_SIZE:-16}" \
+    --method "$METHOD" \
+    ${epochs:+--num_train_epochs "$epochs"} \
+    ${batch:+--batch_size "$batch"} \
     ${SEED:+--seed "$SEED"} \
     --fp16 \
     --finetune_negative_sample_size -1 \

@@ -51,6 +51,11 @@ echo "== finetuning it on $SAMPLE_TARGET, which it has never seen"
     --pretrain_ckpt "$OUTPUT_DIR/pretrain_ckpt/recformer_pretrain_ckpt" \
     "${SMALL_FINETUNING[@]}" --output_dir "$OUTPUT_DIR/recformer" --seed "$SEED"
 
+echo "== training only a head on it, which knows the catalogue (docs/method.md)"
+"$PYTHON" -m recformer.finetune --data_path "$SAMPLE_DATA" \
+    --pretrain_ckpt "$OUTPUT_DIR/pretrain_ckpt/recformer_pretrain_ckpt" \
+    "${SMALL_HEAD[@]}" --output_dir "$OUTPUT_DIR/head" --seed "$SEED"
+
 echo "== the lines to beat: popularity and text neighbours (TF-IDF)"
 for line in popularity text_neighbours; do
     "$PYTHON" -m baselines --model "$line" --data_path "$SAMPLE_DATA" \
@@ -58,9 +63,10 @@ for line in popularity text_neighbours; do
 done
 
 echo "== test users of $SAMPLE_TARGET, every item ranked"
-"$PYTHON" -m recformer compare --against "Recformer, finetuned" --output_dir "$OUTPUT_DIR" \
+"$PYTHON" -m recformer compare --against "Recformer with a head" --output_dir "$OUTPUT_DIR" \
     "popularity=$OUTPUT_DIR/popularity" "TF-IDF neighbours=$OUTPUT_DIR/text_neighbours" \
     "Recformer, random weights=$OUTPUT_DIR/untrained" \
     "Recformer, pretrained=$OUTPUT_DIR/recformer:zero_shot" \
-    "Recformer, finetuned=$OUTPUT_DIR/recformer"
+    "Recformer, finetuned=$OUTPUT_DIR/recformer" \
+    "Recformer with a head=$OUTPUT_DIR/head"
 echo "The best model is in $OUTPUT_DIR/recformer/best_model, its curves in $OUTPUT_DIR/recformer/curves.png."

@@ -81,3 +81,5 @@ SMALL_FINETUNING=(
     --finetune_negative_sample_size -1 --num_train_epochs 24 --verbose 4
     --batch_size 32 --gradient_accumulation_steps 1 --learning_rate 2e-3
 )
+# shellcheck disable=SC2034
+SMALL_HEAD=(--method head --num_train_epochs 12 --batch_size 32)

@@ -20,8 +20,8 @@ def test_quickstart_twice(repository, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         outputs.append(done.stdout)
-    assert "Recformer, finetuned beats popularity" in outputs[0]
-    assert "Recformer, finetuned beats TF-IDF neighbours" in outputs[0]
+    assert "Recformer with a head beats popularity" in outputs[0]
+    assert "Recformer with a head beats TF-IDF neighbours" in outputs[0]
     tables = [output[output.index("test users of Cycling") :] for output in outputs]
     assert tables[0] == tables[1]
     assert "epoch" not in outputs[1]  # the second run trains nothing
