@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -120,9 +121,21 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])
 
 
+def hide_bars_of_libraries() -> None:
+    """No progress bars of transformers and the Hugging Face hub where nobody watches."""
+    if sys.stderr.isatty():
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # for what is imported later
+    if "transformers" in sys.modules:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
 def exit_with_message(main: Callable[[], Any]) -> None:
     """Run a program; a user's error becomes one line on stderr and exit status 1."""
     show_messages()
+    hide_bars_of_libraries()
     try:
         main()
     except (UserError, OSError) as error:  # OSError: the system's own words name the file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +45,20 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not cli.keep_freed_memory()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not cli.keep_freed_memory()
+
+
+def test_no_bar_of_a_library_fills_a_log_file(tmp_path: Path) -> None:
+    """transformers draws one for every folder it writes, terminal or not."""
+    code = (
+        "from recformer.cli import exit_with_message\n"
+        "from tests.tiny import tiny_config\n"
+        "from recformer import RecformerModel\n"
+        f"save = lambda: RecformerModel(tiny_config()).save_pretrained({str(tmp_path)!r})\n"
+        "exit_with_message(save)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "model.safetensors").exists()
