@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +144,25 @@ def test_every_part_can_be_left_out(shop, tmp_path, part) -> None:
     assert result["stages"]["head"]["best"] is not None
     saved = read_json(tmp_path / "best_model" / "config.json")["head"]
     assert saved[part] is False
+
+
+def test_two_processes_train_as_one(shop, tmp_path) -> None:
+    settings = {"num_train_epochs": 1, "offset_dropout": 0.0, "batch_size": 8}
+    one = run(head_arguments(shop, tmp_path / "one", **settings))
+    flags = [
+        f"--{name}={value}"
+        for name, value in vars(head_arguments(shop, tmp_path / "two", **settings)).items()
+        if name in ("data_path", "tokenizer_name", "output_dir", "config_overrides", "method",
+                    "max_token_num", "num_train_epochs", "verbose", "learning_rate",
+                    "warmup_steps", "bag_size", "offset_dropout", "gradient_accumulation_steps")
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "recformer.finetune", *flags, "--from_scratch"]
+    command += ["--batch_size=4", "--num_processes=2", "--metric_ks", "5", "10"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = read_json(tmp_path / "two" / "metrics.json")
+    for name, expected in one["evaluations"].items():
+        for metric in ("NDCG@10", "MRR"):
+            found = two["evaluations"][name]["test"][metric]
+            assert found == pytest.approx(expected["test"][metric], abs=2e-3), (name, metric)

@@ -40,6 +40,7 @@ from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.top_items import top_items_by_vectors
 from recformer.files import UserError
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
+from recformer.models.losses import mean_over_processes
 
 VALUE = 2  # token type of an attribute's value
 AGES = 6  # ages told apart in the term for items of the history, the last one for all older items
@@ -355,8 +356,10 @@ class RecformerForCatalogue(RecformerPreTrainedModel):
         self.head.train(training)
 
     def training_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Loss of a batch of `NextItemCollator`."""
-        return self.head.loss(batch["histories"], batch["labels"], self._catalogue_vectors())
+        """Loss of a batch of `NextItemCollator`; with several processes, of all their batches."""
+        labels = batch["labels"]
+        loss = self.head.loss(batch["histories"], labels, self._catalogue_vectors())
+        return mean_over_processes(loss, len(labels))
 
     def users_of(self, histories: Histories) -> tuple[Tensor, Additions]:
         """Vectors (P, D) of histories of catalogue items, and their terms (see `additions`)."""

@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -82,6 +83,18 @@ def full_softmax_loss(
             users, item_table, labels, temperature, chunk_size, cosine
         )
         return losses.mean()
+
+
+def mean_over_processes(loss: Tensor, count: int) -> Tensor:
+    """A mean loss over `count` predictions, weighed so that several processes train as one would.
+
+    They average their gradients, but have different numbers of predictions: each counts by its own.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return loss
+    total = torch.tensor(float(count), device=loss.device)
+    torch.distributed.all_reduce(total)
+    return loss * count * torch.distributed.get_world_size() / total
 
 
 def scores_of_all(users: Tensor, items: Tensor, temperature: float, cosine: bool) -> Tensor:
