@@ -461,6 +461,10 @@ MAIN_JOB = {
         "NDCG@10",
     ),
     "recformer leaderboard": ("recformer leaderboard runs", "popularity"),
+    "recformer benchmark": (
+        "recformer benchmark 2>said || cat said",
+        "error: the benchmarks are not",
+    ),
     "recformer recommend": (
         """echo '{"user": "ann", "items": ["tent-4", "tent-5"]}' >histories.jsonl\n"""
         "recformer recommend --model runs/recformer/best_model --histories histories.jsonl "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 
 from recformer.files import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]  # where an editable installation lies
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,9 +18,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: there is no checkout here.
     """
-    if find_spec("benchmarks.measure") is None:
+    if not (CHECKOUT / "benchmarks" / "measure.py").is_file():
         raise UserError(
-            "the benchmarks are not part of the installed package: run `recformer benchmark` in a "
-            "checkout of the project"
+            "the benchmarks are not part of the installed package: run "
+            "`python -m recformer benchmark` in a checkout of the project"
         )
+    if str(CHECKOUT) not in sys.path:  # an editable installation finds the package alone
+        sys.path.insert(0, str(CHECKOUT))
     import_module("benchmarks.__main__").main(argv)
