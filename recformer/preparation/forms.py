@@ -90,6 +90,11 @@ class RawFile:
 
 
 def open_file(path: Path, columns: Columns) -> RawFile:
+    """Look at the first lines of a file: what it is and which columns it has.
+
+    Raises:
+        UserError: it is empty or damaged, holds something else than rows, or cannot be told.
+    """
     encoding = None
     if columns.encoding is not None and path.is_file():
         encoding = other_encoding(path, columns.encoding)
@@ -158,7 +163,8 @@ def _kind(path: Path, separator: str | None, encoding: str | None) -> tuple[Kind
 
 def _is_object(path: Path, lines: Sequence[str], encoding: str | None) -> bool:
     """Whether a file that begins with `{` is one object {id: …} rather than an object a line."""
-    if lines[0].lstrip()[:1] == "[" or amazon.is_literal(lines[0].encode()):
+    first_line = lines[0].encode("utf-8", "surrogateescape")
+    if lines[0].lstrip()[:1] == "[" or amazon.is_literal(first_line):
         return False
     try:
         first = json.loads(lines[0])

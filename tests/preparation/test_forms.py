@@ -474,6 +474,10 @@ def test_half_a_surrogate_pair_is_a_question_mark(tmp_path: Path, items: Path) -
     assert read(log, items) == [("?", "i1", 0), ("?", "?", 0)]
     path = write(tmp_path / "Shop.item.json", ['{"\\ud83d": {"title": "a\\ud83d"}}'])
     assert texts(path) == {"?": {"title": "a?"}}
+    log.write_bytes(b'{"user": "\xff", "item": "i1"}\n{"user": "v", "item": "i2"}\n')
+    with pytest.raises(UserError, match="log.jsonl, line 1: not UTF-8"):
+        read(log, items)
+    assert read(log, items, skip=True) == [("v", "i2", 0)]
     log = tmp_path / "Shop.txt"
     log.write_bytes(b"u i1 i2 i3\nv i1 \xff\n")
     with pytest.raises(UserError, match="Shop.txt, line 2: bytes that are not in the file's enc"):
