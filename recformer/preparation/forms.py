@@ -142,7 +142,10 @@ def _kind(path: Path, separator: str | None, encoding: str | None) -> tuple[Kind
                 f"object a line, or one array of objects"
             )
         return ("object" if _is_object(path, lines, encoding) else "json"), Layout(",")
-    if separator is not None and separator in lines[0].strip(" "):
+    # White space is in the titles of any CSV; between its columns stands something else.
+    if separator == " " and by_name is None and len(lines[0].split()) > 1:
+        return "csv", Layout(" ", "never")
+    if separator and separator != " " and separator in lines[0]:
         return "csv", Layout(separator, "maybe" if separator == "\t" else "always")
     if by_name == "atomic" or (by_name is None and ":token" in lines[0]):
         return "atomic", Layout("\t", "maybe")

@@ -427,7 +427,8 @@ def test_two_histories_of_a_user_are_not_one(tmp_path: Path, items: Path) -> Non
 
 def test_words_of_one_width_are_no_histories(tmp_path: Path, items: Path) -> None:
     """`user item rating time` would pass for a history of three items."""
-    log = write(tmp_path / "u.data", ["u i1 5 30", "v i2 4 10", "w i3 3 20"])
+    log = write(tmp_path / "u.data", ["u i1 5 30", "v i2  4 10", " w i3 3 20"])
+    items.write_text(ITEMS.replace("title", "its title"))  # no separator of a CSV
     with pytest.raises(UserError, match="cannot tell what it is.*--separator"):
         read(log, items)
     with pytest.raises(UserError, match=r"no header.*from 1 to 4 \('u i1 5 30'\).*--user_column 1"):
