@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ import numpy as np
 import torch
 from lightning import seed_everything
 
+from recformer.checkpoints.card import RECOMMENDING, write_card
 from recformer.cli import exit_with_message, flags_parser, keep_freed_memory
+from recformer.data.catalogue import write_catalogue
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.histories import HistoryEvalCollator, NextItemCollator
 from recformer.data.items import TokenizedItems, cache_dir
-from recformer.data.processed import ITEM_FILE, META_FILE, ProcessedFolder
+from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
 from recformer.files import UserError, atomic_write, write_json
@@ -242,18 +244,39 @@ class Run:
     def _item_table(self, every_epoch: bool) -> ItemTable:
         return ItemTable(self.store, every_epoch, self.vectors_dir)
 
-    def save_best(self) -> None:
-        """The model as it stands, its tokenizer, item vectors, item ids and texts as one folder."""
+    def save_best(self, test: Mapping[str, Any]) -> None:
+        """The model as it stands, its tokenizer, item vectors, item ids, texts and card as one
+        folder; `test` are its figures on the test users."""
         name = self.args.ckpt
         folder = self.output_dir / (name[:-4] if name.endswith(".bin") else name)
         self.model.cpu().save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        smap = {asin: item_id for item_id, asin in enumerate(self.folder.asins)}
-        write_json(folder / ITEM_FILE, smap)
-        write_json(folder / META_FILE, dict(zip(smap, self.folder.items, strict=True)))
+        write_catalogue(folder, self.folder, self.args.meta_file)
+        self._write_card(folder, test)
         if name.endswith(".bin"):
             with atomic_write(self.output_dir / name, "wb") as handle:
                 torch.save(self.model.state_dict(), handle)
+
+    def _write_card(self, folder: Path, test: Mapping[str, Any]) -> None:
+        args, data = self.args, self.folder
+        name = Path(args.data_path).resolve().name
+        seen = "left out" if args.filter_seen else "kept"
+        facts = {
+            "data": f"{name}: {data.num_users:,} users, {data.num_items:,} items",
+            "split": data.split_hash,
+            "start": args.pretrain_ckpt or args.model_name_or_path,
+            "method": args.method,
+            "evaluation": f"all items ranked, ties {args.ties}, items of the history {seen}",
+        }
+        figures = {key: x for key, x in test.items() if "@" in key and isinstance(x, float)}
+        write_card(
+            folder,
+            f"Recformer for {name}",
+            "Recommends the next item from the texts of a history, new items too.",
+            facts,
+            figures,
+            RECOMMENDING,
+        )
 
 
 class HeadRun(Run):
@@ -285,9 +308,9 @@ class HeadRun(Run):
         bought = np.bincount(self.folder.train.items, minlength=self.folder.num_items) > 0
         return HeadTable(self.store, bought, self.vectors_dir)
 
-    def save_best(self) -> None:
+    def save_best(self, test: Mapping[str, Any]) -> None:
         self.model.cpu().refresh_table()
-        super().save_best()
+        super().save_best(test)
 
 
 def run(args: FinetuneArguments) -> dict[str, Any]:
@@ -322,7 +345,7 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
     }
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         if not args.zero_shot:
-            this.save_best()
+            this.save_best(result["test"])
             draw_history(
                 {stage: entry["rows"] for stage, entry in stages.items()},
                 this.output_dir / "curves.png",

@@ -198,6 +198,46 @@ class TokenizedItems:
                 raise DamagedStoreError(f"{self.folder / name}.bin has another checksum")
 
 
+class ItemsInMemory(TokenizedItems):
+    """Tokenised items that no file holds, such as those of a request.
+
+    Args:
+        input_ids, token_type_ids, offsets: as the attributes of `TokenizedItems`.
+    """
+
+    def __init__(
+        self,
+        input_ids: npt.NDArray[Any],
+        token_type_ids: npt.NDArray[np.uint8],
+        offsets: npt.NDArray[np.int64],
+    ) -> None:
+        self.input_ids, self.token_type_ids, self.offsets = input_ids, token_type_ids, offsets
+
+    @classmethod
+    def of(cls, items: Sequence[Mapping[str, Any]], tokenizer: RecformerTokenizer) -> ItemsInMemory:
+        """`items` (N, possibly none) tokenised.
+
+        Raises:
+            UserError: an item that `item_texts` refuses.
+        """
+        input_ids, token_type_ids, offsets = tokenizer.encode_items(items)
+        # The numbers of a store of files: an item has the same content hash in both.
+        return cls(input_ids.astype(_ids_dtype(tokenizer)), token_type_ids, offsets)
+
+    def subset(self, kept: npt.NDArray[np.bool_]) -> ItemsInMemory:
+        """The items where `kept` (N,) is true."""
+        tokens = np.repeat(kept, self.lengths)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[kept])])
+        return ItemsInMemory(self.input_ids[tokens], self.token_type_ids[tokens], offsets)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.input_ids, self.token_type_ids, self.offsets)
+
+
+def _ids_dtype(tokenizer: RecformerTokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= np.iinfo(np.uint16).max + 1 else "int32"
+
+
 def _chunks(
     items: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[int, Sequence[Mapping[str, Any]]]]:
@@ -236,7 +276,7 @@ def _build(
     Equal keys give equal bytes, so it does no harm when two processes move theirs in at once, or
     when one of them replaces the files of a damaged store that another has mapped.
     """
-    dtype = "uint16" if tokenizer.vocab_size <= np.iinfo(np.uint16).max + 1 else "int32"
+    dtype = _ids_dtype(tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -235,10 +235,14 @@ def _full_float32(device: torch.device) -> Iterator[None]:
 
 def _read(vectors: Vectors, rows: slice | NDArray, device: torch.device) -> torch.Tensor:
     """Some rows of a table as float32 on `device`; a slice of a float32 tensor there is no copy."""
-    if isinstance(vectors, torch.Tensor):
-        index = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(vectors.device)
-        return vectors[index].to(device, torch.float32)
-    return torch.from_numpy(np.array(vectors[rows], dtype=np.float32)).to(device)
+    part: Any
+    if isinstance(vectors, torch.Tensor) and not isinstance(rows, slice):
+        part = vectors[torch.from_numpy(rows).to(vectors.device)]
+    else:
+        part = vectors[rows]
+    if isinstance(part, torch.Tensor):  # or what a table in several pieces gives
+        return part.to(device, torch.float32)
+    return torch.from_numpy(np.array(part, dtype=np.float32)).to(device)
 
 
 def _checked_norms(vectors: torch.Tensor, what: str, first: int) -> torch.Tensor:

@@ -1,0 +1,394 @@
+"""A catalogue that changes: what is added is recommended and read, by the model's own vectors."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recformer import RecformerConfig, RecformerForSeqRec, RecformerTokenizer
+from recformer.data.catalogue import write_catalogue
+from recformer.data.collators import EvalExample, RecformerEvalCollator
+from recformer.data.histories import HistoryEvalCollator
+from recformer.data.items import ItemsInMemory, TokenizedItems
+from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.evaluation.evaluator import Evaluator
+from recformer.files import UserError, read_json
+from recformer.models import HeadOptions, RecformerForCatalogue
+from recformer.models.catalogue import token_bags
+from recformer.recommendation import CatalogueRecommender
+from recformer.training.item_encoder import encode_items
+from tests.tiny import tiny_recformer
+
+WORDS = ("tent", "lamp", "stove", "rope", "boots", "map", "torch", "knife")
+NAMES = [f"B{number}" for number in range(len(WORDS))]
+TEXTS = {
+    name: {"title": word, "brand": "Acme" if row % 2 else "Borex"}
+    for row, (name, word) in enumerate(zip(NAMES, WORDS, strict=True))
+}
+COLD = {"N0": {"title": "tent rope"}, "N1": {"title": "knife map", "brand": "Acme"}}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finetuned folder of the eight words, without what stands for products beyond them."""
+    path = tiny_recformer(tmp_path_factory.mktemp("model"), ["title", "brand", "Acme", *WORDS])
+    model = RecformerForSeqRec.from_pretrained(path)
+    generator = torch.Generator().manual_seed(1)
+    model.init_item_embedding(torch.randn(len(WORDS), 16, generator=generator))
+    model.save_pretrained(path)
+    (path / "smap.json").write_text(json.dumps({name: i for i, name in enumerate(NAMES)}))
+    return path
+
+
+@pytest.fixture
+def folder(bare: Path) -> Path:
+    (bare / "meta_data.json").write_text(json.dumps(TEXTS | COLD))
+    (bare / "item_counts.json").unlink(missing_ok=True)
+    return bare
+
+
+class Truth:
+    """Scores by the published signature of the model, one sequence at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = RecformerForSeqRec.from_pretrained(folder).eval()
+        self.tokenizer = RecformerTokenizer.from_pretrained(folder)
+        table = self.model.item_embedding.weight
+        self.vectors = {name: table[row] for row, name in enumerate(NAMES)}
+
+    def vector(self, *items: dict[str, str]) -> torch.Tensor:
+        with torch.no_grad():
+            batch = self.tokenizer([list(items)], return_tensor=True)
+            return self.model.longformer(**batch).pooler_output[0]
+
+    def scores(self, user: torch.Tensor, cold: dict[str, dict[str, str]]) -> dict[str, float]:
+        vectors = {name: v for name, v in self.vectors.items() if name not in cold}
+        vectors |= {name: self.vector(item) for name, item in cold.items()}
+        cosine = torch.nn.functional.cosine_similarity
+        found = {n: float(cosine(user.double(), v.double(), dim=0)) for n, v in vectors.items()}
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def check(answer, scores: dict[str, float], names=None, error: float = 1e-5) -> None:
+    expected = {n: s for n, s in scores.items() if names is None or n in names}
+    assert answer.items == list(expected)[: len(answer.items)]
+    assert answer.scores == pytest.approx(list(expected.values())[: len(answer.items)], abs=error)
+
+
+def test_products_that_nobody_bought_are_recommended_and_read(folder: Path) -> None:
+    recommender, truth = CatalogueRecommender.load(folder), Truth(folder)
+    assert len(recommender) == 10
+    user = truth.vector(TEXTS["B2"], COLD["N1"])
+    (answer,) = recommender.recommend([["B2", "N1"]], k=50)
+    assert len(answer.items) == 10
+    assert (answer.num_unknown, answer.fallback) == (0, None)
+    check(answer, truth.scores(user, COLD))
+    (answer,) = recommender.recommend([["B2", "N1"]], k=50, filter_seen=True)
+    check(answer, truth.scores(user, COLD), {*NAMES, "N0"} - {"B2"})
+    assert len(answer.items) == 8
+
+
+def test_vectors_of_new_products_are_kept_beside_the_model(folder: Path, monkeypatch) -> None:
+    first = CatalogueRecommender.load(folder).recommend([["B2"]])
+    (store,) = (folder / "vectors").iterdir()
+    assert sum(np.load(path).shape[0] for path in store.glob("*[0-9a-f].npy")
+               if ".keys" not in path.name) == 2  # fmt: skip
+    encoded = []
+    encode = RecformerForSeqRec.encode
+    monkeypatch.setattr(
+        RecformerForSeqRec, "encode", lambda self, packed: encoded.append(1) or encode(self, packed)
+    )
+    again = CatalogueRecommender.load(folder)
+    assert encoded == []
+    assert again.recommend([["B2"]]) == first
+
+
+def test_add_update_remove(folder: Path) -> None:
+    recommender, truth = CatalogueRecommender.load(folder), Truth(folder)
+    cold = dict(COLD)
+    new = {"N2": {"title": "lamp torch"}, "N3": {"title": "boots"}, "N4": {"title": "lamp torch"}}
+    assert recommender.add_items(new) == 2  # N4 reads as N2
+    cold |= new
+    user = truth.vector(TEXTS["B1"], new["N2"])
+    (answer,) = recommender.recommend([["B1", "N2"]], k=50)
+    check(answer, truth.scores(user, cold))
+    assert answer.items.index("N4") == answer.items.index("N2") + 1  # a tie: the earlier first
+
+    changed = {"N2": {"title": "stove map"}, "B0": {"title": "lamp torch"}, "N3": new["N3"]}
+    assert recommender.update_items(changed) == 1  # B0 reads as N4, N3 as before
+    cold |= {"N2": changed["N2"]}
+    user = truth.vector(changed["B0"])
+    (answer,) = recommender.recommend([["B0"]], k=50)
+    assert len(answer.items) == len(set(answer.items)) == 13
+    check(answer, truth.scores(user, cold | {"B0": changed["B0"]}))
+
+    recommender.remove_items(["B3", "N2"])
+    (answer,) = recommender.recommend([["B0", "B3"]], k=50)
+    assert answer.num_unknown == 1
+    assert len(answer.items) == 11
+    left = set(cold) | set(NAMES) - {"B3"}
+    check(answer, truth.scores(user, cold | {"B0": changed["B0"]}), left - {"N2"})
+    assert recommender.add_items({"B3": {"title": "rope"}}) == 1
+    assert len(recommender.recommend([["B0"]], k=50)[0].items) == 12
+
+
+def test_wrong_changes_change_nothing(folder: Path) -> None:
+    recommender = CatalogueRecommender.load(folder)
+    before = recommender.recommend([["B0"]], k=50)
+    for change, message in (
+        (lambda: recommender.add_items({"X": {"title": "a"}, "B1": {"title": "b"}}), "B1 are in"),
+        (lambda: recommender.add_items({"X": {"title": "a"}, "Y": {}}), "'Y' has no text"),
+        (lambda: recommender.add_items({"X": {"title": {"a": 1}}}), "item 0: the value of 'title'"),
+        (lambda: recommender.update_items({"B1": {"title": "b"}, "X": {}}), "X are not in"),
+        (lambda: recommender.remove_items(["B1", "X"]), "X are not in the catalogue of 10"),
+        (lambda: recommender.remove_items("B1"), "the string 'B1', expected a list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            change()
+    assert recommender.recommend([["B0"]], k=50) == before
+
+
+def test_items_by_their_attributes(folder: Path) -> None:
+    recommender, truth = CatalogueRecommender.load(folder), Truth(folder)
+    mine = {"title": "tent", "brand": "Nobody"}
+    (answer,) = recommender.recommend([["B1", mine]], k=50)
+    check(answer, truth.scores(truth.vector(TEXTS["B1"], mine), COLD))
+    long = [TEXTS[name] for name in NAMES]  # four items are read, the newest
+    (answer,) = recommender.recommend([long], k=50)
+    check(answer, truth.scores(truth.vector(*long), COLD))
+    assert recommender.recommend([["B1", {}]])[0].num_unknown == 1
+
+
+def test_filters(folder: Path) -> None:
+    recommender, truth = CatalogueRecommender.load(folder), Truth(folder)
+    both = {"title": "tent", "brand": ["Acme", "Borex"]}
+    scores = truth.scores(truth.vector(TEXTS["B2"]), COLD | {"N2": both})
+
+    def names(**filters) -> list[str]:
+        (answer,) = recommender.recommend([["B2"]], k=50, **filters)
+        check(answer, scores, set(answer.items))
+        return sorted(answer.items)
+
+    assert names(allowed=["B6", "N0", "B2", "elsewhere"]) == ["B2", "B6", "N0"]
+    assert names(allowed=["B6", "N0", "B2"], filter_seen=True) == ["B6", "N0"]
+    assert names(allowed=["B6", "N0"], blocked=["N0"]) == ["B6"]
+    assert names(blocked=["B0", "elsewhere"]) == [*NAMES[1:], "N0", "N1"]
+    assert names(where={"brand": "Acme"}) == ["B1", "B3", "B5", "B7", "N1"]
+    assert names(where={"brand": ["Acme", "Borex"], "title": {"map", "tent"}}) == ["B0", "B5"]
+    assert names(where={"brand": "None"}) == []
+    recommender.add_items({"N2": both})
+    assert "N2" in names(where={"brand": "Borex"})
+    recommender.remove_items(["N2"])
+    assert "N2" not in names(where={"brand": "Borex"})
+    with pytest.raises(UserError, match="no item of the catalogue has the attribute 'colour'"):
+        names(where={"colour": "red"})
+    with pytest.raises(UserError, match="none of the 2 allowed items"):
+        names(allowed=["x", "y"])
+    with pytest.raises(UserError, match="got a string"):
+        names(blocked="B1")
+
+
+def test_a_fallback_is_marked(folder: Path) -> None:
+    recommender = CatalogueRecommender.load(folder)
+    empty, unknown, known = recommender.recommend([[], ["gone", "too"], ["B1"]], k=2)
+    assert (empty.items, empty.scores, empty.fallback) == (["N1", "N0"], [0, 0], "newest")
+    assert (unknown.items, unknown.num_unknown, unknown.fallback) == (["N1", "N0"], 2, "newest")
+    assert known.fallback is None
+    counts = {"B4": 7, "B1": 7, "B6": 9}
+    (folder / "item_counts.json").write_text(json.dumps(counts))
+    recommender = CatalogueRecommender.load(folder)
+    (answer,) = recommender.recommend([[]], k=4)
+    assert (answer.items, answer.scores) == (["B6", "B1", "B4", "B0"], [9, 7, 7, 0])
+    assert answer.fallback == "popular"
+    assert recommender.recommend([[]], k=2, blocked=["B6"])[0].items == ["B1", "B4"]
+
+
+def test_similar_items(folder: Path) -> None:
+    recommender, truth = CatalogueRecommender.load(folder), Truth(folder)
+    answer = recommender.similar_items("B5", k=50)
+    assert "B5" not in answer.items
+    assert len(answer.items) == 9
+    check(answer, truth.scores(truth.vectors["B5"], COLD), {*NAMES, *COLD} - {"B5"})
+    answer = recommender.similar_items("N0", k=3, where={"brand": "Acme"})
+    acme = ["B1", "B3", "B5", "B7", "N1"]
+    check(answer, truth.scores(truth.vector(COLD["N0"]), COLD), acme)
+    answer = recommender.similar_items({"title": "tent rope"}, k=50)
+    check(answer, truth.scores(truth.vector(COLD["N0"]), COLD))
+    assert answer.items[0] == "N0"
+    assert answer.scores[0] == pytest.approx(1)
+    with pytest.raises(UserError, match="'gone' is not in the catalogue of 10 items"):
+        recommender.similar_items("gone")
+
+
+def test_a_string_is_no_history(folder: Path) -> None:
+    recommender = CatalogueRecommender.load(folder)
+    with pytest.raises(UserError, match="history 0 is 'B1', expected a list of names"):
+        recommender.recommend(["B1"])
+    with pytest.raises(UserError, match="histories is 'B1', expected a list of lists"):
+        recommender.recommend("B1")
+    with pytest.raises(UserError, match="history 1 is {'title': 'tent'}"):
+        recommender.recommend([["B1"], {"title": "tent"}])
+    with pytest.raises(UserError, match=r"a history holds 1\.5, expected names"):
+        recommender.recommend([[1.5]])
+    with pytest.raises(UserError, match="k is 0"):
+        recommender.recommend([["B1"]], k=0)
+    recommender.add_items({"7": {"title": "map"}})
+    by_number, by_name = recommender.recommend([[7], ["7"]])
+    assert by_number == by_name
+    assert by_number.num_unknown == 0
+
+
+def test_equal_to_the_ranking_of_the_evaluation(folder: Path, tmp_path: Path) -> None:
+    """Every rank that the evaluator counts is the place in the list."""
+    model = RecformerForSeqRec.from_pretrained(folder).eval()
+    tokenizer = RecformerTokenizer.from_pretrained(folder)
+    store = TokenizedItems.open_or_build([TEXTS[name] for name in NAMES], tokenizer, tmp_path)
+    rng = np.random.default_rng(0)
+    examples = [
+        EvalExample(user, rng.choice(8, size=rng.integers(1, 4)), int(rng.integers(8)))
+        for user in range(40)
+    ]
+    evaluator = Evaluator(ks=(3,))
+    batch = RecformerEvalCollator(store, model.config)(examples)
+    with torch.no_grad():
+        evaluator.update(batch["user_ids"], batch["labels"], model.rank(batch, filter_seen=False))
+    state = evaluator.state()
+    assert (state["tied"] == 0).all()
+    recommender = CatalogueRecommender.load(folder)
+    answers = recommender.recommend(
+        [[NAMES[item] for item in example.items] for example in examples], k=8, allowed=NAMES
+    )
+    places = [a.items.index(NAMES[e.target]) for a, e in zip(answers, examples, strict=True)]
+    assert places == state["above"].tolist()
+
+
+def test_what_finetuning_leaves(tmp_path: Path) -> None:
+    write_processed(
+        tmp_path / "data",
+        train=Sequences.from_lists([[0, 1], [1, 2, 1]]),
+        val=Sequences.from_lists([[2], [0]]),
+        test=Sequences.from_lists([[1], [2]]),
+        user_names=["u", "v"],
+        asins=["B0", "B1", "B2"],
+        meta={"N0": COLD["N0"]} | {name: TEXTS[name] for name in NAMES[:3]},
+        dataset={},
+    )
+    write_catalogue(tmp_path / "model", ProcessedFolder.load(tmp_path / "data"))
+    assert read_json(tmp_path / "model" / "smap.json") == {"B0": 0, "B1": 1, "B2": 2}
+    texts = read_json(tmp_path / "model" / "meta_data.json")
+    assert list(texts.items()) == [(n, TEXTS[n]) for n in NAMES[:3]] + [("N0", COLD["N0"])]
+    assert read_json(tmp_path / "model" / "item_counts.json") == {"B0": 1, "B1": 3, "B2": 1}
+
+
+def test_readers_see_whole_catalogues_while_it_changes(folder: Path) -> None:
+    recommender = CatalogueRecommender.load(folder)
+    stop, wrong = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            (answer,) = recommender.recommend([["B0"]], k=50)
+            if len(answer.items) != len(set(answer.items)) or len(answer.items) not in (10, 11):
+                wrong.append(answer.items)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for turn in range(10):
+        recommender.add_items({"X": {"title": f"tent {turn}"}})
+        recommender.update_items({"X": {"title": f"rope {turn}"}})
+        recommender.remove_items(["X"])
+    stop.set()
+    for reader in readers:
+        reader.join(timeout=60)
+    assert wrong == []
+    assert len(recommender) == 10
+
+
+# --- the method `head` ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tiny_recformer(tmp_path_factory.mktemp("head"), ["title", "brand", "Acme", *WORDS])
+    config = RecformerConfig.from_pretrained(path)
+    config.head = HeadOptions(bag_size=6, max_history=4).as_dict()
+    config.item_num = len(WORDS)
+    model = RecformerForCatalogue(config)
+    model.longformer = RecformerForSeqRec.from_pretrained(path).longformer
+    tokenizer = RecformerTokenizer.from_pretrained(path, config)
+    store = ItemsInMemory.of([TEXTS[name] for name in NAMES], tokenizer)
+    vectors, bags = encode_items(model.longformer, store), token_bags(store)
+    model.head.fit(vectors, bags, torch.arange(8) != 5)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in ("offset", "log_recency", "history_bias"):
+            weight = getattr(model.head, name)
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    model.set_catalogue(vectors, bags)
+    model.refresh_table()
+    model.save_pretrained(path)
+    (path / "smap.json").write_text(json.dumps({name: i for i, name in enumerate(NAMES)}))
+    (path / "meta_data.json").write_text(json.dumps(TEXTS | COLD))
+    return path
+
+
+def test_the_head_recommends_as_it_is_evaluated(headed: Path) -> None:
+    model = RecformerForCatalogue.from_pretrained(headed).eval()
+    rng = np.random.default_rng(0)
+    examples = [
+        EvalExample(user, rng.choice(8, size=rng.integers(1, 7)), int(rng.integers(8)))
+        for user in range(40)
+    ]
+    batch = HistoryEvalCollator(4)(examples)
+    recommender = CatalogueRecommender.load(headed)
+    histories = [[NAMES[item] for item in example.items] for example in examples]
+    answers = recommender.recommend(histories, k=8, allowed=NAMES)
+    for filter_seen in (False, True):
+        answers = recommender.recommend(histories, 8, filter_seen, allowed=NAMES)
+        with torch.no_grad():
+            expected = model.recommend(batch, 8, filter_seen)
+        rows = [[NAMES[item] for item in row if item >= 0] for row in expected]
+        assert [answer.items for answer in answers] == rows
+    with torch.no_grad():
+        ranks = model.rank(batch, filter_seen=False)
+    answers = recommender.recommend(histories, k=8, allowed=NAMES)
+    places = [a.items.index(NAMES[e.target]) for a, e in zip(answers, examples, strict=True)]
+    assert places == ranks.above.tolist()
+
+
+def test_the_head_reads_new_products_by_their_texts(headed: Path) -> None:
+    """By hand: one item of history is its own vector; a known one has the term on top."""
+    recommender = CatalogueRecommender.load(headed)
+    model, tokenizer = recommender.model, recommender.tokenizer
+
+    def text_vector(item: dict[str, str]) -> torch.Tensor:
+        store = ItemsInMemory.of([item], tokenizer)
+        with torch.no_grad():
+            encoded = model.longformer(**tokenizer([[item]], return_tensor=True)).pooler_output
+            return model.head.text_vectors(encoded, token_bags(store))[0]
+
+    vectors = dict(zip(NAMES, model.item_embedding.weight.detach(), strict=True))
+    vectors |= {name: text_vector(item) for name, item in COLD.items()}
+    assert torch.allclose(vectors["B5"], text_vector(TEXTS["B5"]), atol=1e-3)  # nobody bought it
+
+    def scores(user: torch.Tensor) -> dict[str, float]:
+        found = {name: float(user.double() @ vector.double()) for name, vector in vectors.items()}
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+    new = {"title": "boots torch"}
+    by_text, by_name = recommender.recommend([[new], ["N1"]], k=50)
+    check(by_text, scores(text_vector(new)), error=1e-3)  # whitening blows up rounding
+    assert len(by_text.items) == 10
+    head = model.head
+    own = scores(vectors["N1"])
+    own["N1"] = float(head.history_factor * own["N1"] + head.history_bias[0])
+    check(by_name, dict(sorted(own.items(), key=lambda pair: -pair[1])), error=1e-3)
+    assert recommender.add_items({"N9": new}) == 1
+    by_name = recommender.recommend([["N9"]], k=50, filter_seen=True)[0]
+    check(by_name, scores(text_vector(new)), error=1e-3)
+    assert len(by_name.items) == 10
