@@ -24,10 +24,13 @@ from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
-from recformer.evaluation.runs import RULE, RankedRun
+from recformer.evaluation.runs import RULE, RankedRun, cell_text
 from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
 from recformer.files import UserError, atomic_write, read_json, write_json
 from recformer.pictures import drawable
+
+# A folder of another program, a run that was not finished, a file cut off.
+UNREADABLE = (UserError, OSError, KeyError, AttributeError, TypeError, ValueError)
 
 METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
 
@@ -56,14 +59,42 @@ class Row:
 
 
 def find_runs(folder: Path) -> list[tuple[Path, str, str]]:
-    """What `RankedRun.read` takes, for every run right under `folder`, by name."""
+    """What `RankedRun.read` takes, for every run right under `folder`, by name.
+
+    Folders of something else are said and left out.
+    """
     found = []
     for path in sorted(p.parent for p in folder.glob("*/metrics.json")):
-        evaluations = list(read_json(path / "metrics.json").get("evaluations", ()))
-        if "zero_shot" in evaluations and len(evaluations) > 1:
-            found.append((path, "zero_shot", f"{path.name}, zero-shot"))
-        found.append((path, "", path.name))
+        try:
+            found += _evaluations_of(path)
+        except UNREADABLE as error:
+            _leave_out(path, error)
     return found
+
+
+def _evaluations_of(path: Path) -> list[tuple[Path, str, str]]:
+    evaluations = list(read_json(path / "metrics.json").get("evaluations", ()))
+    last = [(path, "", path.name)]
+    if "zero_shot" not in evaluations or len(evaluations) == 1:
+        return last
+    return [(path, "zero_shot", f"{path.name}, zero-shot"), *last]
+
+
+def rows_of(runs: Sequence[tuple[Path, str, str]], folder: ProcessedFolder | None) -> list[Row]:
+    """The rows of runs; one that cannot be read is said and left out."""
+    rows = []
+    for run in runs:
+        try:
+            rows.append(row_of(*run, folder))
+        except UNREADABLE as error:
+            _leave_out(run[0], error)
+    return rows
+
+
+def _leave_out(path: Path, error: Exception) -> None:
+    lacking = isinstance(error, KeyError | AttributeError)  # another program's metrics.json
+    why = "its metrics.json is not of a run on a processed folder" if lacking else error
+    print(f"{path} is left out: {why}", file=sys.stderr, flush=True)
 
 
 def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | None = None) -> Row:
@@ -141,7 +172,7 @@ def markdown(group: Sequence[Row], metric: str = METRICS[0]) -> str:
         cells.append("" if row.parameters is None else f"{row.parameters:,}")
         cells.append("" if not row.train_seconds else f"{row.train_seconds / 60:.1f} min")
         cells.append("" if row.milliseconds_a_user is None else f"{row.milliseconds_a_user:.1f}")
-        lines.append(f"|{row.run.name}|" + "|".join(cells) + "|")
+        lines.append(f"|{cell_text(row.run.name)}|" + "|".join(cells) + "|")
     names = list(dict.fromkeys(name for row in group for name in row.slices))
     if names:
         users = {name: next(r.slices[name][0] for r in group if name in r.slices) for name in names}
@@ -150,7 +181,7 @@ def markdown(group: Sequence[Row], metric: str = METRICS[0]) -> str:
         lines.append("|---|" + "---|" * len(names))
         for row in group:
             cells = [f"{row.slices[n][1]:.4f}" if n in row.slices else "" for n in names]
-            lines.append(f"|{row.run.name}|" + "|".join(cells) + "|")
+            lines.append(f"|{cell_text(row.run.name)}|" + "|".join(cells) + "|")
     return "\n".join(lines) + "\n"
 
 
@@ -250,12 +281,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = find_runs(args.folder)
     if not runs:
         raise UserError(failure if failed else f"no folder in {args.folder} holds a metrics.json")
-    groups = tables([row_of(*run, data) for run in runs])
+    rows = rows_of(runs, data)
+    if not rows:
+        raise UserError(failure if failed else f"no run in {args.folder} could be read, see above")
+    groups = tables(rows)
     text = "\n".join(markdown(group) for group in groups)
     print(text, end="")
     with atomic_write(args.folder / "leaderboard.md") as handle:
         handle.write(text)
-    rows = [
+    content = [
         [
             {"name": row.run.name, "rule": row.run.rule}
             | {name: value for name, value in vars(row).items() if name != "run"}
@@ -263,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         for group in groups
     ]
-    write_json(args.folder / "leaderboard.json", rows, indent=1)
+    write_json(args.folder / "leaderboard.json", content, indent=1)
     draw(groups, args.folder / "leaderboard.png")
     print(f"written to {args.folder}: leaderboard.md, leaderboard.json, leaderboard.png")
     if failed:

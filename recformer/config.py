@@ -25,7 +25,7 @@ PAPER: dict[str, Any] = {
     "mlm_weight": 0.1,
 }
 
-POOLER_TYPES = ("cls", "avg")
+POOLER_TYPES = ("cls", "avg", "avg_published")
 
 
 class RecformerConfig(LongformerConfig):
@@ -40,7 +40,9 @@ class RecformerConfig(LongformerConfig):
             `max_item_embeddings - 1` items of a sequence.
         max_attr_num: attributes an item is cut to.
         max_attr_length: tokens an attribute is cut to, its name and value together.
-        pooler_type: "cls", the hidden state of `<s>`, or "avg", the mean over a sequence's tokens.
+        pooler_type: "cls", the hidden state of `<s>`; "avg", the mean over a sequence's tokens; or
+            "avg_published", that mean with `<s>` counted twice, as the published code has it, for
+            checkpoints that were trained so.
         temp: temperature that cosine similarities are divided by.
         mlm_weight: weight of the masked-language-model loss of either side in pretraining.
         item_num: rows of the item table of `RecformerForSeqRec`; 0 means that there is none yet.
@@ -126,7 +128,9 @@ class RecformerConfig(LongformerConfig):
         """
         _ = self.layer_windows
         if self.pooler_type not in POOLER_TYPES:
-            raise UserError(f"pooler_type must be 'cls' or 'avg', got {self.pooler_type!r}")
+            raise UserError(
+                f"pooler_type must be 'cls', 'avg' or 'avg_published', got {self.pooler_type!r}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of "

@@ -27,6 +27,11 @@ NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")
 
 
+# What Git LFS leaves where a file was not fetched; its specification allows less than 1,024 bytes.
+LFS_HEAD = b"version https://git-lfs"
+LFS_MOST = 1024
+
+
 class UserError(ValueError):
     """Something the user can mend: says what was got, what was expected and what to do."""
 
@@ -42,7 +47,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     Raises:
         OSError: names `path`, whatever of the writing failed.
     """
-    with _naming(path):
+    with naming(path):
         if not _is_plain(path):
             with _open_as_it_is(path, mode) as handle:
                 yield handle
@@ -52,7 +57,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Iterator[None]:
     """Give the name of the file to an error of writing, which has none: full disk, closed pipe."""
     try:
         yield
@@ -117,13 +122,15 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        UserError: the file is empty or is not JSON; the message names file and line. Also where a
-            key stands twice in an object: which of the two is meant, nobody knows.
+        UserError: the file is empty, a Git LFS pointer or not JSON; the message names file and
+            line. Also where a key stands twice in an object: which one is meant, nobody knows.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.stat().st_size == 0:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a JSON file")
+    if path.is_file() and path.stat().st_size == 0:  # a pipe has no size
         raise UserError(f"{path} is empty, expected JSON")
     try:
         with open(path, encoding="utf-8") as handle:
@@ -131,6 +138,7 @@ def read_json(path: str | os.PathLike) -> Any:
     except RecursionError:
         raise UserError(f"{path} is not valid JSON: nested too deep") from None
     except ValueError as error:  # not JSON, not UTF-8, a number of thousands of digits
+        refuse_pointer(path)
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -141,6 +149,24 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands twice, which of the two is meant?")
     return row
+
+
+def refuse_pointer(path: str | os.PathLike) -> None:
+    """Refuse a file, or a folder with one, that a clone without Git LFS left in place of the data.
+
+    Raises:
+        UserError: names the file.
+    """
+    path = Path(path)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if not file.is_file() or file.stat().st_size > LFS_MOST:
+            continue
+        with open(file, "rb") as handle:
+            if handle.read(len(LFS_HEAD)) == LFS_HEAD:
+                raise UserError(
+                    f"{file} is a Git LFS pointer of {file.stat().st_size} bytes in place of the "
+                    "file: fetch it (git lfs pull)"
+                )
 
 
 def sha256_of(*parts: bytes | str) -> str:

@@ -1,4 +1,4 @@
-"""Texts of any script in pictures.
+"""Texts of any script in pictures, as they are.
 
 matplotlib's own font has no Chinese, Japanese or Korean; where a font on the machine has them it is
 used beside it, else a sign that no font has is drawn as a question mark.
@@ -12,11 +12,14 @@ from collections.abc import Sequence
 def drawable(texts: Sequence[str]) -> list[str]:
     """The texts with `?` for what no font has; fonts that have the rest are put to use.
 
+    Between two dollar signs matplotlib would read a formula: they are escaped.
+
     Changes matplotlib's setting `font.family` where its own font lacks a sign.
     """
     from matplotlib import font_manager, rcParams
     from matplotlib.ft2font import FT2Font
 
+    texts = [text.replace("$", "\\$") for text in texts]
     families = list(rcParams["font.family"])
     own = FT2Font(font_manager.findfont(font_manager.FontProperties(family=families)))
     lacking = {sign for text in texts for sign in text if sign > "~" and sign != "\n"}

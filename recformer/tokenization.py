@@ -34,7 +34,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
 from recformer.config import RecformerConfig
-from recformer.files import UserError, atomic_write, read_json, sha256_of, write_json
+from recformer.files import (
+    UserError,
+    atomic_write,
+    read_json,
+    refuse_pointer,
+    sha256_of,
+    write_json,
+)
 
 # Token types: `<s>`, attribute name, attribute value, padding.
 CLS_TYPE, NAME_TYPE, VALUE_TYPE, PAD_TYPE = range(4)
@@ -48,6 +55,12 @@ PLAIN_CLASS = "PreTrainedTokenizerFast"
 
 # Enters the fingerprint: raise it when the sentence of an item changes its meaning.
 SENTENCE_FORM = "item sentence 1"
+
+# Texts longer than this, in characters, are cut before they are tokenised: behind so many words
+# for every token that an attribute may have. A word makes a token or more, unless it is of
+# characters that a tokenizer leaves out, so the first tokens are the same.
+LONG_TEXT = 10_000
+WORDS_A_TOKEN = 8
 
 Item = Mapping[str, Any]
 Encoding = dict[str, list[int]]
@@ -97,6 +110,12 @@ def item_texts(
             count += 1
         counts.append(count)
     return texts, counts
+
+
+def _first_words(text: str, most: int) -> str:
+    """`text` up to the end of word number `most`; words are what blanks divide."""
+    words = text.split(None, most)
+    return text[: len(text) - len(words[most])].rstrip() if len(words) > most else text
 
 
 def _value_text(value: Any, name: str, index: int) -> str | None:
@@ -285,6 +304,8 @@ class RecformerTokenizer:
             ValueError: see `item_texts`.
         """
         texts, counts = item_texts(items, self.config.max_attr_num)
+        most = WORDS_A_TOKEN * self.config.max_attr_length
+        texts = [text if len(text) <= LONG_TEXT else _first_words(text, most) for text in texts]
         index: dict[str, int] = {}
         text_ids = np.fromiter(
             (index.setdefault(text, len(index)) for text in texts), np.int64, len(texts)
@@ -491,6 +512,7 @@ def _load_fast_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerFast:
     folder = Path(source)
     load: Any = AutoTokenizer.from_pretrained
     if folder.is_dir():
+        refuse_pointer(folder)
         held = {path.name for path in folder.iterdir()}
         # AutoTokenizer cannot tell what bare vocabulary files belong to.
         if not held & {"tokenizer.json", "tokenizer_config.json"}:

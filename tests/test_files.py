@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from recformer.files import atomic_write
+from recformer.files import UserError, atomic_write, read_json
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:
@@ -74,6 +74,17 @@ def test_a_device_stays_and_a_full_one_is_named() -> None:
         atomic_write("/dev/full") as handle,
     ):
         handle.write("x" * 100_000)
+
+
+def test_json_from_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('{"a": [1]}',))
+    writer.start()
+    assert read_json(pipe) == {"a": [1]}
+    writer.join(timeout=20)
+    with pytest.raises(UserError, match="is a folder, expected a JSON file"):
+        read_json(tmp_path)
 
 
 @pytest.fixture

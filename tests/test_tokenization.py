@@ -100,6 +100,26 @@ def test_name_and_value_are_cut_together(hand: RecformerTokenizer) -> None:
     assert types == [1, 2, 2, 2, 1, 1, 1, 1]
 
 
+def test_a_text_of_millions_of_words_is_cut_before_it_is_tokenised(
+    hand: RecformerTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At four tokens an attribute the first 32 words are enough."""
+    sizes, tokenize = [], RecformerTokenizer._tokenize
+
+    def counted(self: RecformerTokenizer, texts: list[str]) -> tuple:
+        sizes.extend(len(text.split()) for text in texts)
+        return tokenize(self, texts)
+
+    monkeypatch.setattr(RecformerTokenizer, "_tokenize", counted)
+    long = " red  blue\n" + "pen ink " * 2_500_000
+    ids, types = hand.encode_item({"title": long, "brand": "Bic"})
+    short = hand.encode_item({"title": " red  blue\n" + "pen ink " * 20, "brand": "Bic"})
+    assert (ids, types) == short
+    assert max(sizes[:4]) == 32
+    word = "red" * 5_000  # a single word is whole
+    assert hand.encode_item({"title": word})[0] == [TITLE, RED, RED, RED]
+
+
 def test_attributes_beyond_the_third_are_left_out(hand: RecformerTokenizer) -> None:
     item = {"title": "red", "brand": "Bic", "color": "blue", "ink": "ink"}
     assert hand.encode_item(item)[0] == [TITLE, RED, BRAND, BIC, COLOR, BLUE]

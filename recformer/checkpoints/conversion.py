@@ -4,12 +4,16 @@
 - `convert_pretraining` turns what pretraining wrote, in any of its forms, into the published pair
   of files and a folder for `from_pretrained`.
 
+The files hold every key of the published ones, so the published classes, which are strict, load
+them: the buffer `embeddings.position_ids` too, which nobody needs.
+
 Nothing is written before everything that will be has been checked.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from recformer.checkpoints.backbones import backbone_config, load_backbone
+from recformer.checkpoints.card import ENCODING, write_card
 from recformer.checkpoints.loading import LoadReport, load_checkpoint
 from recformer.checkpoints.names import (
     POSITIONS,
@@ -44,6 +49,11 @@ PRETRAIN_FILE = "recformer_pretrain_ckpt.bin"
 SEQREC_FILE = "seqrec_pretrain_ckpt.bin"
 MODEL_FOLDER = "recformer_pretrain_ckpt"
 
+# The published classes keep this buffer, an int64 arange of shape (1, rows), in their state dict.
+POSITION_IDS = "embeddings.position_ids"
+# What `zero_to_fp32.py` put before every key when the published model was trained.
+EXPORT_PREFIX = "_forward_module.model."
+
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -70,7 +80,7 @@ def save_start_weights(
     model, report = load_backbone(
         RecformerForPretraining, model_name_or_path, seed=seed, **overrides
     )
-    _save_state(model.state_dict(), Path(output_path))
+    _save_state(_published_state(model), Path(output_path))
     return report
 
 
@@ -80,6 +90,7 @@ def convert_pretraining(
     *,
     start_weights: PathLike | None = None,
     model_name_or_path: PathLike | None = None,
+    export_file: PathLike | None = None,
     **overrides: Any,
 ) -> tuple[LoadReport, list[Path]]:
     """Turn a checkpoint of pretraining into released files.
@@ -90,13 +101,16 @@ def convert_pretraining(
     Args:
         checkpoint: as for `read_checkpoint`: a DeepSpeed folder, a Lightning file, a state dict, or
             a folder of weights, whole or in shards.
-        output_dir: gets `recformer_pretrain_ckpt.bin` (keys of `RecformerForPretraining`),
-            `seqrec_pretrain_ckpt.bin` (keys of `RecformerForSeqRec`), and the folder
-            `recformer_pretrain_ckpt` with weights, configuration and tokenizer; float32.
+        output_dir: gets `recformer_pretrain_ckpt.bin` (keys of the published `RecformerModel`),
+            `seqrec_pretrain_ckpt.bin` (those of its `RecformerForPretraining`, `longformer.…` and
+            `lm_head.…`, as published), and the folder `recformer_pretrain_ckpt` with weights,
+            configuration and tokenizer; float32.
         start_weights: file or folder; None for the folder `start` that pretraining leaves in its
             output folder, if there is one.
         model_name_or_path: gives configuration and tokenizer; None for the folder of the start
             weights, else Longformer.
+        export_file: also written if given: all weights under `_forward_module.model.…`, which the
+            published `convert_pretrain_ckpt.py` reads.
         overrides: fields of the configuration.
 
     Returns:
@@ -149,7 +163,19 @@ def convert_pretraining(
         report.filled[key] = restored
     report.notes.append(f"{contents.kind}{', ' if contents.facts else ''}{contents.run}")
     report.notes.append(f"configuration and tokenizer of {source}")
-    return report, _write_released(model, tokenizer, output)
+    facts = {
+        "checkpoint": f"{contents.kind}{', ' if contents.facts else ''}{contents.run}",
+        "configuration and tokenizer": f"of {Path(source).name}",
+        "an item": f"the first {config.max_attr_num} attributes, {config.max_attr_length} tokens "
+        f"each; {config.max_item_embeddings - 1} items, {config.max_token_num} tokens a sequence",
+        "pooling": config.pooler_type,
+    }
+    written = _write_released(model, tokenizer, output, facts)
+    if export_file is not None:
+        exported = {EXPORT_PREFIX + key: value for key, value in _published_state(model).items()}
+        _save_state(exported, Path(export_file))
+        written.append(Path(export_file))
+    return report, written
 
 
 def find_start(checkpoint: PathLike) -> Path | None:
@@ -214,7 +240,10 @@ def _refuse_to_overwrite(output_dir: Path) -> None:
 
 
 def _write_released(
-    model: RecformerForPretraining, tokenizer: RecformerTokenizer, output_dir: Path
+    model: RecformerForPretraining,
+    tokenizer: RecformerTokenizer,
+    output_dir: Path,
+    facts: Mapping[str, object],
 ) -> list[Path]:
     output_dir.mkdir(parents=True, exist_ok=True)
     folder = output_dir / MODEL_FOLDER
@@ -222,21 +251,33 @@ def _write_released(
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    # published: the first file is for RecformerModel, the second for RecformerForSeqRec. The head,
-    # which neither has, is in the folder.
-    encoder = model.longformer.state_dict()
-    _save_state(encoder, output_dir / PRETRAIN_FILE)
-    prefixed = {f"longformer.{key}": value for key, value in encoder.items()}
-    _save_state(prefixed, output_dir / SEQREC_FILE)
+    write_card(
+        partial,
+        "Recformer, pretrained",
+        "Reads items and histories from their texts; the start of finetuning on a catalogue.",
+        facts,
+        {},
+        ENCODING,
+    )
+    # published: the first file is for RecformerModel; the second is read into RecformerForSeqRec,
+    # and has the head all the same.
+    state = _published_state(model)
+    bare = {plain_name(key): v for key, v in state.items() if key.startswith(PREFIXES[-1])}
+    _save_state(bare, output_dir / PRETRAIN_FILE)
+    _save_state(state, output_dir / SEQREC_FILE)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
     return [output_dir / PRETRAIN_FILE, output_dir / SEQREC_FILE, folder]
 
 
+def _published_state(model: RecformerForPretraining) -> dict[str, Tensor]:
+    """The model's tensors and the buffer that the published classes have beside them."""
+    state = dict(model.state_dict())
+    rows = model.longformer.embeddings.position_embeddings.num_embeddings
+    return {PREFIXES[-1] + POSITION_IDS: torch.arange(rows)[None]} | state
+
+
 def _save_state(state: dict[str, Tensor], path: Path) -> None:
     with atomic_write(path, "wb") as handle:
-        try:
-            torch.save(dict(state), handle)
-        except RuntimeError as error:  # what torch's zip writer makes of a full disk
-            raise OSError(f"could not write {path}: {error}") from error
+        torch.save(state, handle)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recformer.checkpoints.names import PathLike, StateDict, few, first_line
-from recformer.files import UserError, read_json
+from recformer.files import UserError, read_json, refuse_pointer
 
 # Weight files of a folder, best first; an index names the shards beside it.
 WEIGHT_FILES = (
@@ -130,11 +130,7 @@ def _read_file(path: Path) -> Contents:
         head = handle.read(64)
     if not head:
         raise UserError(f"{path} is empty, expected a checkpoint")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a Git LFS pointer of {path.stat().st_size} bytes in place of the weights: "
-            "fetch the file itself (git lfs pull)"
-        )
+    refuse_pointer(path)
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         raise UserError(
             f"{path} is a web page in place of the weights (it begins with {head[:12]!r}): open it "

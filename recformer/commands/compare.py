@@ -14,7 +14,7 @@ from typing import Any
 
 from recformer.cli import command_parser
 from recformer.evaluation.compare import compare
-from recformer.evaluation.runs import RankedRun
+from recformer.evaluation.runs import RankedRun, cell_text
 from recformer.evaluation.statistics import LEVEL
 from recformer.files import UserError, atomic_write, write_json
 from recformer.pictures import drawable
@@ -52,13 +52,13 @@ def markdown(
         cells = [
             f"{row[m]['value']:.4f} [{row[m]['low']:.4f}, {row[m]['high']:.4f}]" for m in metrics
         ]
-        lines.append(f"|{row['name']}|" + "|".join(cells) + "|")
+        lines.append(f"|{cell_text(row['name'])}|" + "|".join(cells) + "|")
     lines += ["", f"Paired differences in {metric}; permutation test, p corrected by Holm", ""]
     if sentences:
         return "\n".join([*lines, *(f"- {verdict(pair, metric)}" for pair in pairs)]) + "\n"
     lines += ["|pair|difference|95 % interval|p|corrected|", "|---|---|---|---|---|"]
     for pair in pairs:
-        one, other = pair["runs"]
+        one, other = map(cell_text, pair["runs"])
         lines.append(
             f"|{one} - {other}|{pair['difference']:+.4f}|[{pair['low']:+.4f}, "
             f"{pair['high']:+.4f}]|{pair['p']:.4f}|{pair['p_holm']:.4f}|"

@@ -31,6 +31,11 @@ class ConvertArguments(ModelArguments):
         "folder or hub id of configuration and tokenizer; unset: the folder of the start weights, "
         f"else {LONGFORMER}",
     )
+    export_file: str | None = flag(
+        None,
+        "also write all weights under '_forward_module.model.…' to this file, as zero_to_fp32.py "
+        "did when the published model was trained: the published convert_pretrain_ckpt.py reads it",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output_dir,
         start_weights=args.start_weights,
         model_name_or_path=args.model_name_or_path,
+        export_file=args.export_file,
         **args.overrides(),
     )
     print(report)

@@ -16,6 +16,11 @@ from recformer.files import UserError, read_json
 RULE = ("split_hash", "ties", "filter_seen")
 
 
+def cell_text(name: str) -> str:
+    """A name in a cell of a Markdown table, which a bare `|` would end."""
+    return name.replace("|", "\\|")
+
+
 @dataclass(frozen=True)
 class RankedRun:
     """Ranks of one evaluation on the test users.
@@ -40,11 +45,17 @@ class RankedRun:
         Raises:
             FileNotFoundError, UserError: as `read`.
         """
-        given, _, place = text.partition("=") if "=" in text else ("", "", text)
-        if Path(text.partition(":")[0]).is_dir():  # an equals sign may stand in a folder's name
-            given, place = "", text
-        path, _, evaluation = place.partition(":")
-        return cls.read(Path(path), evaluation, given)
+        name, _, rest = text.partition("=")
+        # Either sign may stand in a folder's name: what exists decides.
+        for given, place in (("", text), (name, rest)):
+            path, _, evaluation = place.rpartition(":")
+            if place and Path(place).is_dir():
+                return cls.read(Path(place), "", given)
+            if path and Path(path).is_dir():
+                return cls.read(Path(path), evaluation, given)
+        raise FileNotFoundError(
+            f"{text} is no run: expected [NAME=]FOLDER[:EVALUATION], a folder with a metrics.json"
+        )
 
     @classmethod
     def read(cls, folder: Path, evaluation: str = "", name: str = "") -> RankedRun:

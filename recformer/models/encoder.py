@@ -5,10 +5,14 @@ Shapes: B sequences, L padded length, T packed tokens, H hidden.
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN, GELUActivation
@@ -16,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from recformer.config import RecformerConfig
-from recformer.files import UserError
+from recformer.files import UserError, naming, refuse_pointer
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention, build_layout
 from recformer.models.dropout import add_dropout, dropout
 from recformer.packing import PackedTokens
@@ -209,6 +213,38 @@ class RecformerPreTrainedModel(PreTrainedModel):
         config.check()
         super().__init__(config)
 
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with one line for weights that are none.
+
+        Raises:
+            UserError: a Git LFS pointer in place of a file, or weights cut off or damaged.
+        """
+        if path is not None and Path(path).is_dir():
+            refuse_pointer(path)
+        try:
+            return super().from_pretrained(path, *args, **kwargs)
+        except SafetensorError as error:
+            raise UserError(f"the weights of {path} are truncated or corrupt: {error}") from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; whoever may read the configuration may read the weights too.
+
+        Raises:
+            OSError: they could not be written, names the folder.
+        """
+        try:
+            with naming(save_directory):
+                super().save_pretrained(save_directory, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights could not be written to {save_directory}: {error}"
+            ) from None
+        # safetensors gives its files to their owner alone, whatever the umask says.
+        mode = stat.S_IMODE((Path(save_directory) / "config.json").stat().st_mode)
+        for file in Path(save_directory).glob("*.safetensors"):
+            file.chmod(mode)
+
 
 class RecformerModel(RecformerPreTrainedModel):
     """The encoder with its pooler; state-dict keys are those of transformers' Longformer."""
@@ -245,10 +281,11 @@ class RecformerModel(RecformerPreTrainedModel):
             UserError: as `encode`.
         """
         hidden, layout = self._encode(packed, first_only=False)
-        if self.config.pooler_type == "cls":
-            pooled = hidden.index_select(0, layout.first)
-        else:
-            pooled = layout.mean_tokens(hidden)
+        first = hidden.index_select(0, layout.first)
+        pooled = first if self.config.pooler_type == "cls" else layout.mean_tokens(hidden)
+        if self.config.pooler_type == "avg_published":
+            # published: attention mask and global mask are added, so <s> weighs 2 of n + 1.
+            pooled = pooled + (first - pooled) / (layout.lengths[:, None] + 1)
         return hidden[: packed.num_tokens], pooled[: packed.batch_size]
 
     def _encode(self, packed: PackedTokens, first_only: bool) -> tuple[Tensor, AttentionLayout]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from recformer.config import PAPER, RecformerConfig
+from recformer.config import PAPER, POOLER_TYPES, RecformerConfig
 from recformer.evaluation.metrics import TIES
 from recformer.evaluation.protocol import HELP as PROTOCOL_HELP
 from recformer.evaluation.protocol import Protocol
@@ -50,8 +50,9 @@ class ModelArguments:
     pooler_type: str | None = flag(
         None,
         f"cls: hidden state of <s>; avg: mean over tokens (paper: {PAPER['pooler_type']}; sentence "
-        "encoders such as all-MiniLM-L6-v2 want avg)",
-        choices=["cls", "avg"],
+        "encoders such as all-MiniLM-L6-v2 want avg; avg_published counts <s> twice, for "
+        "checkpoints that the published code trained so)",
+        choices=list(POOLER_TYPES),
     )
     temp: float | None = flag(
         None, f"temperature that cosine similarities are divided by (paper: {PAPER['temp']})"

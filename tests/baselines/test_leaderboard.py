@@ -15,6 +15,7 @@ from baselines.leaderboard import find_runs, flags_without_training, main, markd
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.runs import RankedRun
 from recformer.files import UserError, read_json
 
 
@@ -185,3 +186,43 @@ def test_flags_that_make_no_sense_are_refused(tmp_path):
         main([str(tmp_path), "--models", "sasrec"])
     with pytest.raises(UserError, match="--loss: flags of models need --models"):
         main([str(tmp_path), "--loss", "bce"])
+
+
+def test_what_is_no_run_does_not_take_the_table_away(tmp_path, capsys):
+    write_run(tmp_path / "good", [0] * 8)
+    for name, text in (
+        ("list", "[]"), ("foreign", '{"loss": 1}'), ("cut", '{"a'), ("other", '{"evaluations": 3}')
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(text)
+    write_run(tmp_path / "unranked", [0] * 8)
+    (tmp_path / "unranked" / "ranks" / "trained_test.parquet").unlink()
+    write_run(tmp_path / "broken", [0] * 8)
+    (tmp_path / "broken" / "ranks" / "trained_test.parquet").write_bytes(b"PAR1")
+    main([str(tmp_path)])
+    ((row,),) = read_json(tmp_path / "leaderboard.json")
+    assert (row["name"], row["figures"]["NDCG@10"]) == ("good", [1, 1, 1])
+    said = capsys.readouterr().err
+    for name in ("list", "foreign", "cut", "other", "unranked", "broken"):
+        assert f"{tmp_path / name} is left out: " in said
+    (tmp_path / "good" / "metrics.json").unlink()
+    with pytest.raises(UserError, match="no run in .* could be read"):
+        main([str(tmp_path)])
+
+
+def test_names_with_the_signs_of_tables_and_formulas(tmp_path, capsys):
+    for name in ("a|b", "c:d", "lr=$1$", "e:zero_shot"):
+        write_run(tmp_path / name, [0] * 8)
+    main([str(tmp_path)])
+    assert "|a\\|b|1.0000 [" in capsys.readouterr().out
+    (rows,) = read_json(tmp_path / "leaderboard.json")
+    assert [row["name"] for row in rows] == ["a|b", "c:d", "e:zero_shot", "lr=$1$"]
+    for text, name in (
+        ("c:d", "c:d"), ("c:d:trained", "c:d:trained"), ("x=c:d", "x"), ("lr=$1$", "lr=$1$"),
+        ("lr=$1$:trained", "lr=$1$:trained"), ("y=lr=$1$:trained", "y"), ("e:zero_shot",) * 2,
+    ):  # fmt: skip
+        given, _, place = text.partition("=") if text[1] == "=" else ("", "", text)
+        run = RankedRun.load(f"{given}={tmp_path / place}" if given else str(tmp_path / place))
+        assert run.name == name
+    with pytest.raises(FileNotFoundError, match="gone is no run: expected"):
+        RankedRun.load(str(tmp_path / "gone"))

@@ -37,6 +37,7 @@ from tests.tiny import SIZES, randomised, same, snapshot, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "longformer.embeddings.word_embeddings.weight"
+IDS = "longformer.embeddings.position_ids"
 FOLDER = "recformer_pretrain_ckpt"
 PAIR = ("recformer_pretrain_ckpt.bin", "seqrec_pretrain_ckpt.bin")
 
@@ -113,8 +114,11 @@ def test_start_weights_of_a_longformer(tmp_path: Path) -> None:
     )
     loaded = load_checkpoint(model, output)
     written, theirs = read_state_dict(output), longformer.state_dict()
-    assert sorted(loaded.copied) == sorted(written) == sorted(model.state_dict())
-    assert (loaded.filled, loaded.new, loaded.left_over) == ({}, {}, {})
+    assert sorted(loaded.copied) == sorted(set(written) - {IDS}) == sorted(model.state_dict())
+    assert (loaded.filled, loaded.new) == ({}, {})
+    assert loaded.left_over == {IDS: "a buffer, not a weight"}
+    assert written[IDS].dtype == torch.int64
+    assert torch.equal(written[IDS], torch.arange(40)[None])
     for key in (WORDS, "lm_head.dense.weight", "lm_head.decoder.weight", "lm_head.bias"):
         assert torch.equal(written[key], theirs[key]), key
     types = theirs["longformer.embeddings.token_type_embeddings.weight"]
@@ -144,7 +148,7 @@ def test_the_script_writes_and_reports(tmp_path: Path, script: Callable[..., Res
     state = read_state_dict(output)
     assert state["longformer.embeddings.item_position_embeddings.weight"].shape == (51, 16)
     model = RecformerForPretraining(backbone_config(tmp_path / "bert", max_token_num=20))
-    assert len(load_checkpoint(model, state).copied) == len(state) == 57
+    assert len(load_checkpoint(model, state).copied) == len(state) - 1 == 57
 
 
 def test_start_weights_from_nothing_suitable(tmp_path: Path, script: Callable[..., Result]) -> None:
@@ -161,6 +165,62 @@ def test_start_weights_from_nothing_suitable(tmp_path: Path, script: Callable[..
     assert not (tmp_path / "start.bin").exists()
 
 
+def published_shapes(layers: int, h: int, inner: int, words: int, rows: int, items: int) -> dict:
+    """Names and shapes of the tensors of the published classes, without `longformer.`; the head
+    under its own names."""
+
+    def linear(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (h,), f"{name}.bias": (h,)}
+
+    tables = {"word": words, "position": rows, "token_type": 4, "item_position": items}
+    shapes: dict[str, tuple[int, ...]] = {"embeddings.position_ids": (1, rows)}
+    shapes |= {f"embeddings.{name}_embeddings.weight": (n, h) for name, n in tables.items()}
+    shapes |= norm("embeddings.LayerNorm")
+    for number in range(layers):
+        layer = f"encoder.layer.{number}."
+        for name in ("query", "key", "value"):
+            shapes |= linear(f"{layer}attention.self.{name}", h, h)
+            shapes |= linear(f"{layer}attention.self.{name}_global", h, h)
+        shapes |= linear(f"{layer}attention.output.dense", h, h)
+        shapes |= norm(f"{layer}attention.output.LayerNorm")
+        shapes |= linear(f"{layer}intermediate.dense", inner, h)
+        shapes |= linear(f"{layer}output.dense", h, inner)
+        shapes |= norm(f"{layer}output.LayerNorm")
+    head = linear("lm_head.dense", h, h) | norm("lm_head.layer_norm")
+    return shapes | head | linear("lm_head.decoder", words, h) | {"lm_head.bias": (words,)}
+
+
+def test_released_files_have_the_published_tensors(tmp_path: Path) -> None:
+    """Strict loading by the published classes: 271 tensors of the model, 278 with the head."""
+    config = tiny_config(num_hidden_layers=12, max_token_num=20)
+    model = randomised(RecformerForPretraining(config))
+    save_folder(model, tmp_path / "run" / "start")
+    path, export = tmp_path / "run" / "pytorch_model.bin", tmp_path / "export" / "fp32.bin"
+    torch.save(model.state_dict(), path)
+    _, written = convert_pretraining(path, tmp_path / "out", export_file=export)
+    assert written[-1] == export
+    expected = published_shapes(12, 16, 24, 50, 40, 5)
+    whole = {k if k.startswith("lm_head.") else f"longformer.{k}": v for k, v in expected.items()}
+    bare = {k: v for k, v in expected.items() if not k.startswith("lm_head.")}
+    exported = {f"_forward_module.model.{k}": v for k, v in whole.items()}
+    assert (len(bare), len(whole)) == (271, 278)
+    for file, names in ((PAIR[0], bare), (PAIR[1], whole), (export, exported)):
+        state = torch.load(tmp_path / "out" / file, weights_only=True)
+        assert {key: tuple(value.shape) for key, value in state.items()} == names
+        (ids,) = (value for key, value in state.items() if key.endswith("position_ids"))
+        assert ids.tolist() == [list(range(40))]
+        assert {value.dtype for value in state.values() if value is not ids} == {torch.float32}
+        assert ids.dtype == torch.int64
+    convert_pretraining(export, tmp_path / "again", start_weights=tmp_path / "run" / "start")
+    assert same(
+        torch.load(tmp_path / "again" / PAIR[1], weights_only=True),
+        torch.load(tmp_path / "out" / PAIR[1], weights_only=True),
+    )
+
+
 # --- conversion -------------------------------------------------------------------------------
 
 
@@ -169,11 +229,15 @@ def check_released(output: Path, expected: dict[str, Tensor]) -> None:
     assert sorted(path.name for path in output.iterdir()) == sorted([FOLDER, *PAIR])
     bare = torch.load(output / PAIR[0], weights_only=True)
     seqrec = torch.load(output / PAIR[1], weights_only=True)
-    assert same({f"longformer.{k}": v for k, v in bare.items()}, seqrec)
-    assert same(seqrec, {k: v for k, v in expected.items() if not k.startswith("lm_head.")})
+    assert same(seqrec, expected | {IDS: torch.arange(40)[None]})
+    without_head = {k: v for k, v in seqrec.items() if not k.startswith("lm_head.")}
+    assert same({f"longformer.{k}": v for k, v in bare.items()}, without_head)
     config = tiny_config(pooler_type="avg", max_token_num=20)
     RecformerModel(config).load_state_dict(bare)
-    RecformerForSeqRec(config).load_state_dict(seqrec)
+    model = RecformerForSeqRec(config)
+    model.load_state_dict(without_head)
+    left_over = set(load_checkpoint(model, seqrec).left_over)
+    assert left_over == {key for key in seqrec if key.startswith("lm_head.")} | {IDS}
     folder = RecformerForPretraining.from_pretrained(output / FOLDER)
     assert same(snapshot(folder), expected)
     assert folder.config.pooler_type == "avg"

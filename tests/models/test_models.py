@@ -317,6 +317,16 @@ def test_avg_pooling_is_the_mean_over_real_tokens() -> None:
     close(pooled[1], hidden[13], 1e-7)
 
 
+def test_avg_as_published_counts_the_first_token_twice() -> None:
+    """The attention mask times the global mask plus one: 2 at `<s>`, 1 at the others."""
+    torch.manual_seed(1)
+    model = RecformerModel(tiny_config(pooler_type="avg_published")).eval()
+    lengths = [13, 1, 40, 8]
+    hidden, pooled = model.encode_tokens(random_batch(lengths))
+    by_hand = [(rows[0] + rows.sum(dim=0)) / (len(rows) + 1) for rows in hidden.split(lengths)]
+    close(pooled, torch.stack(by_hand), 1e-6)
+
+
 # --- precision, training --------------------------------------------------------------------
 
 
