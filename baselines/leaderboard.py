@@ -3,10 +3,10 @@
 `python -m baselines.leaderboard FOLDER` collects every run under FOLDER: output folders of
 `python -m baselines` and of `recformer.finetune` (its last evaluation; zero-shot as a row of its
 own). With `--data_path` and `--models` it first runs those that are not there yet, each into
-FOLDER/NAME; a model is a name (`sasrec`) or a file of flags (`baselines/configs/t4r.yaml`). Flags
-that are not its own it hands to `python -m baselines`; what is not trained gets none of the trained
-models' settings. Where a run fails the others go on, the table is written, and the exit status
-is 1. `--data_path` also gives slices to runs that were written before there were any.
+FOLDER/NAME; a model is a name (`sasrec`) or a file of flags (`baselines/configs/t4r.yaml`). Further
+flags go to `python -m baselines`; untrained models get none of the trained models' settings. If a
+run fails, the others go on, the table is written, and the exit status is 1. `--data_path` also
+gives slices to runs that were written before there were any.
 
 Runs that differ in split, tie rule or `filter_seen` get tables of their own.
 """
@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from baselines.models import MODELS, UNTRAINED
+from baselines.models import UNTRAINED
+from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
+from recformer.evaluation.compare import METRICS
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RULE, RankedRun, cell_text
@@ -31,8 +33,6 @@ from recformer.pictures import drawable
 
 # A folder of another program, a run that was not finished, a file cut off.
 UNREADABLE = (UserError, OSError, KeyError, AttributeError, TypeError, ValueError)
-
-METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Row:
 
 
 def find_runs(folder: Path) -> list[tuple[Path, str, str]]:
-    """What `RankedRun.read` takes, for every run right under `folder`, by name.
+    """Arguments of `RankedRun.read` for every run right under `folder`, by name.
 
-    Folders of something else are said and left out.
+    Folders of something else are named on stderr and left out.
     """
     found = []
     for path in sorted(p.parent for p in folder.glob("*/metrics.json")):
@@ -185,7 +185,7 @@ def markdown(group: Sequence[Row], metric: str = METRICS[0]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(groups: Sequence[Sequence[Row]], path: Path, metric: str = METRICS[0]) -> None:
+def plot(groups: Sequence[Sequence[Row]], path: Path, metric: str = METRICS[0]) -> None:
     """PNG: the metric of every row with its interval, a panel a table."""
     import matplotlib
 
@@ -254,7 +254,7 @@ def flags_without_training(name: str, flags: Sequence[str]) -> list[str]:
 
     How it is evaluated must reach every model, or they would not stand in one table.
     """
-    foreign = set().union(*MODELS.values()) - set(MODELS[name])
+    foreign = set().union(*map(names_of, SETTINGS)) - names_of(name)
     kept, keep = [], True
     for word in flags:
         if word.startswith("--"):
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for group in groups
     ]
     write_json(args.folder / "leaderboard.json", content, indent=1)
-    draw(groups, args.folder / "leaderboard.png")
+    plot(groups, args.folder / "leaderboard.png")
     print(f"written to {args.folder}: leaderboard.md, leaderboard.json, leaderboard.png")
     if failed:
         raise UserError(failure)

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.generative.recommender import Generated, HistoryCollator
+from baselines.generative.recommender import CodeHistoryCollator, Generated
 from baselines.generative.tiger import Tiger
 from benchmarks.measure import Work, header, line, row, run_alone, seconds_of, synchronize
 from recformer.data.collators import EvalExample
@@ -43,8 +44,8 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
 
 def build(
     users: int, num_items: int, num_beams: int, batch_size: int
-) -> tuple[Tiger, list[dict[str, Any]]]:
-    """A model of items with random codes, and batches of users with 3 to 20 items each."""
+) -> tuple[Tiger, list[Tensor]]:
+    """A model of items with random codes, and histories of 3 to 20 items, batch by batch."""
     torch.manual_seed(0)
     draw = np.random.default_rng(0)
     codes = draw.integers(0, CODEBOOK_SIZE, (num_items, len(CODEBOOK_SIZE)))
@@ -53,12 +54,12 @@ def build(
         EvalExample(user, draw.integers(num_items, size=draw.integers(3, MAX_ITEMS + 1)), 0)
         for user in range(users)
     ]
-    collator = HistoryCollator(MAX_ITEMS)
+    collator = CodeHistoryCollator(MAX_ITEMS)
     starts = range(0, users, batch_size)
-    return model, [collator(examples[start : start + batch_size]) for start in starts]
+    return model, [collator(examples[start : start + batch_size]).history for start in starts]
 
 
-def generate_freely(model: Tiger, batch: dict[str, Any]) -> Generated:
+def generate_freely(model: Tiger, batch: Tensor) -> Generated:
     """`CodeRecommender.generate` without a trie; `items` are the last codes."""
     logits, read = model.start(batch)
     scores = logits.new_zeros(len(logits), 1)
@@ -83,7 +84,7 @@ class DictSearch:
                 allowed.setdefault(tokens[:length], set()).add(tokens[length])
         self.allowed = {prefix: sorted(tokens) for prefix, tokens in allowed.items()}
 
-    def __call__(self, batch: dict[str, Any]) -> Generated:
+    def __call__(self, batch: Tensor) -> Generated:
         model, beams = self.model, self.model.num_beams
         out = model.t5.generate(
             **model.encoder_inputs(batch),
@@ -191,14 +192,14 @@ def search_rows(
     )
 
 
-def users_of(batches: list[dict[str, Any]]) -> int:
-    return sum(len(batch["labels"]) for batch in batches)
+def users_of(batches: list[Tensor]) -> int:
+    return sum(len(batch) for batch in batches)
 
 
 def memory_case(side: str, num_items: int, num_beams: int, batch_size: int) -> Work:
     """One batch searched by `side`: among the items, free, or by the peer."""
     model, (batch,) = build(batch_size, num_items, num_beams, batch_size)
-    searches: dict[str, Callable[[dict[str, Any]], Generated]] = {
+    searches: dict[str, Callable[[Tensor], Generated]] = {
         "items": model.generate,
         "free": partial(generate_freely, model),
         "peer": DictSearch(model),
@@ -206,23 +207,23 @@ def memory_case(side: str, num_items: int, num_beams: int, batch_size: int) -> W
     return Work(torch.no_grad()(lambda: searches[side](batch)))
 
 
-def operations(model: Tiger, batch: dict[str, Any]) -> float:
+def operations(model: Tiger, batch: Tensor) -> float:
     """Floating-point operations of the linear layers for a batch, attention's own left out."""
     config = model.t5.config
     attention = config.d_model * config.num_heads * config.d_kv  # weights of one of q, k, v, o
     feed_forward = 2 * config.d_model * config.d_ff
     levels = model.trie.num_levels
-    tokens = int((batch["history"] >= 0).sum()) * levels
-    beams = len(batch["labels"]) * (1 + (levels - 1) * model.num_beams)
+    tokens = int((batch >= 0).sum()) * levels
+    beams = len(batch) * (1 + (levels - 1) * model.num_beams)
     encoder = config.num_layers * (4 * attention + feed_forward)
     history = config.num_layers * 2 * attention  # its keys and values for the decoder
     decoder = config.num_layers * (6 * attention + feed_forward) + config.d_model * model.num_tokens
     return 2.0 * (tokens * (encoder + history) + beams * decoder)
 
 
-def products(model: Tiger, batch: dict[str, Any]) -> tuple[Callable[[], None], float]:
+def products(model: Tiger, batch: Tensor) -> tuple[Callable[[], None], float]:
     """The linear layers of one decoder block over all beams of a batch, and their operations."""
-    block, num_rows = model.t5.decoder.block[0], len(batch["labels"]) * model.num_beams
+    block, num_rows = model.t5.decoder.block[0], len(batch) * model.num_beams
     weights = [m.weight for m in block.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {w.shape[1]: torch.randn(num_rows, w.shape[1]) for w in weights}
 

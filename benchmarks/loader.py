@@ -23,6 +23,7 @@ from benchmarks.encoder import DEVICE, SIZES
 from benchmarks.measure import REPEATS, row, seconds_of
 from benchmarks.tokenization import make_items, train
 from recformer import PAPER, RecformerConfig, RecformerForPretraining, RecformerForSeqRec
+from recformer.data.batches import Batch
 from recformer.data.collators import RecformerTrainCollator
 from recformer.data.datamodule import EpochBatchSampler, TrainDataset
 from recformer.data.items import TokenizedItems
@@ -91,18 +92,9 @@ def _row(
     )
 
 
-def _step(model: Any, adam: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+def _step(model: Any, adam: torch.optim.Optimizer, batch: Batch) -> None:
     model.zero_grad()
     with torch.autocast(DEVICE, torch.bfloat16):
-        loss = model.training_loss(_on_device(batch))
+        loss = model.training_loss(batch.to(DEVICE))
     (loss["loss"] if isinstance(loss, dict) else loss).backward()
     adam.step()
-
-
-def _on_device(batch: Any) -> Any:
-    """As Lightning moves a batch."""
-    if isinstance(batch, dict):
-        return {name: _on_device(value) for name, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(map(_on_device, batch))
-    return batch.to(DEVICE)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.sequence.collators import CausalCollator
+from baselines.sequence.collators import CausalCollator, ItemSequences
 from baselines.sequence.item_table import ItemTable
 from baselines.sequence.recommender import Objective, SequenceRecommender
 from baselines.sequence.sasrec import SASRec
@@ -94,22 +94,22 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
         models.append(SequenceRecommender(network, tables[0], objective, HIDDEN, tables[1]))
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in models]
     sequences = torch.randint(NUM_ITEMS, (batch_size, length + 1))
-    batch = {
-        "items": sequences[:, :-1].flatten(),
-        "labels": sequences[:, 1:].flatten(),
-        "offsets": torch.arange(batch_size + 1) * length,
-        "predict": torch.arange(batch_size * length),
-    }
-    negatives = sample_negatives(batch["labels"], NUM_ITEMS, NEGATIVES)
+    histories = ItemSequences(
+        items=sequences[:, :-1].flatten(),
+        offsets=torch.arange(batch_size + 1) * length,
+        predict=torch.arange(batch_size * length),
+    )
+    labels = sequences[:, 1:].flatten()
+    negatives = sample_negatives(labels, NUM_ITEMS, NEGATIVES)
 
     def step(which: int) -> float:
         model, optimizer = models[which], optimizers[which]
         optimizer.zero_grad()
-        users = model.predictions(batch)
+        users = model.predictions(histories)
         if which == 0:
-            loss = model.loss(users, batch["labels"], negatives)
+            loss = model.loss(users, labels, negatives)
         else:
-            loss = gathered_loss(users, model.scored.all(), batch["labels"], negatives)
+            loss = gathered_loss(users, model.scored.all(), labels, negatives)
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -135,7 +135,8 @@ def sasrec_epoch(data_path: Path, python: str) -> dict[str, Any]:
     Raises:
         UserError: the other environment cannot run RecTools.
     """
-    from baselines.models import build, settings_of
+    from baselines.models import build
+    from baselines.settings import settings_of
     from recformer.data.datamodule import SeqRecDataModule
     from recformer.data.processed import ProcessedFolder
     from recformer.training.lit import LitWrapper
@@ -147,7 +148,7 @@ def sasrec_epoch(data_path: Path, python: str) -> dict[str, Any]:
     data = SeqRecDataModule(folder, built.train_collator, built.eval_collator, batch_size=256)
     times = []
     for epochs in (1, 2):
-        module = LitWrapper(built.model, 1e-3, schedule="constant")
+        module = LitWrapper(built.model, learning_rate=1e-3, schedule="constant")
         with tempfile.TemporaryDirectory() as scratch:  # Lightning leaves a checkpoint
             trainer = build_trainer(Path(scratch), epochs, "cpu", 1, "32-true", [])
             trainer.limit_val_batches = 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -28,13 +27,13 @@ from baselines.generative.recommender import (
     pad_items,
     split_heads,
 )
+from baselines.settings import Gpt2CodesSettings
+from recformer.data.batches import NO_LABEL, LabelledBatch
 from recformer.data.collators import TrainExample
-
-IGNORED = -100  # no loss at this label, in transformers
 
 
 class Gpt2CodesTrainCollator:
-    """Training batches: `labels`, the newest `max_items` + 1 items of each sequence, int64 (B, n).
+    """Training batches whose labels are the newest `max_items` + 1 items of each sequence, (B, n).
 
     Every item is to be predicted from those before it, so the last has a history of `max_items`, as
     in evaluation. NO_ITEM stands at the end of shorter sequences.
@@ -43,14 +42,16 @@ class Gpt2CodesTrainCollator:
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
 
-    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
-        return {"labels": pad_items([e.items for e in examples], self.max_items + 1)}
+    def __call__(self, examples: Sequence[TrainExample]) -> LabelledBatch:
+        return LabelledBatch(pad_items([e.items for e in examples], self.max_items + 1))
 
 
 @dataclass(frozen=True)
 class Gpt2Read(Read):
-    """Attributes:
-    lengths: int64 (B, 1), position of the token to be read next.
+    """State of GPT-2 after some tokens.
+
+    Attributes:
+        lengths: int64 (B, 1), position of the token to be read next.
     """
 
     lengths: Tensor
@@ -61,22 +62,22 @@ class Gpt2Codes(CodeRecommender):
 
     Args:
         codes, codebook_size, num_beams, exact_rank: as in `CodeRecommender`.
-        max_items: items of the longest history.
         hidden_size, num_layers, num_heads, dropout: of GPT-2; its feed-forward layers are four
             times as wide as `hidden_size`.
+        max_items: items of the longest history.
     """
 
     def __init__(
         self,
         codes: ArrayLike,
         codebook_size: Sequence[int],
-        num_beams: int = 50,
-        exact_rank: bool = False,
-        max_items: int = 50,
-        hidden_size: int = 128,
-        num_layers: int = 2,
-        num_heads: int = 2,
-        dropout: float = 0.1,
+        num_beams: int = Gpt2CodesSettings.num_beams,
+        exact_rank: bool = Gpt2CodesSettings.exact_rank,
+        hidden_size: int = Gpt2CodesSettings.hidden_size,
+        num_layers: int = Gpt2CodesSettings.num_layers,
+        num_heads: int = Gpt2CodesSettings.num_heads,
+        dropout: float = Gpt2CodesSettings.dropout,
+        max_items: int = Gpt2CodesSettings.max_length,
     ) -> None:
         super().__init__(codes, codebook_size, num_beams, exact_rank)
         self.gpt2 = GPT2LMHeadModel(
@@ -98,20 +99,20 @@ class Gpt2Codes(CodeRecommender):
         """START and the codes of padded items, int64 (B, n) -> (B, 1 + n * L)."""
         return F.pad(self.history_tokens(items), (1, 0), value=START)
 
-    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+    def training_loss(self, batch: LabelledBatch) -> Tensor:
         """Mean cross-entropy of all codes of all items, each after everything before it."""
-        tokens = self.input_ids(batch["labels"])
+        tokens = self.input_ids(batch.labels)
         # Padding is at the end, where no code of an item can look: it needs no mask.
-        labels = tokens.masked_fill(tokens == START, IGNORED)
+        labels = tokens.masked_fill(tokens == START, NO_LABEL)
         return self.gpt2(input_ids=tokens, labels=labels).loss
 
-    def start(self, batch: dict[str, Any]) -> tuple[Tensor, Gpt2Read]:
+    def start(self, history: Tensor) -> tuple[Tensor, Gpt2Read]:
         """Read each history once; logits of the first code, (B, 1, V)."""
-        tokens = self.input_ids(batch["history"])  # (B, P)
+        tokens = self.input_ids(history)  # (B, P)
         place = torch.arange(tokens.shape[1], device=tokens.device)  # (P,)
         causal = (place <= place[:, None]).expand(len(tokens), -1, -1)  # (B, P, P)
         hidden, keys, values = self._read(tokens, place, causal, None)
-        items = (batch["history"] != NO_ITEM).sum(1, keepdim=True)  # (B, 1)
+        items = (history != NO_ITEM).sum(1, keepdim=True)  # (B, 1)
         lengths = 1 + items * self.trie.num_levels
         newest = (lengths - 1)[..., None].expand(-1, -1, hidden.shape[2])
         logits = self.gpt2.lm_head(hidden.gather(1, newest))  # (B, 1, V)

@@ -5,9 +5,9 @@ A model gives log-probabilities of the next token for many beginnings of an item
 the beginning of an item and every result an item; one beam is greedy decoding. For small catalogues
 `score_items` scores every item by teacher forcing, each prefix once.
 
-What has been read of a user is kept once, not once a beam: a beam is one more query over the user's
-keys, and which keys it may look at is a row of a mask (the positions of a tree, not of a line).
-Going on from other beams moves rows of that mask and no keys.
+A user's keys are kept once, not once a beam: a beam is one more query over them, and a row of a
+mask holds the keys that it may look at (positions of a tree, not of a line). A step to other beams
+moves rows of that mask and no keys.
 
 Shapes: B users, W beams, M children of a node, V tokens, N items, L codes of an item, P positions
 read so far, n items of the longest history of a batch.
@@ -15,9 +15,9 @@ read so far, n items of the longest history of a batch.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from baselines.generative.trie import CodeTrie
-from recformer.data.collators import EvalExample, eval_fields
-from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
+from baselines.settings import GenerativeSettings
+from recformer.data.batches import EvalBatch
+from recformer.data.collators import EvalExample, eval_batch
+from recformer.evaluation.ranks import Pairs, TargetRanks, count_ranks, count_ranks_among
+from recformer.evaluation.recommender import Recommender
 from recformer.evaluation.top_items import top_items
 from recformer.files import UserError
 
@@ -38,7 +41,7 @@ ITEMS_AT_ONCE = 128  # of `score_items`, for each user of the batch
 
 @dataclass(frozen=True)
 class Read:
-    """What a decoder has read: the history's positions, if any, and a tree of written codes.
+    """State of a decoder: the history's positions, if any, and a tree of written codes.
 
     Attributes:
         keys, values: of each layer, (B, heads, P, head size).
@@ -73,6 +76,27 @@ class Generated:
     log_probs: Tensor
 
 
+@dataclass
+class CodeUsers:
+    """Users whose histories a model over codes has read.
+
+    Searches and the scores of all items are made when they are first asked for, and kept.
+
+    Attributes:
+        logits: of the first code, (B, 1, V).
+        read: the histories.
+        seen: (rows, items), int64, every item of the histories.
+        searches: items that must not come out, bool (B, N) or None for any, and what was found.
+        scores: of all items, (B, N).
+    """
+
+    logits: Tensor
+    read: Read
+    seen: tuple[Tensor, Tensor]
+    searches: list[tuple[Tensor | None, Generated]] = field(default_factory=list)
+    scores: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class CodeRanks(TargetRanks):
     """Ranks of the targets, and how far the codes of the best item agree with the target's.
@@ -94,8 +118,11 @@ def join_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
-class CodeRecommender(nn.Module, ABC):
-    """What models over item codes share; a subclass brings `start`, `step` and `training_loss`.
+class CodeRecommender(nn.Module, Recommender[Tensor, CodeUsers]):
+    """A model over item codes; a subclass brings `start`, `step` and `training_loss`.
+
+    They read the newest items of each history, oldest first, int64 (B, n), NO_ITEM at the end of
+    shorter ones.
 
     Args:
         codes: integers (N, L), row i the codes of item i, all different.
@@ -110,13 +137,14 @@ class CodeRecommender(nn.Module, ABC):
     """
 
     item_tokens: Tensor
+    first_tokens: Tensor
 
     def __init__(
         self,
         codes: ArrayLike,
         codebook_size: Sequence[int],
-        num_beams: int = 50,
-        exact_rank: bool = False,
+        num_beams: int = GenerativeSettings.num_beams,
+        exact_rank: bool = GenerativeSettings.exact_rank,
     ) -> None:
         super().__init__()
         array = np.asarray(codes)
@@ -137,8 +165,8 @@ class CodeRecommender(nn.Module, ABC):
         self.register_buffer("first_tokens", torch.from_numpy(first_tokens), persistent=False)
 
     @abstractmethod
-    def start(self, batch: dict[str, Any]) -> tuple[Tensor, Read]:
-        """Logits of the first code, (B, 1, V), after the histories of an evaluation batch."""
+    def start(self, history: Tensor) -> tuple[Tensor, Read]:
+        """Logits of the first code, (B, 1, V), after histories (B, n)."""
 
     @abstractmethod
     def step(self, read: Read, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Read]:
@@ -156,20 +184,22 @@ class CodeRecommender(nn.Module, ABC):
         return tokens.masked_fill(items[..., None] == NO_ITEM, START).flatten(1)
 
     @torch.no_grad()
-    def generate(self, batch: dict[str, Any], excluded: Tensor | None = None) -> Generated:
+    def generate(self, history: Tensor, excluded: Tensor | None = None) -> Generated:
         """Beam search over the items.
 
         Every beam is the beginning of at least one item. With as many beams as there are items the
         result is the exact ranking.
 
         Args:
-            batch: of the evaluation collator.
+            history: int64 (B, n).
             excluded: bool (B, N), items that must not come out. No beam is spent on beginnings of
                 such items alone, so that a user gets as many items as there are beams.
         """
+        return self._search(*self.start(history), excluded)
+
+    def _search(self, logits: Tensor, read: Read, excluded: Tensor | None) -> Generated:
         trie = self.trie
         opened = None if excluded is None else trie.open_nodes(excluded)
-        logits, read = self.start(batch)
         nodes = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)  # (B, 1)
         scores = torch.zeros(nodes.shape, device=logits.device)
         for level in range(trie.num_levels):
@@ -191,14 +221,16 @@ class CodeRecommender(nn.Module, ABC):
         return Generated(trie.items_of(nodes).masked_fill(scores == -torch.inf, NO_ITEM), scores)
 
     @torch.no_grad()
-    def score_items(self, batch: dict[str, Any]) -> Tensor:
+    def score_items(self, history: Tensor) -> Tensor:
         """Log-probability of every item for every user, float32 (B, N), by teacher forcing.
 
         Prefixes are read once for all items below them, some items at a time.
         """
+        return self._score(*self.start(history))
+
+    def _score(self, logits: Tensor, root: Read) -> Tensor:
         trie = self.trie
-        num_users, num_items = len(batch["labels"]), len(trie.items)
-        logits, root = self.start(batch)
+        num_users, num_items = len(logits), len(trie.items)
         first = logits.float().log_softmax(-1)
         scores = torch.empty(num_users, num_items, device=logits.device)
         ends = trie.level_starts[-1]
@@ -222,57 +254,78 @@ class CodeRecommender(nn.Module, ABC):
         return scores
 
     @torch.no_grad()
-    def rank(self, batch: dict[str, Any], filter_seen: bool) -> CodeRanks:
-        """Where the targets stand among the generated items, or with `exact_rank` among all.
+    def read(self, history: Tensor, seen: Pairs) -> CodeUsers:
+        rows, items = (torch.as_tensor(side, device=history.device) for side in seen)
+        return CodeUsers(*self.start(history), (rows, items))
+
+    @torch.no_grad()
+    def rank(self, users: CodeUsers, targets: Tensor, filter_seen: bool) -> CodeRanks:
+        """Rank the targets among the generated items, or with `exact_rank` among all.
 
         A target that is not generated has the last rank, the number of candidates. With
         `filter_seen` items of the history are not generated, the target always may be.
         """
-        labels = batch["labels"]
-        num_candidates = torch.full_like(labels, len(self.trie.items))
-        excluded = None
-        if filter_seen:
-            shape = len(labels), len(self.trie.items)
-            excluded = torch.zeros(shape, dtype=torch.bool, device=labels.device)
-            excluded[batch["seen"]] = True
-            excluded.scatter_(1, labels[:, None], False)
+        excluded = self._seen(users) if filter_seen else None
+        num_candidates = torch.full_like(targets, len(self.trie.items))
+        if excluded is not None:
+            excluded.scatter_(1, targets[:, None], False)
             num_candidates -= excluded.sum(1)
         if self.exact_rank:
-            scores = self.score_items(batch)
-            ranks = count_ranks(scores, labels, batch["seen"] if filter_seen else None)
+            scores = self._all_scores(users)
+            ranks = count_ranks(scores, targets, users.seen if filter_seen else None)
             if excluded is not None:
-                scores.masked_fill_(excluded, -torch.inf)
-            batch["ranked"] = scores
+                scores = scores.masked_fill(excluded, -torch.inf)
             best = scores.argmax(1)
         else:
-            generated = self.generate(batch, excluded)
-            batch["ranked"] = generated
-            ranks = ranks_among(generated, labels, num_candidates)
+            generated = self._generated(users, excluded)
+            ranks = ranks_among(generated, targets, num_candidates)
             best = generated.items[:, 0]
-        agree = self.item_tokens[best] == self.item_tokens[labels]  # (B, L)
+        agree = self.item_tokens[best] == self.item_tokens[targets]  # (B, L)
         agree &= (best != NO_ITEM)[:, None]
         codes_right = agree.cumprod(1).sum(1).cpu().numpy()
         return CodeRanks(ranks.above, ranks.tied, ranks.num_candidates, codes_right)
 
-    def rank_among(self, batch: dict[str, Any], candidates: NDArray[np.int64]) -> TargetRanks:
-        """Where the targets stand among items (B, K) of each user's own, by their scores."""
-        return count_ranks_among(self.score_items(batch), batch["labels"], candidates)
+    @torch.no_grad()
+    def rank_among(
+        self, users: CodeUsers, targets: Tensor, candidates: NDArray[np.int64]
+    ) -> TargetRanks:
+        """Rank the targets among items (B, K) of each user's own, by their scores."""
+        return count_ranks_among(self._all_scores(users), targets, candidates)
 
-    def encode_users(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A copy of the batch, to which `rank` adds what `recommend` reads."""
-        return dict(batch)
+    @torch.no_grad()
+    def recommend(self, users: CodeUsers, k: int, filter_seen: bool) -> NDArray[np.int64]:
+        """The k best items, best first, int64 (B, k); NO_ITEM behind them.
 
-    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> NDArray[np.int64]:
-        """The best items by the `rank` before, best first, int64 (B, k); NO_ITEM behind them.
-
-        Without `exact_rank` there are no more than beams. Where the rank of seen items was filtered
-        the target may be among them although seen.
+        Without `exact_rank` they are the generated ones, no more than there are beams.
         """
-        ranked = batch["ranked"]
-        if not isinstance(ranked, Generated):  # scores of all items
-            return top_items(ranked, k)[0]
-        items = ranked.items[:, :k].cpu().numpy()
+        if self.exact_rank:
+            seen = users.seen if filter_seen else None
+            return top_items(self._all_scores(users), k, seen)[0]
+        generated = self._generated(users, self._seen(users) if filter_seen else None)
+        items = generated.items[:, :k].cpu().numpy()
         return np.pad(items, ((0, 0), (0, k - items.shape[1])), constant_values=NO_ITEM)
+
+    def _seen(self, users: CodeUsers) -> Tensor:
+        """Which items stand in the histories, bool (B, N)."""
+        size = len(users.logits), len(self.trie.items)
+        seen = torch.zeros(size, dtype=torch.bool, device=users.logits.device)
+        seen[users.seen] = True
+        return seen
+
+    def _generated(self, users: CodeUsers, excluded: Tensor | None) -> Generated:
+        for before, generated in users.searches:
+            if before is excluded or (
+                before is not None and excluded is not None and torch.equal(before, excluded)
+            ):
+                return generated
+        generated = self._search(users.logits, users.read, excluded)
+        users.searches.append((excluded, generated))
+        return generated
+
+    def _all_scores(self, users: CodeUsers) -> Tensor:
+        if users.scores is None:
+            users.scores = self._score(users.logits, users.read)
+        return users.scores
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "item_tokens")
@@ -308,16 +361,12 @@ def pad_items(sequences: Sequence[np.ndarray], max_items: int) -> Tensor:
     return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=NO_ITEM)
 
 
-class HistoryCollator:
-    """Evaluation batches of models over codes: `eval_fields` and `history`.
-
-    `history` holds the newest `max_items` of each history, oldest first, int64 (B, n), NO_ITEM at
-    the end of shorter ones.
-    """
+class CodeHistoryCollator:
+    """Evaluation batches of models over codes: the newest `max_items` of each history."""
 
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
 
-    def __call__(self, examples: Sequence[EvalExample]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[EvalExample]) -> EvalBatch[Tensor]:
         history = pad_items([example.items for example in examples], self.max_items)
-        return {"history": history, **eval_fields(examples)}
+        return eval_batch(examples, history)

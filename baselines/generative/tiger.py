@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -31,31 +30,27 @@ from baselines.generative.recommender import (
     pad_items,
     split_heads,
 )
+from baselines.settings import TigerSettings
+from recformer.data.batches import TrainBatch
 from recformer.data.collators import TrainExample, target_position
 
 
 class TigerTrainCollator:
-    """Training batches: the history before a random position and the item at it.
-
-    `history` as in `HistoryCollator`, `labels` int64 (B,).
-    """
+    """Training batches: the history before a random position, and the item at it as the label."""
 
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
 
-    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[TrainExample]) -> TrainBatch[Tensor]:
         positions = [target_position(len(e.items), e.seed) for e in examples]
         histories = [e.items[:p] for e, p in zip(examples, positions, strict=True)]
         labels = [int(e.items[p]) for e, p in zip(examples, positions, strict=True)]
-        return {
-            "history": pad_items(histories, self.max_items),
-            "labels": torch.tensor(labels),
-        }
+        return TrainBatch(torch.tensor(labels), pad_items(histories, self.max_items))
 
 
 @dataclass(frozen=True)
 class TigerRead(Read):
-    """`keys` and `values` are those of the codes written; of the encoded history there are others.
+    """State of TIGER's decoder; `keys` and `values` are those of the codes written.
 
     Attributes:
         history_keys, history_values: of each layer, (B, heads, S, head size).
@@ -74,7 +69,7 @@ class Tiger(CodeRecommender):
 
     Args:
         codes, codebook_size, num_beams, exact_rank: as in `CodeRecommender`.
-        hidden_size, num_layers, num_heads, head_size, intermediate_size, dropout: of encoder and
+        hidden_size, num_layers, num_heads, dropout, head_size, intermediate_size: of encoder and
             decoder alike.
     """
 
@@ -82,14 +77,14 @@ class Tiger(CodeRecommender):
         self,
         codes: ArrayLike,
         codebook_size: Sequence[int],
-        num_beams: int = 50,
-        exact_rank: bool = False,
-        hidden_size: int = 128,
-        num_layers: int = 4,
-        num_heads: int = 6,
+        num_beams: int = TigerSettings.num_beams,
+        exact_rank: bool = TigerSettings.exact_rank,
+        hidden_size: int = TigerSettings.hidden_size,
+        num_layers: int = TigerSettings.num_layers,
+        num_heads: int = TigerSettings.num_heads,
+        dropout: float = TigerSettings.dropout,
         head_size: int = 64,
         intermediate_size: int = 1024,
-        dropout: float = 0.1,
     ) -> None:
         super().__init__(codes, codebook_size, num_beams, exact_rank)
         self.t5 = T5ForConditionalGeneration(
@@ -107,21 +102,22 @@ class Tiger(CodeRecommender):
             )
         )
 
-    def encoder_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Tokens of the histories and where they are none, two (B, S)."""
-        real = batch["history"] != NO_ITEM  # (B, n)
+    def encoder_inputs(self, history: Tensor) -> dict[str, Tensor]:
+        """Tokens of histories (B, n), and 0 where they are none: two (B, S)."""
+        real = history != NO_ITEM  # (B, n)
         return {
-            "input_ids": self.history_tokens(batch["history"]),
+            "input_ids": self.history_tokens(history),
             "attention_mask": real.repeat_interleave(self.trie.num_levels, dim=1).long(),
         }
 
-    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+    def training_loss(self, batch: TrainBatch[Tensor]) -> Tensor:
         """Mean cross-entropy of the target's codes, each after the ones before."""
-        return self.t5(**self.encoder_inputs(batch), labels=self.item_tokens[batch["labels"]]).loss
+        labels = self.item_tokens[batch.labels]
+        return self.t5(**self.encoder_inputs(batch.history), labels=labels).loss
 
-    def start(self, batch: dict[str, Any]) -> tuple[Tensor, TigerRead]:
+    def start(self, history: Tensor) -> tuple[Tensor, TigerRead]:
         """Encode each user once; logits of the first code, (B, 1, V)."""
-        inputs = self.encoder_inputs(batch)
+        inputs = self.encoder_inputs(history)
         encoded = self.t5.encoder(**inputs).last_hidden_state  # (B, S, D)
         heads, num_users = self.t5.config.num_heads, len(encoded)
         cross = [block.layer[1].EncDecAttention for block in self.t5.decoder.block]

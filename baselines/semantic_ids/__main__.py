@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ from recformer.files import UserError, atomic_write, write_json
 from recformer.training.arguments import flag
 
 
+@dataclass(frozen=True)
+class NewQuantiser:
+    """Settings of a new quantiser."""
+
+    method: str = "rqvae"
+    levels: int = 3
+    codebook_size: int = 256
+    collisions: str = "level"
+    commitment: float = 0.25
+    seed: int = 0
+
+
 @dataclass
 class SemanticIdArguments:
     """Give every item of a processed folder a short tuple of codes that comes from its text."""
@@ -49,32 +61,26 @@ class SemanticIdArguments:
     )
     method: str | None = flag(
         None,
-        "rqvae: residual-quantised VAE; rkmeans: residual k-means, no training; unset: rqvae",
+        "rqvae: residual-quantised VAE; rkmeans: residual k-means, no training; unset: "
+        f"{NewQuantiser.method}",
         choices=list(METHODS),
     )
-    levels: int | None = flag(None, "codes of an item; unset: 3")
-    codebook_size: int | None = flag(None, "codes to choose from at each level; unset: 256")
+    levels: int | None = flag(None, f"codes of an item; unset: {NewQuantiser.levels}")
+    codebook_size: int | None = flag(
+        None, f"codes to choose from at each level; unset: {NewQuantiser.codebook_size}"
+    )
     collisions: str | None = flag(
         None,
         "items of the same codes: level adds a code that tells them apart, reassign moves all but "
-        "one to the nearest free code; unset: level",
+        f"one to the nearest free code; unset: {NewQuantiser.collisions}",
         choices=["level", "reassign"],
     )
     commitment: float | None = flag(
-        None, "rqvae: weight of the loss that holds latents to their code vectors; unset: 0.25"
+        None,
+        "rqvae: weight of the loss that holds latents to their code vectors; unset: "
+        f"{NewQuantiser.commitment}",
     )
-    seed: int | None = flag(None, "of weights, k-means and batches; unset: 0")
-
-
-# Flags of a new quantiser, with what they are where unset.
-NEW = {
-    "method": "rqvae",
-    "levels": 3,
-    "codebook_size": 256,
-    "collisions": "level",
-    "commitment": 0.25,
-    "seed": 0,
-}
+    seed: int | None = flag(None, f"of weights, k-means and batches; unset: {NewQuantiser.seed}")
 
 
 def run(args: SemanticIdArguments) -> SemanticIds:
@@ -84,17 +90,18 @@ def run(args: SemanticIdArguments) -> SemanticIds:
         FileNotFoundError, UserError: as `ProcessedFolder.load`, `text_vectors`, `SemanticIds.load`,
             `extended_ids`; or flags that make no sense, alone or together.
     """
-    given = {name: getattr(args, name) for name in NEW if getattr(args, name) is not None}
+    names = [field.name for field in fields(NewQuantiser)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     _check(args.extend, given)
-    chosen = NEW | given
+    chosen = NewQuantiser(**given)
     text_encoder = args.text_encoder or TEXT_ENCODER
     if args.extend is not None:
         before = SemanticIds.load(Path(args.extend) / FILE)
         quantiser, trained_with = load_quantiser(Path(args.extend) / QUANTISER_FILE)
         text_encoder = args.text_encoder or trained_with
     folder = ProcessedFolder.load(args.data_path)
-    if args.extend is None and chosen["collisions"] == "reassign":
-        _check_room(folder.num_items, chosen["levels"], chosen["codebook_size"])
+    if args.extend is None and chosen.collisions == "reassign":
+        _check_room(folder.num_items, chosen.levels, chosen.codebook_size)
     elif args.extend is not None and len(before.codebook_size) == before.levels:
         together = set(before.asins).union(folder.asins)
         _check_room(len(together), before.levels, before.codebook_size[0])
@@ -105,17 +112,17 @@ def run(args: SemanticIdArguments) -> SemanticIds:
     started = time.monotonic()
     report: dict[str, Any] = {}
     if args.extend is None:
-        torch.manual_seed(chosen["seed"])
-        sizes = {"levels": chosen["levels"], "codebook_size": chosen["codebook_size"]}
-        if chosen["method"] == "rqvae":
-            quantiser = RQVAE(vectors.shape[1], **sizes, commitment=chosen["commitment"])
+        torch.manual_seed(chosen.seed)
+        sizes = vectors.shape[1], chosen.levels, chosen.codebook_size
+        if chosen.method == "rqvae":
+            quantiser = RQVAE(*sizes, commitment=chosen.commitment)
         else:
-            quantiser = ResidualKMeans(vectors.shape[1], **sizes)
-        history = quantiser.fit(vectors, chosen["seed"])
-        report |= {"seed": chosen["seed"], "history": history}
+            quantiser = ResidualKMeans(*sizes)
+        history = quantiser.fit(vectors, chosen.seed)
+        report |= {"seed": chosen.seed, "history": history}
         seconds["fit"] = time.monotonic() - started
         started = time.monotonic()
-        ids = unique_ids(quantiser, vectors, folder.asins, chosen["collisions"])
+        ids = unique_ids(quantiser, vectors, folder.asins, chosen.collisions)
     else:
         if vectors.shape[1] != quantiser.settings["vector_size"]:
             raise UserError(
@@ -146,7 +153,7 @@ def run(args: SemanticIdArguments) -> SemanticIds:
     rows = code_words.describe(codes, folder.items)
     with atomic_write(output_dir / "hierarchy.md") as handle:
         handle.write(code_words.markdown(rows))
-    code_words.draw(rows, output_dir / "hierarchy.png")
+    code_words.plot(rows, output_dir / "hierarchy.png")
     write_json(output_dir / "report.json", report, indent=1)
     save_quantiser(output_dir / QUANTISER_FILE, quantiser, text_encoder)
     ids.save(output_dir / FILE)  # last: names what is complete

@@ -14,6 +14,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class RQVAE(nn.Module):
         commitment: float = 0.25,
     ) -> None:
         super().__init__()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "vector_size": vector_size,
             "levels": levels,
             "codebook_size": codebook_size,

@@ -1,4 +1,4 @@
-"""What the first-level codes of items mean: their most typical words, as a table and a picture.
+"""Meaning of first-level codes: the most typical words of their items, as a table and a picture.
 
 Shapes: N items, G first-level codes in use, V words.
 """
@@ -109,7 +109,7 @@ def markdown(rows: list[CodeWords]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[CodeWords], path: Path) -> None:
+def plot(rows: list[CodeWords], path: Path) -> None:
     """PNG: a bar a code, its length the number of items, its words beside it."""
     import matplotlib
 

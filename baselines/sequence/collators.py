@@ -1,26 +1,39 @@
 """Batches of item id sequences, laid end to end, and the collators of both training objectives.
 
-A batch is a dict of tensors:
-
-    items     (T,)   item ids, oldest first; N (the number of items) stands for a masked item
-    offsets   (B+1,) sequence b is items[offsets[b]:offsets[b + 1]]
-    predict   (P,)   places in `items` whose hidden state predicts an item
-    labels    (P,)   the items to be predicted there
-
 Shapes: B sequences, T items of all sequences, P predictions, L longest sequence, N items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recformer.data.collators import EvalExample, TrainExample, eval_fields
+from recformer.data.batches import Batch, EvalBatch, TrainBatch
+from recformer.data.collators import EvalExample, TrainExample, eval_batch
+
+
+@dataclass(frozen=True)
+class ItemSequences(Batch):
+    """Sequences of item ids, and the places in them that something is predicted at.
+
+    Attributes:
+        items: int64 (T,), oldest first; N (the number of items) stands for a hidden item.
+        offsets: int64 (B+1,); sequence b is `items[offsets[b]:offsets[b + 1]]`.
+        predict: int64 (P,), places in `items` whose hidden state predicts an item.
+    """
+
+    items: Tensor
+    offsets: Tensor
+    predict: Tensor
+
+    @classmethod
+    def of(cls, items: np.ndarray, offsets: np.ndarray, predict: np.ndarray) -> ItemSequences:
+        return cls(*(torch.from_numpy(array) for array in (items, offsets, predict)))
 
 
 def lay_out(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +43,7 @@ def lay_out(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def places(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each item stands.
+    """Place of each item.
 
     Returns:
         row (T,) its sequence, column (T,) its 0-based place there, and lengths (B,).
@@ -51,16 +64,12 @@ class CausalCollator:
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
 
-    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[TrainExample]) -> TrainBatch[ItemSequences]:
         newest = [example.items[-(self.max_length + 1) :] for example in examples]
         items, offsets = lay_out([sequence[:-1] for sequence in newest])
         labels, _ = lay_out([sequence[1:] for sequence in newest])
-        return {
-            "items": torch.from_numpy(items),
-            "offsets": torch.from_numpy(offsets),
-            "predict": torch.arange(len(items)),
-            "labels": torch.from_numpy(labels),
-        }
+        history = ItemSequences.of(items, offsets, np.arange(len(items)))
+        return TrainBatch(torch.from_numpy(labels), history)
 
 
 class MaskedCollator:
@@ -80,7 +89,7 @@ class MaskedCollator:
         self.num_items = num_items
         self.mask_probability = mask_probability
 
-    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[TrainExample]) -> TrainBatch[ItemSequences]:
         items, offsets = lay_out([example.items[-self.max_length :] for example in examples])
         hidden = np.zeros(len(items), dtype=bool)
         for (start, stop), example in zip(pairwise(offsets), examples, strict=True):
@@ -89,16 +98,12 @@ class MaskedCollator:
             hidden[stop - 1] |= not hidden[start:stop].any()
         labels = items[hidden]
         items[hidden] = self.num_items
-        return {
-            "items": torch.from_numpy(items),
-            "offsets": torch.from_numpy(offsets),
-            "predict": torch.from_numpy(np.flatnonzero(hidden)),
-            "labels": torch.from_numpy(labels),
-        }
+        history = ItemSequences.of(items, offsets, np.flatnonzero(hidden))
+        return TrainBatch(torch.from_numpy(labels), history)
 
 
-class HistoryCollator:
-    """Evaluation batches: `eval_fields`, and the history whose last place predicts the target.
+class ItemHistoryCollator:
+    """Evaluation batches: histories whose last place predicts the target.
 
     Args:
         max_length: newest items read.
@@ -110,14 +115,9 @@ class HistoryCollator:
         self.max_length = max_length
         self.hidden_item = hidden_item
 
-    def __call__(self, examples: Sequence[EvalExample]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[EvalExample]) -> EvalBatch[ItemSequences]:
         histories = [example.items[-self.max_length :] for example in examples]
         if self.hidden_item is not None:
             histories = [np.append(h, self.hidden_item)[-self.max_length :] for h in histories]
         items, offsets = lay_out(histories)
-        return {
-            "items": torch.from_numpy(items),
-            "offsets": torch.from_numpy(offsets),
-            "predict": torch.from_numpy(offsets[1:] - 1),
-            **eval_fields(examples),
-        }
+        return eval_batch(examples, ItemSequences.of(items, offsets, offsets[1:] - 1))

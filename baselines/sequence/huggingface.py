@@ -13,10 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from baselines.sequence.collators import places
+from baselines.sequence.recommender import SequenceNetwork
 from recformer.files import UserError
 
 OBJECTIVES = ("causal", "masked")
@@ -24,7 +25,7 @@ OBJECTIVES = ("causal", "masked")
 FEED_FORWARD = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_inner", "hidden_dim")
 
 
-class HuggingFaceNetwork(nn.Module):
+class HuggingFaceNetwork(SequenceNetwork):
     """From item vectors to hidden states through `AutoModel`.
 
     Args:

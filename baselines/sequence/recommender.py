@@ -1,33 +1,29 @@
-"""What every sequence model over items has around its network: item vectors, loss, ranking.
+"""A sequence model around its network: item vectors, loss, ranking.
 
 Shapes: B sequences, T items laid end to end, P predictions, N items, D hidden, K negatives.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.sequence.collators import ItemSequences
 from baselines.sequence.item_table import ItemTable
-from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
-from recformer.evaluation.ranks import TargetRanks
-from recformer.evaluation.top_items import top_items_by_vectors
-from recformer.files import UserError
+from baselines.settings import SequenceSettings
+from recformer.data.batches import TrainBatch
+from recformer.evaluation.recommender import VectorRecommender
 from recformer.models.losses import candidate_scores, full_softmax_loss, gbce_loss, sample_negatives
-
-LOSSES = ("softmax", "sampled_softmax", "bce", "gbce", "in_batch")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How predictions are scored and what they are trained on.
+    """Scores of predictions and the loss that they are trained on.
 
     Attributes:
         loss: `softmax` over all items; `sampled_softmax` over the target and sampled items; `bce`,
@@ -41,32 +37,45 @@ class Objective:
             candidates too.
     """
 
-    loss: str = "softmax"
-    num_negatives: int = 256
-    calibration: float = 0.75
-    temperature: float = 1.0
-    cosine: bool = False
-    hard_negatives: int = 0
+    loss: str = SequenceSettings.loss
+    num_negatives: int = SequenceSettings.num_negatives
+    calibration: float = SequenceSettings.gbce_t
+    temperature: float = SequenceSettings.temperature
+    cosine: bool = SequenceSettings.cosine
+    hard_negatives: int = SequenceSettings.hard_negatives
 
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UserError(f"--loss {self.loss}: expected one of {', '.join(LOSSES)}")
-        if self.num_negatives < 1 or self.hard_negatives < 0:
-            raise UserError("--num_negatives must be at least 1, --hard_negatives at least 0")
-        if not self.temperature > 0:
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
-        if not 0 <= self.calibration <= 1:
-            raise UserError(f"--gbce_t {self.calibration}: must be from 0 to 1")
-        if self.hard_negatives and self.loss != "in_batch":
-            raise UserError(f"--hard_negatives goes with --loss in_batch, not {self.loss}")
+    @classmethod
+    def of(cls, settings: SequenceSettings) -> Objective:
+        """The objective that a model's settings name."""
+        return cls(
+            settings.loss,
+            settings.num_negatives,
+            settings.gbce_t,
+            settings.temperature,
+            settings.cosine,
+            settings.hard_negatives,
+        )
 
 
-class SequenceRecommender(nn.Module):
-    """A network over item vectors as a `recformer.training.lit.Recommender`.
+class SequenceNetwork(nn.Module, ABC):
+    """The network inside a `SequenceRecommender`.
+
+    Attributes:
+        bidirectional: whether it is trained to fill in hidden items.
+    """
+
+    bidirectional: bool
+
+    @abstractmethod
+    def forward(self, vectors: Tensor, offsets: Tensor) -> Tensor:
+        """Hidden states (T, D) of item vectors (T, D), sequences beginning at offsets (B+1,)."""
+
+
+class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
+    """A network over item vectors.
 
     Args:
-        network: vectors (T, D) and offsets (B+1,) -> hidden states (T, D); `bidirectional` says
-            whether it is trained to fill in hidden items.
+        network: from item vectors to predictions.
         inputs: item vectors that the network reads.
         objective: the loss.
         outputs: item vectors that predictions are scored with; None: `inputs`.
@@ -77,7 +86,7 @@ class SequenceRecommender(nn.Module):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: SequenceNetwork,
         inputs: ItemTable,
         objective: Objective,
         hidden_size: int,
@@ -99,20 +108,20 @@ class SequenceRecommender(nn.Module):
         """The items that predictions are scored with."""
         return self.inputs if self.outputs is None else self.outputs
 
-    def predictions(self, batch: dict[str, Any]) -> Tensor:
-        """Hidden states (P, D) at `batch["predict"]`."""
-        items, num_items = batch["items"], self.inputs.num_items
+    def predictions(self, sequences: ItemSequences) -> Tensor:
+        """Hidden states (P, D) at `sequences.predict`."""
+        items, num_items = sequences.items, self.inputs.num_items
         if self.network.bidirectional:
             vectors = self.inputs(items.clamp(max=num_items - 1))
             vectors = torch.where((items == num_items)[:, None], self.hidden_item, vectors)
         else:
             vectors = self.inputs(items)
-        return self.network(vectors, batch["offsets"])[batch["predict"]]
+        return self.network(vectors, sequences.offsets)[sequences.predict]
 
-    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+    def training_loss(self, batch: TrainBatch[ItemSequences]) -> Tensor:
         """Mean loss of the predictions of a batch; with several processes, of all their batches."""
-        labels = batch["labels"]
-        loss = self.loss(self.predictions(batch), labels)
+        labels = batch.labels
+        loss = self.loss(self.predictions(batch.history), labels)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Processes average their gradients, but have different numbers of predictions.
             total = torch.tensor(float(len(labels)), device=labels.device)
@@ -178,28 +187,14 @@ class SequenceRecommender(nn.Module):
             cosine=objective.cosine,
         )
 
-    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
-        """Where the targets of a batch of `HistoryCollator` stand among all items."""
-        seen, cosine = batch["seen"] if filter_seen else None, self.objective.cosine
-        users, items = self._users(batch), self.scored.all()
-        return rank_by_vectors(users, items, batch["labels"], seen, cosine=cosine)
+    def user_vectors(self, history: ItemSequences) -> Tensor:
+        """The predictions (B, D) of histories."""
+        return self.predictions(history)
 
-    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> NDArray[np.int64]:
-        """The k best items for each user of a batch, best first, int64 (B, k)."""
-        seen, cosine = batch["seen"] if filter_seen else None, self.objective.cosine
-        return top_items_by_vectors(self._users(batch), self.scored.all(), k, seen, cosine=cosine)[
-            0
-        ]
+    def item_vectors(self) -> Tensor:
+        """The item vectors (N, D) that predictions are scored with."""
+        return self.scored.all()
 
-    def rank_among(self, batch: dict[str, Any], candidates: NDArray[np.int64]) -> TargetRanks:
-        """Where the targets of a batch stand among items (B, K) of each user's own."""
-        users, items = self._users(batch), self.scored.all()
-        cosine = self.objective.cosine
-        return rank_among_by_vectors(users, items, batch["labels"], candidates, cosine=cosine)
-
-    def encode_users(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `users`, the predictions (B, D) of its histories."""
-        return {**batch, "users": self.predictions(batch)}
-
-    def _users(self, batch: dict[str, Any]) -> Tensor:
-        return batch["users"] if "users" in batch else self.predictions(batch)
+    @property
+    def cosine(self) -> bool:
+        return self.objective.cosine

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.sequence.collators import places
+from baselines.sequence.recommender import SequenceNetwork
 
 
 class SelfAttention(nn.Module):
@@ -71,7 +72,7 @@ class Block(nn.Module):
         return attended + self.dropout(self.dense2(inner))
 
 
-class SASRec(nn.Module):
+class SASRec(SequenceNetwork):
     """From item vectors to hidden states; `baselines.sequence.recommender` has what is around it.
 
     Args:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from baselines.sequence.collators import ItemSequences
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.evaluation.evaluator import Evaluator
-from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
+from recformer.evaluation.ranks import Pairs, TargetRanks, count_ranks, count_ranks_among
+from recformer.evaluation.recommender import Recommender
 from recformer.evaluation.top_items import top_items
 from recformer.files import UserError
 
@@ -22,7 +26,7 @@ Scores = Callable[[slice], np.ndarray | torch.Tensor]
 
 
 class Baseline(Protocol):
-    """What `evaluate` needs of a baseline."""
+    """An untrained model: scores and ranks of evaluation examples."""
 
     folder: ProcessedFolder
 
@@ -105,8 +109,8 @@ def checked_history_factor(value: float) -> float:
 def scale_history(scores: Scores, examples: EvalExamples, factor: float) -> Scores:
     """Scores of which those of items that stand in the user's history are multiplied by `factor`.
 
-    What a user has is most like what he has, and he seldom buys it again; this is what the history
-    term of `finetune --method head` does, for lines without one of their own.
+    An item of the history is most like the history, yet seldom bought again. The history term of
+    `finetune --method head` learns this; untrained models get one factor.
     """
     if factor == 1:
         return scores
@@ -128,8 +132,16 @@ def seen_pairs(examples: EvalExamples, chunk: slice) -> tuple[np.ndarray, np.nda
     return rows, histories.items[offsets[0] : offsets[-1]].astype(np.int64)
 
 
-class Untrained(nn.Module):
-    """A baseline without weights as a `recformer.training.lit.Recommender`."""
+@dataclass(frozen=True)
+class UntrainedUsers:
+    """Users that `Untrained` has read: their histories as they are."""
+
+    histories: Sequences
+    seen: Pairs
+
+
+class Untrained(nn.Module, Recommender[ItemSequences, UntrainedUsers]):
+    """A baseline without weights as a model that Lightning evaluates."""
 
     def __init__(self, baseline: Baseline) -> None:
         super().__init__()
@@ -137,26 +149,25 @@ class Untrained(nn.Module):
         # Lightning asks every module for a device and an optimizer for something.
         self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)
 
-    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
-        """Where the targets of a batch of `HistoryCollator` stand among all items."""
-        return self.baseline.rank(_examples(batch), filter_seen)
+    def read(self, history: ItemSequences, seen: Pairs) -> UntrainedUsers:
+        items = history.items.cpu().numpy().astype(np.int32)
+        return UntrainedUsers(Sequences(history.offsets.cpu().numpy(), items), seen)
 
-    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> np.ndarray:
-        """The k best items for each user of a batch, best first, int64 (B, k)."""
-        return top_items(self._scores(batch), k, batch["seen"] if filter_seen else None)[0]
+    def rank(self, users: UntrainedUsers, targets: Tensor, filter_seen: bool) -> TargetRanks:
+        return self.baseline.rank(_examples(users, targets.cpu().numpy()), filter_seen)
 
-    def rank_among(self, batch: dict[str, Any], candidates: np.ndarray) -> TargetRanks:
-        """Where the targets of a batch stand among items (B, K) of each user's own."""
-        return count_ranks_among(self._scores(batch), batch["labels"], candidates)
+    def recommend(self, users: UntrainedUsers, k: int, filter_seen: bool) -> NDArray[np.int64]:
+        return top_items(self._scores(users), k, users.seen if filter_seen else None)[0]
 
-    def _scores(self, batch: dict[str, Any]) -> torch.Tensor:
-        examples = _examples(batch)
+    def rank_among(
+        self, users: UntrainedUsers, targets: Tensor, candidates: NDArray[np.int64]
+    ) -> TargetRanks:
+        return count_ranks_among(self._scores(users), targets, candidates)
+
+    def _scores(self, users: UntrainedUsers) -> Tensor:
+        examples = _examples(users, np.zeros(len(users.histories), dtype=np.int64))
         return torch.as_tensor(self.baseline.scores(examples)(slice(0, len(examples))))
 
 
-def _examples(batch: dict[str, Any]) -> EvalExamples:
-    histories = Sequences(
-        batch["offsets"].cpu().numpy(), batch["items"].cpu().numpy().astype(np.int32)
-    )
-    users, targets = batch["user_ids"].cpu().numpy(), batch["labels"].cpu().numpy()
-    return EvalExamples(users, histories, targets, 0)
+def _examples(users: UntrainedUsers, targets: NDArray[np.int64]) -> EvalExamples:
+    return EvalExamples(np.arange(len(targets)), users.histories, targets, 0)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
 
+from baselines.settings import CooccurrenceSettings
 from baselines.untrained.base import (
     Scores,
     checked_history_factor,
@@ -45,7 +46,10 @@ class Cooccurrence:
     """
 
     def __init__(
-        self, folder: ProcessedFolder, decay: float = 0.6, history_factor: float = 1.0
+        self,
+        folder: ProcessedFolder,
+        decay: float = CooccurrenceSettings.decay,
+        history_factor: float = CooccurrenceSettings.history_factor,
     ) -> None:
         self.history_factor = checked_history_factor(history_factor)
         if not 0 <= decay <= 1:
@@ -65,7 +69,7 @@ class Cooccurrence:
         self.follows = sparse.diags_array(1 / np.sqrt(np.maximum(counts, 1))).tocsr() @ follows
 
     def scores(self, examples: EvalExamples) -> Scores:
-        """How much items followed the histories."""
+        """Scores of all items by how often they followed the histories."""
         users = history_weights(examples.histories, self.folder.num_items, self.decay)
 
         def scores(chunk: slice) -> np.ndarray:

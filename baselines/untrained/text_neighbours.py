@@ -19,6 +19,7 @@ from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
 
+from baselines.settings import WEIGHTINGS, TextNeighboursSettings
 from baselines.text_vectors import item_texts, text_vectors
 from baselines.untrained.base import (
     Scores,
@@ -34,7 +35,6 @@ from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError
 from recformer.preparation.text import cut_words
 
-WEIGHTINGS = ("tfidf", "bm25")
 BM25_K1, BM25_B = 1.2, 0.75
 
 
@@ -60,10 +60,10 @@ class TextNeighbours:
     def __init__(
         self,
         folder: ProcessedFolder,
-        decay: float = 0.6,
+        decay: float = TextNeighboursSettings.decay,
         text_encoder: str | None = None,
-        weighting: str = "tfidf",
-        history_factor: float = 1.0,
+        weighting: str = TextNeighboursSettings.weighting,
+        history_factor: float = TextNeighboursSettings.history_factor,
     ) -> None:
         if weighting not in WEIGHTINGS:
             raise UserError(f"--weighting {weighting}: expected one of {', '.join(WEIGHTINGS)}")

@@ -47,8 +47,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
-class Family:
-    """How a family of language models differs from ours.
+class Architecture:
+    """Differences of a family of language models from ours.
 
     Attributes:
         prefix: what its classes with a head put before the encoder's keys.
@@ -86,12 +86,12 @@ _BERT_HEAD = {
 
 # By the model_type of config.json.
 FAMILIES = {
-    "bert": Family("bert.", 0, _BERT_HEAD),
-    "roberta": Family("roberta.", None, _OWN_HEAD),
-    "xlm-roberta": Family("roberta.", None, _OWN_HEAD),
-    "camembert": Family("roberta.", None, _OWN_HEAD),
-    "longformer": Family("longformer.", None, _OWN_HEAD),
-    "recformer": Family("longformer.", None, _OWN_HEAD),
+    "bert": Architecture("bert.", 0, _BERT_HEAD),
+    "roberta": Architecture("roberta.", None, _OWN_HEAD),
+    "xlm-roberta": Architecture("roberta.", None, _OWN_HEAD),
+    "camembert": Architecture("roberta.", None, _OWN_HEAD),
+    "longformer": Architecture("longformer.", None, _OWN_HEAD),
+    "recformer": Architecture("longformer.", None, _OWN_HEAD),
 }
 
 # Fields of a backbone's config.json that ours takes over; they fix what its weights mean.
@@ -316,7 +316,7 @@ class _Conversion:
         self.result[key] = value
         self.report.filled[key] = how
 
-    def draw(self, key: str, *shape: int) -> None:
+    def initialise(self, key: str, *shape: int) -> None:
         self.result[key] = torch.randn(shape, generator=self.generator) * self.deviation
         self.report.new[key] = f"normal, standard deviation {self.deviation:g}"
 
@@ -365,7 +365,7 @@ def _convert(
         types = work.take(TOKEN_TYPES)
         how = f"row 0 of {len(types)} in all {config.token_type_size} rows"
         work.fill(TOKEN_TYPES, types[:1].repeat(config.token_type_size, 1), how)
-        work.draw(ITEM_POSITIONS, config.max_item_embeddings, config.hidden_size)
+        work.initialise(ITEM_POSITIONS, config.max_item_embeddings, config.hidden_size)
     for number in range(config.num_hidden_layers):
         layer = f"encoder.layer.{number}."
         for tensor in LAYER_TENSORS:
@@ -387,7 +387,7 @@ def _convert(
 def _position_rows(
     rows: int, first: int | None, config: RecformerConfig
 ) -> tuple[list[int], list[str]]:
-    """Which row of a backbone's position table each row of ours takes, and how to say it.
+    """Row of a backbone's position table that each row of ours takes, and how to say it.
 
     Args:
         rows: of the backbone's table.
@@ -445,13 +445,15 @@ def _take_item_table(work: _Conversion, config: RecformerConfig) -> None:
         work.report.left_over[key] = f"{rows} items, of another catalogue"
 
 
-def _convert_head(work: _Conversion, config: RecformerConfig, family: Family, tied: bool) -> None:
+def _convert_head(
+    work: _Conversion, config: RecformerConfig, family: Architecture, tied: bool
+) -> None:
     present = {ours: theirs for theirs, ours in family.head.items() if work.has(theirs)}
     hidden, vocabulary = config.hidden_size, config.vocab_size
     for ours, theirs in present.items():
         work.copy(theirs, ours)
     if not present:
-        work.draw("lm_head.dense.weight", hidden, hidden)
+        work.initialise("lm_head.dense.weight", hidden, hidden)
         work.constant("lm_head.dense.bias", 0.0, hidden)
         work.constant("lm_head.layer_norm.weight", 1.0, hidden)
         work.constant("lm_head.layer_norm.bias", 0.0, hidden)
@@ -466,4 +468,4 @@ def _convert_head(work: _Conversion, config: RecformerConfig, family: Family, ti
             how = "the word embeddings, to which the backbone ties it"
             work.fill("lm_head.decoder.weight", work.result[WORDS].clone(), how)
         else:
-            work.draw("lm_head.decoder.weight", vocabulary, hidden)
+            work.initialise("lm_head.decoder.weight", vocabulary, hidden)

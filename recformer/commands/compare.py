@@ -21,7 +21,7 @@ from recformer.pictures import drawable
 
 
 def verdict(pair: dict[str, Any], metric: str) -> str:
-    """What a paired difference allows to say, in one sentence."""
+    """Conclusion from a paired difference, in one sentence."""
     one, other = pair["runs"]
     if pair["p_holm"] + LEVEL >= 1:
         said = f"{one} and {other} cannot be told apart on this many users"
@@ -66,7 +66,7 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
+def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     """PNG of the metric of each run with its interval."""
     import matplotlib
 
@@ -111,5 +111,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         with atomic_write(args.output_dir / "comparison.md") as handle:
             handle.write(text)
         write_json(args.output_dir / "comparison.json", {"runs": rows, "pairs": pairs}, indent=1)
-        draw(rows, args.metric, args.output_dir / "comparison.png")
+        plot(rows, args.metric, args.output_dir / "comparison.png")
         print(f"written to {args.output_dir}: comparison.md, comparison.json, comparison.png")

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from recformer.config import RecformerConfig
+from recformer.data.batches import EvalBatch, TrainBatch
 from recformer.data.items import TokenizedItems
 from recformer.packing import PackedTokens
+
+H = TypeVar("H")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def _index_in_segment(counts: np.ndarray) -> np.ndarray:
 def pack_sequences(
     store: TokenizedItems, sequences: Sequence[np.ndarray], config: RecformerConfig
 ) -> PackedTokens:
-    """Item sequences as the packed batch that the encoder reads (paper, section 2.2).
+    """Pack item sequences into the batch that the encoder reads (paper, section 2.2).
 
     Each sequence is turned newest first, cut to `max_item_embeddings - 1` items, headed by `<s>`
     and cut to `max_token_num` tokens; the k-th newest item has item position k. Equals
@@ -110,48 +113,44 @@ def target_position(n: int, seed: int) -> int:
 
 
 class RecformerTrainCollator:
-    """Training batches: history before a random position, the item at it as the label.
-
-    Returns a dict with `history` (PackedTokens) and `labels` ((B,) int64).
-    """
+    """Training batches: the history before a random position, and the item at it as the label."""
 
     def __init__(self, store: TokenizedItems, config: RecformerConfig) -> None:
         self.store = store
         self.config = config
 
-    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[TrainExample]) -> TrainBatch[PackedTokens]:
         positions = [target_position(len(e.items), e.seed) for e in examples]
         histories = [e.items[:p] for e, p in zip(examples, positions, strict=True)]
         labels = [int(e.items[p]) for e, p in zip(examples, positions, strict=True)]
-        return {
-            "history": pack_sequences(self.store, histories, self.config),
-            "labels": torch.tensor(labels),
-        }
+        history = pack_sequences(self.store, histories, self.config)
+        return TrainBatch(torch.tensor(labels), history)
 
 
-def eval_fields(examples: Sequence[EvalExample]) -> dict[str, Any]:
-    """What every model's evaluation batch holds, whatever its inputs.
+def eval_batch(examples: Sequence[EvalExample], history: H) -> EvalBatch[H]:
+    """The evaluation batch of any model.
 
-    Returns a dict with `user_ids` (B,), `labels` (B,) and `seen`, the (row, item id) pairs of all
-    items of the histories (two int64 tensors of the same length), for `filter_seen`.
+    Args:
+        examples: B of them.
+        history: their histories, in the form that the model reads.
     """
     rows = np.repeat(np.arange(len(examples)), [len(e.items) for e in examples])
     columns = np.concatenate([np.asarray(e.items, dtype=np.int64) for e in examples])
-    return {
-        "user_ids": torch.tensor([e.user_id for e in examples]),
-        "labels": torch.tensor([e.target for e in examples]),
-        "seen": (torch.from_numpy(rows), torch.from_numpy(columns)),
-    }
+    return EvalBatch(
+        labels=torch.tensor([e.target for e in examples]),
+        history=history,
+        user_ids=torch.tensor([e.user_id for e in examples]),
+        seen=(torch.from_numpy(rows), torch.from_numpy(columns)),
+    )
 
 
 class RecformerEvalCollator:
-    """Evaluation batches: `eval_fields` and `history` (PackedTokens)."""
+    """Evaluation batches whose histories are packed tokens."""
 
     def __init__(self, store: TokenizedItems, config: RecformerConfig) -> None:
         self.store = store
         self.config = config
 
-    def __call__(self, examples: Sequence[EvalExample]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[EvalExample]) -> EvalBatch[PackedTokens]:
         histories = [example.items for example in examples]
-        history = pack_sequences(self.store, histories, self.config)
-        return {"history": history, **eval_fields(examples)}
+        return eval_batch(examples, pack_sequences(self.store, histories, self.config))

@@ -6,18 +6,18 @@ Shapes: P histories, W items of all histories end to end, U distinct items of al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recformer.data.collators import EvalExample, TrainExample, eval_fields
+from recformer.data.batches import Batch, EvalBatch, TrainBatch
+from recformer.data.collators import EvalExample, TrainExample, eval_batch
 
 
 @dataclass(frozen=True)
-class Histories:
+class Histories(Batch):
     """The newest items of some histories.
 
     Attributes:
@@ -37,15 +37,6 @@ class Histories:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-    def to(self, *args: Any, **kwargs: Any) -> Histories:
-        """The same on another device."""
-        moved = {f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)}
-        return replace(self, **moved)
-
-    def pin_memory(self) -> Histories:
-        """The same in memory that a GPU reads directly."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
 
 def histories_of(sequences: Sequence[np.ndarray], max_history: int) -> Histories:
@@ -83,8 +74,6 @@ def prefixes_of(
 class NextItemCollator:
     """Training batches: each of a user's newest items is a label behind the items before it.
 
-    Returns a dict with `histories` (Histories of P places) and `labels` ((P,) int64).
-
     Args:
         max_history: items read of a history, and labels of a user.
     """
@@ -92,18 +81,16 @@ class NextItemCollator:
     def __init__(self, max_history: int) -> None:
         self.max_history = max_history
 
-    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[TrainExample]) -> TrainBatch[Histories]:
         sequences = [example.items for example in examples]
         ends = [np.arange(max(1, len(s) - self.max_history), len(s)) for s in sequences]
         labels = np.concatenate([s[e] for s, e in zip(sequences, ends, strict=True)])
-        return {
-            "histories": prefixes_of(sequences, ends, self.max_history),
-            "labels": torch.from_numpy(labels.astype(np.int64)),
-        }
+        histories = prefixes_of(sequences, ends, self.max_history)
+        return TrainBatch(torch.from_numpy(labels.astype(np.int64)), histories)
 
 
 class HistoryEvalCollator:
-    """Evaluation batches: `eval_fields` and `histories` (Histories).
+    """Evaluation batches whose histories are lists of item ids.
 
     Args:
         max_history: items read of a history.
@@ -112,6 +99,6 @@ class HistoryEvalCollator:
     def __init__(self, max_history: int) -> None:
         self.max_history = max_history
 
-    def __call__(self, examples: Sequence[EvalExample]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[EvalExample]) -> EvalBatch[Histories]:
         histories = histories_of([example.items for example in examples], self.max_history)
-        return {"histories": histories, **eval_fields(examples)}
+        return eval_batch(examples, histories)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recformer.data.batches import NO_LABEL
 from recformer.data.draws import uniform
 from recformer.files import UserError
 from recformer.packing import PackedTokens
 from recformer.tokenization import NAME_TYPE, RecformerTokenizer
 
-IGNORED = -100  # label of a token that is not predicted
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stays as it is (BERT)
 
 # Independent streams of random numbers for one sequence.
@@ -27,7 +27,7 @@ WORD_ORDER, REPLACEMENT, RANDOM_TOKEN = range(3)
 
 
 def continues_word(tokenizer: RecformerTokenizer) -> np.ndarray:
-    """Which tokens go on with the word before them, (V,) bool.
+    """Tokens that continue the word before them, (V,) bool.
 
     `##` marks them in WordPiece; in byte-level BPE (RoBERTa, Longformer) and in SentencePiece it is
     the beginning of a word that is marked.
@@ -102,7 +102,7 @@ class WholeWordMasker:
             chosen[candidate] = self._choose(
                 word[candidate], sequence[candidate], place[candidate], seed[candidate]
             )
-        labels = np.where(chosen, ids, IGNORED)
+        labels = np.where(chosen, ids, NO_LABEL)
 
         lot = uniform(seed, place, REPLACEMENT)
         draw = (uniform(seed, place, RANDOM_TOKEN) * len(self.ordinary_ids)).astype(np.int64)
@@ -123,10 +123,11 @@ class WholeWordMasker:
     def _choose(
         self, word: np.ndarray, sequence: np.ndarray, place: np.ndarray, seed: np.ndarray
     ) -> np.ndarray:
-        """Which candidate tokens (n,) are chosen, all arguments (n,), whole words only.
+        """Candidate tokens (n,) that are chosen, all arguments (n,), whole words only.
 
-        The words of a sequence are taken in random order as long as half of the next one fits into
-        what is left of the share, which makes the share right on average; the first always is.
+        The words of a sequence are taken in random order until the next word would overshoot the
+        budget by more than half its length, which makes the share right on average; the first word
+        is always taken.
         """
         first = np.flatnonzero(np.diff(word, prepend=-1))  # (R,) first token of each word
         sizes = np.diff(first, append=len(word))

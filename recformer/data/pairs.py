@@ -14,6 +14,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recformer.config import RecformerConfig
+from recformer.data.batches import PairBatch
 from recformer.data.collators import pack_sequences
 from recformer.data.draws import uniform
 from recformer.data.items import TokenizedItems
@@ -55,7 +56,7 @@ def target_positions(lengths: np.ndarray, seeds: np.ndarray) -> np.ndarray:
 
 
 def pair_seeds(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
-    """(P,) uint64: of each sequence in an epoch, whatever batch or process it comes to."""
+    """Seed of each sequence in an epoch, (P,) uint64, whatever its batch or process."""
     base = np.random.default_rng([seed, epoch]).integers(2**63, dtype=np.uint64)
     numbers = uniform(np.full(len(rows), base), rows, TARGET_STREAM)
     return (numbers * 2.0**53).astype(np.uint64)
@@ -133,8 +134,11 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         return self.num_batches(rank_and_world()[1])
 
     def num_batches(self, world: int) -> int:
-        """Batches an epoch with `world` processes; by tokens, of the first one: targets, and with
-        them the tokens, are others in every epoch, but all have equally many batches."""
+        """Batches an epoch with `world` processes.
+
+        By tokens: counted on epoch 0, then the same for every epoch, although targets and tokens
+        differ.
+        """
         if self.max_tokens is None:
             full, rest = divmod(len(self.sequences), self.batch_size * world)
             return full + (rest >= world)
@@ -213,11 +217,9 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class PretrainCollator:
-    """Pairs to packed batches with masked copies.
+    """Packed batches of pairs, with masked copies of their tokens where there is a masker.
 
-    Returns a dict: `a`, `b` (PackedTokens of B histories and B targets), `mlm_a`, `mlm_b` (masked
-    and true ids, (T,) each; absent without a masker), `target_ids` (B,), `user_ids` (B,) rows of
-    the split, and `labels` (B,): the targets' places in `pool`, or their ids without one.
+    Labels are the targets' places in `pool`, or their ids without one.
     """
 
     def __init__(
@@ -229,21 +231,23 @@ class PretrainCollator:
     ) -> None:
         self.store, self.config, self.masker, self.pool = store, config, masker, pool
 
-    def __call__(self, examples: Sequence[PairExample]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[PairExample]) -> PairBatch:
         targets = np.array([example.target for example in examples])
         seeds = np.array([example.seed for example in examples], dtype=np.uint64)
-        batch: dict[str, Any] = {
-            "a": pack_sequences(self.store, [e.history for e in examples], self.config),
-            "b": pack_sequences(self.store, list(targets[:, None]), self.config),
-            "target_ids": torch.from_numpy(targets),
-            "user_ids": torch.tensor([example.row for example in examples]),
-        }
+        a = pack_sequences(self.store, [e.history for e in examples], self.config)
+        b = pack_sequences(self.store, list(targets[:, None]), self.config)
         places = targets if self.pool is None else np.searchsorted(self.pool, targets)
-        batch["labels"] = torch.from_numpy(places)
-        if self.masker is not None:
-            batch["mlm_a"] = self.masker(batch["a"], seeds)
-            batch["mlm_b"] = self.masker(batch["b"], seeds + np.uint64(1))
-        return batch
+        masked_a = None if self.masker is None else self.masker(a, seeds)
+        masked_b = None if self.masker is None else self.masker(b, seeds + np.uint64(1))
+        return PairBatch(
+            labels=torch.from_numpy(places),
+            a=a,
+            b=b,
+            target_ids=torch.from_numpy(targets),
+            user_ids=torch.tensor([example.row for example in examples]),
+            mlm_a=masked_a,
+            mlm_b=masked_b,
+        )
 
 
 class ResumableLoader(DataLoader):

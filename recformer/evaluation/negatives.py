@@ -11,7 +11,7 @@ from recformer.files import UserError
 NEGATIVES_SEED = 0  # the same for all runs, which would else be ranked among different items
 
 
-def sample_negatives(
+def sample_unseen(
     user_ids: ArrayLike,
     targets: ArrayLike,
     seen: Pairs,

@@ -1,4 +1,4 @@
-"""Where targets stand: how many items are above each, and how many are tied with it."""
+"""Ranks of targets: how many items stand above each, and how many are tied with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Vectors = torch.Tensor | NDArray[Any]
 
 @dataclass(frozen=True)
 class TargetRanks:
-    """Where the target of each of B users stands among the candidates.
+    """Ranks of the targets of B users among their candidates.
 
     Attributes:
         above: other candidates with a higher score, int64 (B,).
@@ -114,7 +114,15 @@ def _checked_candidates(
     _same_length("targets", len(target_ids), num_users)
     if ids.ndim != 2 or len(ids) != num_users:
         raise UserError(f"candidates have shape {ids.shape}, expected ({num_users}, candidates)")
-    return target_ids, _ids(ids.reshape(-1), "candidates", num_items).reshape(ids.shape)
+    ids = _ids(ids.reshape(-1), "candidates", num_items).reshape(ids.shape)
+    sorted_ids = np.sort(np.concatenate([target_ids[:, None], ids], axis=1), axis=1)
+    again = (sorted_ids[:, 1:] == sorted_ids[:, :-1]).any(axis=1).nonzero()[0]
+    if len(again):
+        raise UserError(
+            f"the candidates of row {again[0]} hold an item twice, or the target "
+            f"{target_ids[again[0]]}: expected different items, none of them the target"
+        )
+    return target_ids, ids
 
 
 def _seen_pairs(seen: Pairs | None, num_users: int, num_items: int) -> tuple[NDArray, NDArray]:

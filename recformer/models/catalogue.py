@@ -26,18 +26,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recformer.config import RecformerConfig
+from recformer.data.batches import TrainBatch
 from recformer.data.histories import Histories
 from recformer.data.items import TokenizedItems
 from recformer.evaluation.additions import Additions
-from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
-from recformer.evaluation.ranks import TargetRanks
-from recformer.evaluation.top_items import top_items_by_vectors
+from recformer.evaluation.recommender import VectorRecommender
 from recformer.files import UserError
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.models.losses import mean_over_processes
@@ -279,7 +277,7 @@ class CatalogueHead(nn.Module):
         return F.cross_entropy(scores, labels, reduction="sum")
 
 
-class RecformerForCatalogue(RecformerPreTrainedModel):
+class RecformerForCatalogue(RecformerPreTrainedModel, VectorRecommender[Histories]):
     """A Recformer, frozen, with a `CatalogueHead`: the method `head` of finetuning.
 
     The item table `item_embedding` holds the final vectors (N, D) of the catalogue; a folder that
@@ -355,43 +353,25 @@ class RecformerForCatalogue(RecformerPreTrainedModel):
             self.item_embedding.weight.copy_(self._catalogue_vectors())
         self.head.train(training)
 
-    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+    def training_loss(self, batch: TrainBatch[Histories]) -> Tensor:
         """Loss of a batch of `NextItemCollator`; with several processes, of all their batches."""
-        labels = batch["labels"]
-        loss = self.head.loss(batch["histories"], labels, self._catalogue_vectors())
-        return mean_over_processes(loss, len(labels))
+        loss = self.head.loss(batch.history, batch.labels, self._catalogue_vectors())
+        return mean_over_processes(loss, len(batch.labels))
 
-    def users_of(self, histories: Histories) -> tuple[Tensor, Additions]:
-        """Vectors (P, D) of histories of catalogue items, and their terms (see `additions`)."""
+    def user_vectors(self, history: Histories) -> Tensor:
+        """Vectors (P, D) of histories of catalogue items."""
         table = self.item_embedding.weight
         with torch.autocast(table.device.type, enabled=False):
-            users = self.head.user_vectors(histories, table)
-            known = table[histories.distinct]
-            cosines = (users[histories.rows].double() * known.double()).sum(dim=-1)
-            added = self.head.history_additions(histories, cosines)
-        return users, (histories.rows, histories.distinct, added)
+            return self.head.user_vectors(history, table)
 
-    def encode_users(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with what `rank`, `recommend` and `rank_among` would compute again each."""
-        return {**batch, "users": self.users_of(batch["histories"])}
+    def item_vectors(self) -> Tensor:
+        """The item table (N, D)."""
+        return self.item_embedding.weight
 
-    def _users(self, batch: dict[str, Any]) -> tuple[Tensor, Additions]:
-        return batch["users"] if "users" in batch else self.users_of(batch["histories"])
-
-    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
-        """Where the targets of a batch of `HistoryEvalCollator` stand among all items."""
-        (users, additions), seen = self._users(batch), batch["seen"] if filter_seen else None
-        table = self.item_embedding.weight
-        return rank_by_vectors(users, table, batch["labels"], seen, additions=additions)
-
-    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> NDArray[np.int64]:
-        """The k best items for each user of a batch, best first, int64 (B, k)."""
-        (users, additions), seen = self._users(batch), batch["seen"] if filter_seen else None
-        table = self.item_embedding.weight
-        return top_items_by_vectors(users, table, k, seen, additions=additions)[0]
-
-    def rank_among(self, batch: dict[str, Any], candidates: NDArray[np.int64]) -> TargetRanks:
-        """Where the targets of a batch stand among items (B, K) of each user's own."""
-        users, additions = self._users(batch)
-        table = self.item_embedding.weight
-        return rank_among_by_vectors(users, table, batch["labels"], candidates, additions=additions)
+    def history_terms(self, history: Histories, vectors: Tensor) -> Additions:
+        """Terms added to the cosines of items of the histories."""
+        known = self.item_embedding.weight[history.distinct]
+        with torch.autocast(vectors.device.type, enabled=False):
+            cosines = (vectors[history.rows].double() * known.double()).sum(dim=-1)
+            added = self.head.history_additions(history, cosines)
+        return history.rows, history.distinct, added

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from recformer.config import RecformerConfig
+from recformer.data.batches import NO_LABEL, PairBatch
 from recformer.files import UserError
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.models.losses import contrastive_scores
 from recformer.packing import PackedTokens
 
-IGNORED = -100  # label of a token that is not predicted
 # Masked tokens go through the head in a round number, as tokens through the encoder: see there.
 MASKED_MULTIPLE = 128
 
@@ -52,7 +52,7 @@ class RecformerLMHead(nn.Module):
 
 @dataclass
 class RecformerPretrainingOutput(ModelOutput):
-    """What `RecformerForPretraining` returns.
+    """Output of `RecformerForPretraining`.
 
     Attributes:
         loss: scalar, contrastive + mlm_weight * (MLM of a + MLM of b).
@@ -69,7 +69,7 @@ class RecformerPretrainingOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class PairLosses:
-    """What `RecformerForPretraining.forward_packed` computes.
+    """Losses of a batch of pairs, from `RecformerForPretraining.forward_packed`.
 
     Attributes:
         loss: scalar, contrastive + mlm_weight * (MLM of a + MLM of b).
@@ -215,11 +215,11 @@ class RecformerForPretraining(RecformerPreTrainedModel):
             true_ids: by side, -100 where nothing is predicted; T together.
         """
         labels = torch.cat(list(true_ids.values()))
-        places = (labels != IGNORED).nonzero()[:, 0]
+        places = (labels != NO_LABEL).nonzero()[:, 0]
         rows = F.pad(places, (0, -len(places) % MASKED_MULTIPLE))
         scores = self.lm_head(hidden.index_select(0, rows))[: len(places)].float()  # (M, V)
         losses = F.cross_entropy(scores, labels.index_select(0, places), reduction="none")
-        counts = torch.stack([(side != IGNORED).sum() for side in true_ids.values()])
+        counts = torch.stack([(side != NO_LABEL).sum() for side in true_ids.values()])
         sums = [part.sum() for part in losses.split(counts.tolist())]
         world = 1
         if _several():
@@ -230,14 +230,12 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         ]
         return dict(zip(true_ids, means, strict=True))
 
-    def batch_losses(self, batch: dict[str, Any]) -> PairLosses:
-        """`forward_packed` on a batch of `recformer.data.pairs.PretrainCollator`."""
-        return self.forward_packed(
-            batch["a"], batch["b"], batch.get("mlm_a"), batch.get("mlm_b"), batch["target_ids"]
-        )
+    def batch_losses(self, batch: PairBatch) -> PairLosses:
+        """`forward_packed` on a batch."""
+        return self.forward_packed(batch.a, batch.b, batch.mlm_a, batch.mlm_b, batch.target_ids)
 
-    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss and its parts; see `recformer.training.lit.Recommender`."""
+    def training_loss(self, batch: PairBatch) -> dict[str, Tensor]:
+        """The loss and its parts."""
         losses = self.batch_losses(batch)
         return {"loss": losses.loss, **losses.parts}
 

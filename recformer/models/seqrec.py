@@ -8,14 +8,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recformer.config import RecformerConfig
-from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
-from recformer.evaluation.ranks import TargetRanks
-from recformer.evaluation.top_items import top_items_by_vectors
+from recformer.data.batches import TrainBatch
+from recformer.evaluation.recommender import VectorRecommender
 from recformer.files import UserError
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.models.losses import cosine_scores, full_softmax_loss, sampled_softmax_loss
@@ -24,7 +21,7 @@ from recformer.packing import PackedTokens
 ITEM_TABLE_KEY = "item_embedding.weight"
 
 
-class RecformerForSeqRec(RecformerPreTrainedModel):
+class RecformerForSeqRec(RecformerPreTrainedModel, VectorRecommender[PackedTokens]):
     """The encoder and a table of item vectors, `item_embedding`.
 
     There is no table until `init_item_embedding` makes one, or a file with one is loaded.
@@ -100,7 +97,7 @@ class RecformerForSeqRec(RecformerPreTrainedModel):
         Returns:
             (B, N), or (B, K).
         """
-        table = self._item_vectors()
+        table = self.item_vectors()
         if candidates is None:
             return cosine_scores(pooler_output, table, self.config.temp)
         vectors = nn.functional.embedding(candidates, table).float()  # (B, K, H)
@@ -115,15 +112,10 @@ class RecformerForSeqRec(RecformerPreTrainedModel):
             labels: (B,) or (B, 1) item ids.
         """
         labels = labels.reshape(-1)
-        table, negatives = self._item_vectors(), self.config.finetune_negative_sample_size
+        table, negatives = self.item_vectors(), self.config.finetune_negative_sample_size
         if negatives <= 0:
             return full_softmax_loss(pooler_output, table, labels, self.config.temp)
         return sampled_softmax_loss(pooler_output, table, labels, negatives, self.config.temp)
-
-    def _item_vectors(self) -> Tensor:
-        if self.item_embedding is None:
-            raise UserError("there are no item vectors yet: call init_item_embedding first")
-        return self.item_embedding.weight
 
     def forward(
         self,
@@ -169,31 +161,23 @@ class RecformerForSeqRec(RecformerPreTrainedModel):
             return self.similarity_score(pooled, candidates)
         return self.loss(pooled, labels)
 
-    def training_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Loss of a batch of `RecformerTrainCollator`; see `recformer.training.lit.Recommender`."""
-        return self.loss(self.encode(batch["history"]), batch["labels"])
+    def training_loss(self, batch: TrainBatch[PackedTokens]) -> Tensor:
+        """Loss of a batch of `RecformerTrainCollator`."""
+        return self.loss(self.encode(batch.history), batch.labels)
 
-    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
-        """Where the targets of a batch of `RecformerEvalCollator` stand among all items."""
-        seen = batch["seen"] if filter_seen else None
-        return rank_by_vectors(self._users(batch), self._item_vectors(), batch["labels"], seen)
+    def user_vectors(self, history: PackedTokens) -> Tensor:
+        """Vectors (B, H) of histories."""
+        return self.encode(history)
 
-    def recommend(self, batch: dict[str, Any], k: int, filter_seen: bool) -> NDArray[np.int64]:
-        """The k best items for each user of a batch, best first, int64 (B, k)."""
-        seen = batch["seen"] if filter_seen else None
-        return top_items_by_vectors(self._users(batch), self._item_vectors(), k, seen)[0]
+    def item_vectors(self) -> Tensor:
+        """The item table (N, H).
 
-    def rank_among(self, batch: dict[str, Any], candidates: NDArray[np.int64]) -> TargetRanks:
-        """Where the targets of a batch stand among items (B, K) of each user's own."""
-        users = self._users(batch)
-        return rank_among_by_vectors(users, self._item_vectors(), batch["labels"], candidates)
-
-    def encode_users(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `users`, the vectors (B, H) of its histories."""
-        return {**batch, "users": self.encode(batch["history"])}
-
-    def _users(self, batch: dict[str, Any]) -> Tensor:
-        return batch["users"] if "users" in batch else self.encode(batch["history"])
+        Raises:
+            UserError: there is none yet.
+        """
+        if self.item_embedding is None:
+            raise UserError("there are no item vectors yet: call init_item_embedding first")
+        return self.item_embedding.weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A finetuned file brings its item vectors along, however many: the table is made for them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
@@ -14,29 +14,20 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from recformer.data.batches import EvalBatch, LabelledBatch
 from recformer.evaluation.evaluator import Evaluator
-from recformer.evaluation.negatives import sample_negatives
+from recformer.evaluation.negatives import sample_unseen
 from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.recommender import Recommender
 from recformer.files import UserError, sha256_of
 
 
-class Recommender(Protocol):
-    """What a model brings to `LitWrapper` (besides being an `nn.Module`).
+@runtime_checkable
+class Trainable(Protocol):
+    """A model that can be trained."""
 
-    A test also calls, where a model has them,
-
-    - `encode_users(batch)`, first: the batch with what the others would compute again each;
-    - `recommend(batch, k, filter_seen)`: item ids, best first, int64 (B, k), -1 where there is
-      none, for coverage and Gini of what is recommended;
-    - `rank_among(batch, candidates)`: where the labels stand among items (B, C) of each user's own,
-      for sampled negatives.
-    """
-
-    def training_loss(self, batch: dict[str, Any]) -> Tensor | dict[str, Tensor]:
+    def training_loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
         """Scalar loss of a batch of its training collator, or a dict of `loss` and its parts."""
-
-    def rank(self, batch: dict[str, Any], filter_seen: bool) -> TargetRanks:
-        """Where `batch["labels"]` stand among all items, for a batch of its evaluation collator."""
 
 
 def parameter_groups(
@@ -67,28 +58,17 @@ def parameter_groups(
     ]
 
 
-class LitWrapper(lightning.LightningModule):
-    """A recommender with its optimizer, schedule and evaluation.
+class LitTraining(lightning.LightningModule):
+    """A model with its optimizer and schedule; how it is validated is left to subclasses.
 
-    AdamW, its learning rate warmed up over `warmup_steps` optimizer steps. Validation logs
-    `val/<metric>`, test logs `test/<metric>` (see `recformer.evaluation.evaluator.Evaluator`); the
-    evaluator of the last evaluation stays at `self.evaluator`, so that ranks can be written. A test
-    counts what is recommended too, and keeps ranks among sampled negatives at `self.sampled`.
+    AdamW, its learning rate warmed up over `warmup_steps` optimizer steps.
 
     Args:
-        model: a `Recommender`.
+        model: a `Trainable`, or a model that is never trained.
         learning_rate, weight_decay, warmup_steps: of AdamW and its schedule.
         schedule: `linear` or `cosine` (down to 0 at the last step) or `constant` after the warm-up.
-        metric_ks: cut-offs of NDCG and Recall.
-        ties: `expected`, `pessimistic` or `optimistic`.
-        filter_seen: take items of the history out of the candidates (never the target).
-        num_items: size of the catalogue, for coverage, Gini and sampled negatives.
-        sampled_negatives: rank the targets of a test also among so many sampled items.
         seed: dropout of each step depends on it, epoch, step and process alone, so that a resumed
             run goes on as the uninterrupted one would have.
-
-    Raises:
-        UserError: sampled negatives for a model that has no `rank_among`.
     """
 
     def __init__(
@@ -98,11 +78,6 @@ class LitWrapper(lightning.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         schedule: str = "linear",
-        metric_ks: tuple[int, ...] = (10, 50),
-        ties: str = "expected",
-        filter_seen: bool = False,
-        num_items: int = 0,
-        sampled_negatives: int | None = None,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -111,22 +86,7 @@ class LitWrapper(lightning.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule = schedule
-        self.metric_ks = tuple(metric_ks)
-        self.ties = ties
-        self.filter_seen = filter_seen
-        self.num_items = num_items
-        self.sampled_negatives = sampled_negatives
         self.seed = seed
-        self.evaluator = Evaluator(self.metric_ks, self.ties)
-        self.sampled: Evaluator | None = None
-        if sampled_negatives is not None and not hasattr(model, "rank_among"):
-            raise UserError(
-                f"--sampled_negatives: {type(model).__name__} cannot rank among sampled items"
-            )
-
-    @property
-    def recommender(self) -> Recommender:
-        return cast(Recommender, self.model)
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.weight_decay, self.learning_rate)
@@ -156,17 +116,19 @@ class LitWrapper(lightning.LightningModule):
             return torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         return None
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Every step draws its own dropout, whatever else drew numbers before it: loaders do, and
         # not at the same moments in a resumed run.
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(sha256_of(*map(str, place))[:15], 16))
 
-    def batch_loss(self, batch: dict[str, Any]) -> Tensor | dict[str, Tensor]:
-        """What a step trains on: a loss, or a dict of `loss` and its parts."""
-        return self.recommender.training_loss(batch)
+    def batch_loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
+        """Loss of a training step, or a dict of `loss` and its parts."""
+        if not isinstance(self.model, Trainable):
+            raise TypeError(f"{type(self.model).__name__} has no training_loss")
+        return self.model.training_loss(batch)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         losses = self.batch_loss(batch)
         parts = dict(losses) if isinstance(losses, dict) else {"loss": losses}
         loss = parts.pop("loss")
@@ -175,7 +137,7 @@ class LitWrapper(lightning.LightningModule):
                 f"the loss is {loss.item()} at step {self.global_step}: lower the learning rate, "
                 "or train in float32"
             )
-        size = len(batch["labels"])
+        size = len(batch.labels)
         # Of this process: with several, the log shows the first one's share of each batch.
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=size, prog_bar=True)
         for name, part in parts.items():
@@ -183,12 +145,61 @@ class LitWrapper(lightning.LightningModule):
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0], on_step=True, on_epoch=False)
         return loss
 
+
+class LitWrapper(LitTraining):
+    """A recommender with its optimizer, schedule and evaluation.
+
+    Validation logs `val/<metric>`, test logs `test/<metric>` (see
+    `recformer.evaluation.evaluator.Evaluator`); the evaluator of the last evaluation stays at
+    `self.evaluator`, so that ranks can be written. A test counts what is recommended too, and keeps
+    ranks among sampled negatives at `self.sampled`.
+
+    Args:
+        model: a `recformer.evaluation.recommender.Recommender`; a `Trainable` too where it is
+            trained.
+        metric_ks: cut-offs of NDCG and Recall.
+        ties: `expected`, `pessimistic` or `optimistic`.
+        filter_seen: take items of the history out of the candidates (never the target).
+        num_items: size of the catalogue, for coverage, Gini and sampled negatives.
+        sampled_negatives: rank the targets of a test also among so many sampled items.
+        options: as in `LitTraining`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        metric_ks: tuple[int, ...] = (10, 50),
+        ties: str = "expected",
+        filter_seen: bool = False,
+        num_items: int = 0,
+        sampled_negatives: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self.metric_ks = tuple(metric_ks)
+        self.ties = ties
+        self.filter_seen = filter_seen
+        self.num_items = num_items
+        self.sampled_negatives = sampled_negatives
+        self.evaluator = Evaluator(self.metric_ks, self.ties)
+        self.sampled: Evaluator | None = None
+
+    @property
+    def recommender(self) -> Recommender:
+        """The model."""
+        if not isinstance(self.model, Recommender):
+            raise TypeError(f"{type(self.model).__name__} is no Recommender")
+        return self.model
+
     def on_validation_epoch_start(self) -> None:
         self.evaluator = Evaluator(self.metric_ks, self.ties)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
-        ranks = self.recommender.rank(batch, filter_seen=self.filter_seen)
-        self.evaluator.update(batch["user_ids"], batch["labels"], ranks)
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, TargetRanks]:
+        return self._ranked(batch, self.recommender.read(batch.history, batch.seen))
+
+    def _ranked(self, batch: EvalBatch, users: Any) -> dict[str, TargetRanks]:
+        ranks = self.recommender.rank(users, batch.labels, self.filter_seen)
+        self.evaluator.update(batch.user_ids, batch.labels, ranks)
         return {"ranks": ranks}  # for callbacks: they may say more than the evaluator asks
 
     def on_validation_epoch_end(self) -> None:
@@ -199,20 +210,17 @@ class LitWrapper(lightning.LightningModule):
         if self.sampled_negatives is not None:
             self.sampled = Evaluator(self.metric_ks, self.ties)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
-        model: Any = self.model
-        if hasattr(model, "encode_users"):
-            batch = model.encode_users(batch)
-        output = self.validation_step(batch, batch_idx)
-        if hasattr(model, "recommend"):
-            items = model.recommend(batch, max(self.metric_ks), self.filter_seen)
-            self.evaluator.count_recommended(items, self.num_items)
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, TargetRanks]:
+        users = self.recommender.read(batch.history, batch.seen)
+        output = self._ranked(batch, users)
+        items = self.recommender.recommend(users, max(self.metric_ks), self.filter_seen)
+        self.evaluator.count_recommended(items, self.num_items)
         if self.sampled is not None and self.sampled_negatives is not None:
-            users, labels = batch["user_ids"], batch["labels"]
-            negatives = sample_negatives(
-                users, labels, batch["seen"], self.num_items, self.sampled_negatives
+            negatives = sample_unseen(
+                batch.user_ids, batch.labels, batch.seen, self.num_items, self.sampled_negatives
             )
-            self.sampled.update(users, labels, model.rank_among(batch, negatives))
+            among = self.recommender.rank_among(users, batch.labels, negatives)
+            self.sampled.update(batch.user_ids, batch.labels, among)
         return output
 
     def on_test_epoch_end(self) -> None:
@@ -221,6 +229,11 @@ class LitWrapper(lightning.LightningModule):
             self.sampled.gather()
 
     def _log_metrics(self, split: str) -> None:
-        self.evaluator.gather()  # every process then holds all users and logs the same figures
-        for name, value in self.evaluator.compute().items():
-            self.log(f"{split}/{name}", float(value), rank_zero_only=False)
+        log_figures(self, self.evaluator, split)
+
+
+def log_figures(module: lightning.LightningModule, evaluator: Evaluator, split: str) -> None:
+    """Log the figures of an evaluation that is over, with several processes those of all users."""
+    evaluator.gather()  # every process then holds all users and logs the same figures
+    for name, value in evaluator.compute().items():
+        module.log(f"{split}/{name}", float(value), rank_zero_only=False)

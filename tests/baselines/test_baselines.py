@@ -13,6 +13,7 @@ import pytest
 
 from baselines.__main__ import main
 from baselines.models import build
+from baselines.settings import settings_of
 from baselines.untrained import base, text_neighbours
 from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
@@ -130,11 +131,12 @@ def test_histories_longer_than_all_training_are_read_whole(tmp_path: Path) -> No
     folder = write_folder(
         tmp_path, ["alpha", "beta", "gamma"], [[0, 1]], [[0] * 5 + [1] * 3], [[0]]
     )
-    built = build("text_neighbours", {"decay": 1, "text_encoder": None}, folder)
+    built = build("text_neighbours", settings_of("text_neighbours", {"decay": 1}), folder)
     history = folder.eval_examples("test").histories[0]
     batch = built.eval_collator([EvalExample(0, history, 0)])
+    users = built.model.read(batch.history, batch.seen)
     # alpha 6, beta 4; of the newest 5 alone beta would come first
-    assert counts(built.model.rank(batch, False)) == ([0], [0], [3])
+    assert counts(built.model.rank(users, batch.labels, False)) == ([0], [0], [3])
 
 
 def test_neighbours_without_seen_items(folder: ProcessedFolder) -> None:

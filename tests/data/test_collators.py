@@ -101,16 +101,16 @@ def test_train_collator_predicts_the_item_after_the_history():
     for seed in range(10):
         batch = RecformerTrainCollator(STORE, config())([TrainExample(5, items, seed)])
         position = target_position(3, seed)
-        assert batch["labels"].tolist() == [items[position]]
+        assert batch.labels.tolist() == [items[position]]
         expected = pack_sequences(STORE, [items[:position]], config())
-        assert torch.equal(batch["history"].input_ids, expected.input_ids)
+        assert torch.equal(batch.history.input_ids, expected.input_ids)
 
 
 def test_eval_collator_names_seen_items():
     examples = [EvalExample(7, np.array([3, 0]), 1), EvalExample(9, np.array([1]), 0)]
     batch = RecformerEvalCollator(STORE, config())(examples)
-    assert batch["user_ids"].tolist() == [7, 9]
-    assert batch["labels"].tolist() == [1, 0]
-    rows, columns = batch["seen"]
+    assert batch.user_ids.tolist() == [7, 9]
+    assert batch.labels.tolist() == [1, 0]
+    rows, columns = batch.seen
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 3), (0, 0), (1, 1)]
-    assert batch["history"].cu_seqlens.tolist() == [0, 4, 8]
+    assert batch.history.cu_seqlens.tolist() == [0, 4, 8]

@@ -46,20 +46,20 @@ def test_prefixes_end_before_their_place() -> None:
 def test_every_item_but_the_first_is_a_label() -> None:
     examples = [TrainExample(0, np.array([3, 1, 2]), 0), TrainExample(1, np.array([7, 8]), 0)]
     batch = NextItemCollator(max_history=5)(examples)
-    assert batch["labels"].tolist() == [1, 2, 8]
-    assert as_lists(batch["histories"]) == [[(3, 0)], [(1, 0), (3, 1)], [(7, 0)]]
+    assert batch.labels.tolist() == [1, 2, 8]
+    assert as_lists(batch.history) == [[(3, 0)], [(1, 0), (3, 1)], [(7, 0)]]
 
 
 def test_labels_of_a_long_sequence_are_its_newest() -> None:
     example = TrainExample(0, np.arange(10), 0)
     batch = NextItemCollator(max_history=3)([example])
-    assert batch["labels"].tolist() == [7, 8, 9]
-    assert as_lists(batch["histories"])[0] == [(6, 0), (5, 1), (4, 2)]  # reads beyond the labels
+    assert batch.labels.tolist() == [7, 8, 9]
+    assert as_lists(batch.history)[0] == [(6, 0), (5, 1), (4, 2)]  # reads beyond the labels
 
 
 def test_an_evaluation_batch_knows_seen_items_beyond_the_cut() -> None:
     batch = HistoryEvalCollator(max_history=2)([EvalExample(4, np.array([1, 2, 3]), 9)])
-    assert as_lists(batch["histories"]) == [[(3, 0), (2, 1)]]
-    assert batch["labels"].tolist() == [9]
-    assert batch["user_ids"].tolist() == [4]
-    assert batch["seen"][1].tolist() == [1, 2, 3]
+    assert as_lists(batch.history) == [[(3, 0), (2, 1)]]
+    assert batch.labels.tolist() == [9]
+    assert batch.user_ids.tolist() == [4]
+    assert batch.seen[1].tolist() == [1, 2, 3]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from recformer import RecformerConfig
+from recformer.data.batches import NO_LABEL
 from recformer.data.collators import pack_sequences
 from recformer.data.items import TokenizedItems
-from recformer.data.masking import IGNORED, WholeWordMasker, continues_word
+from recformer.data.masking import WholeWordMasker, continues_word
 from recformer.packing import PackedTokens
 from recformer.tokenization import RecformerTokenizer, train_tokenizer
 
@@ -84,7 +85,7 @@ def test_whole_words_are_chosen_and_never_the_first_token(store, tokenizer):
     sequences = [[0, 1], [3], [2, 1, 0], [0] * 8] * 25
     batch = packed(store, tokenizer, sequences)
     masked, labels = masker(tokenizer)(batch, np.arange(100))
-    chosen = labels != IGNORED
+    chosen = labels != NO_LABEL
     assert torch.equal(labels[chosen], batch.input_ids[chosen])
     assert torch.equal(masked[~chosen], batch.input_ids[~chosen])
     for number, sequence in enumerate(sequences):
@@ -100,7 +101,7 @@ def test_whole_words_are_chosen_and_never_the_first_token(store, tokenizer):
 def test_shares(store, tokenizer):
     batch = packed(store, tokenizer, [[0, 1, 3, 2, 1, 0, 1]] * 600)
     masked, labels = masker(tokenizer)(batch, np.arange(600))
-    chosen = labels != IGNORED
+    chosen = labels != NO_LABEL
     assert chosen.float().mean() == pytest.approx(0.15, abs=0.01)
     masked, truth = masked[chosen], labels[chosen]
     count = chosen.sum().item()
@@ -134,12 +135,12 @@ def test_a_sequence_without_text_has_nothing_to_mask(store, tokenizer):
         PackedTokens(ids, zero, zero, torch.tensor([0, 1])), np.array([1])
     )
     assert masked.tolist() == ids.tolist()
-    assert labels.tolist() == [IGNORED]
+    assert labels.tolist() == [NO_LABEL]
 
 
 def test_everything_can_be_masked(store, tokenizer):
     _, labels = masker(tokenizer, 1.0)(packed(store, tokenizer, [[0, 1]]), np.array([1]))
-    assert (labels == IGNORED).tolist() == [True] + [False] * (len(labels) - 1)
+    assert (labels == NO_LABEL).tolist() == [True] + [False] * (len(labels) - 1)
 
 
 def test_word_beginnings_of_wordpiece(tmp_path):

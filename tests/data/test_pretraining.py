@@ -225,7 +225,7 @@ def test_batches_by_tokens_keep_the_budget_and_use_it(files, tokenizer):
     sizes = []
     for keys in batches:
         batch = collate(pairs[keys])
-        tokens = batch["a"].num_tokens + batch["b"].num_tokens
+        tokens = batch.a.num_tokens + batch.b.num_tokens
         assert tokens == batches.tokens(np.array([row for row, _ in keys]), 0).sum()
         sizes.append(tokens)
     assert max(sizes) <= 170
@@ -257,7 +257,7 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(files, tokenizer):
         return module.train_dataloader()
 
     def ids(batch):
-        return batch["user_ids"].tolist()
+        return batch.user_ids.tolist()
 
     whole = loader()
     whole.sampler.set_epoch(2)
@@ -288,8 +288,8 @@ def test_validation_ranks_among_all_dev_items(files, tokenizer):
         loader.sampler.set_epoch(epoch)
         batches = list(loader)
         for batch in batches:
-            assert np.array_equal(module.pool[batch["labels"]], batch["target_ids"])
-        epochs.append([batch["target_ids"].tolist() for batch in batches])
+            assert np.array_equal(module.pool[batch.labels], batch.target_ids)
+        epochs.append([batch.target_ids.tolist() for batch in batches])
     assert epochs[0] == epochs[1]  # the same question every time
     assert sum(map(len, epochs[0])) == 12
 
@@ -362,7 +362,7 @@ def test_masked_copies_change_the_mlm_losses_alone(tokenizer, tmp_path):
     model, collate, examples = build(tokenizer, tmp_path)
     batch = collate(examples)
     with_mlm = model.batch_losses(batch)
-    alone = model.forward_packed(batch["a"], batch["b"], target_ids=batch["target_ids"])
+    alone = model.forward_packed(batch.a, batch.b, target_ids=batch.target_ids)
     torch.testing.assert_close(alone.loss, with_mlm.parts["contrastive"])
     torch.testing.assert_close(alone.vectors, with_mlm.vectors)
     expected = with_mlm.parts["contrastive"]

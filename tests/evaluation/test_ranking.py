@@ -18,7 +18,7 @@ from recformer.evaluation import top_items as top_items_module
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.exact import TIE_TOLERANCE
 from recformer.evaluation.metrics import coverage, gini, per_user_metrics
-from recformer.evaluation.negatives import sample_negatives
+from recformer.evaluation.negatives import sample_unseen
 from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
 from recformer.evaluation.top_items import top_items, top_items_by_vectors
@@ -634,6 +634,8 @@ def test_coverage_and_gini_by_hand():
     assert gini(np.array([3, 0, 0, 1, 0])) == 14 / 20
     assert gini(np.array([2, 2, 2])) == 0
     assert gini(np.array([0, 0, 0, 9])) == 3 / 4
+    # Mean absolute difference over twice the mean: (6 + 4 + 2) * 2 / 9 / (2 * 4).
+    assert gini(np.array([7, 1, 4])) == pytest.approx(24 / 9 / 8)
     assert gini(np.zeros(3, dtype=np.int64)) == 0
 
 
@@ -657,26 +659,26 @@ def test_coverage_is_that_of_all_users():
 
 def test_negatives_are_neither_target_nor_history():
     seen = ([0, 0, 1], [1, 2, 5])
-    drawn = sample_negatives([7, 8], [4, 5], seen, 6, 3)
+    drawn = sample_unseen([7, 8], [4, 5], seen, 6, 3)
     assert sorted(drawn[0].tolist()) == [0, 3, 5]
     assert len(set(drawn[1].tolist())) == 3
     assert set(drawn[1].tolist()) <= {0, 1, 2, 3, 4}  # the target stands in the history
     with pytest.raises(ValueError, match="user 7 leaves 3 of 6 items .* at most 3"):
-        sample_negatives([7, 8], [4, 5], seen, 6, 4)
+        sample_unseen([7, 8], [4, 5], seen, 6, 4)
 
 
 def test_negatives_are_drawn_evenly_and_by_user_alone():
     users, targets = np.arange(3000), np.full(3000, 2)
     seen = (np.repeat(users, 2), np.tile([0, 5], 3000))
-    drawn = sample_negatives(users, targets, seen, 10, 3)
+    drawn = sample_unseen(users, targets, seen, 10, 3)
     counts = np.bincount(drawn.ravel(), minlength=10)
     assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
     expected = 9000 / 7
     assert np.abs(counts[[1, 3, 4, 6, 7, 8, 9]] - expected).max() < 4 * expected**0.5
     rows = np.array([2999, 5, 17])
-    alone = sample_negatives(rows, targets[rows], ([0, 0, 1, 1, 2, 2], [5, 0] * 3), 10, 3)
+    alone = sample_unseen(rows, targets[rows], ([0, 0, 1, 1, 2, 2], [5, 0] * 3), 10, 3)
     assert alone.tolist() == drawn[rows].tolist()
-    other = sample_negatives(rows, targets[rows], ([0, 0, 1, 1, 2, 2], [5, 0] * 3), 10, 3, seed=1)
+    other = sample_unseen(rows, targets[rows], ([0, 0, 1, 1, 2, 2], [5, 0] * 3), 10, 3, seed=1)
     assert other.tolist() != alone.tolist()
 
 
@@ -706,6 +708,15 @@ def test_all_other_items_as_negatives_are_the_full_ranking(monkeypatch, cosine):
     scores = users @ items.T
     among = count_ranks_among(scores, targets, np.stack(others))
     assert as_lists(among) == as_lists(count_ranks(scores, targets))
+
+
+@pytest.mark.parametrize("candidates", [[[0, 2], [3, 3]], [[0, 2], [4, 0]]])
+def test_candidates_with_the_target_or_an_item_twice_are_refused(candidates):
+    scores, targets = torch.rand(2, 5), [1, 0]
+    with pytest.raises(ValueError, match="candidates of row 1 hold an item twice, or the target 0"):
+        count_ranks_among(scores, targets, candidates)
+    with pytest.raises(ValueError, match="candidates of row 1 hold an item twice, or the target 0"):
+        rank_among_by_vectors(scores, torch.rand(5, 5), targets, candidates)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from recformer.data.batches import EvalBatch, TrainBatch
 from recformer.data.collators import EvalExample
-from recformer.data.histories import HistoryEvalCollator, histories_of
+from recformer.data.histories import Histories, HistoryEvalCollator, histories_of
 from recformer.files import UserError
 from recformer.models import RecformerForSeqRec, catalogue
 from recformer.models.catalogue import (
@@ -51,7 +52,7 @@ def model(seed: int = 0, **given) -> RecformerForCatalogue:
     return made
 
 
-def batch_of(histories: list[list[int]], targets: list[int]) -> dict:
+def batch_of(histories: list[list[int]], targets: list[int]) -> EvalBatch[Histories]:
     examples = [
         EvalExample(row, np.array(items), target)
         for row, (items, target) in enumerate(zip(histories, targets, strict=True))
@@ -145,16 +146,18 @@ def test_ranks_are_those_of_the_equations(given) -> None:
     histories = [[0, 1, 2, 1], [5], [6, 4, 3, 2, 1, 0]]
     for target in range(N):
         batch = batch_of(histories, [target] * 3)
-        ranks = made.rank(batch, filter_seen=False)
+        users = made.read(batch.history, batch.seen)
+        ranks = made.rank(users, batch.labels, filter_seen=False)
         for row, history in enumerate(histories):
             scores = scores_by_hand(made, history)
             assert ranks.above[row] == int((scores > scores[target] + 1e-6).sum())
-    best = made.recommend(batch, 3, filter_seen=False)
+    best = made.recommend(users, 3, filter_seen=False)
     for row, history in enumerate(histories):
         assert best[row].tolist() == scores_by_hand(made, history).topk(3).indices.tolist()
-    unseen = made.recommend(batch, 2, filter_seen=True)
+    unseen = made.recommend(users, 2, filter_seen=True)
     assert not set(unseen[0]) & {0, 1, 2}
-    among = made.rank_among(batch_of(histories, [2, 2, 5]), np.array([[0, 4], [5, 6], [1, 3]]))
+    others = np.array([[0, 4], [5, 6], [1, 3]])
+    among = made.rank_among(users, torch.tensor([2, 2, 5]), others)
     for row, (target, others) in enumerate([(2, [0, 4]), (2, [5, 6]), (5, [1, 3])]):
         scores = scores_by_hand(made, histories[row])
         assert among.above[row] == int((scores[others] > scores[target]).sum())
@@ -175,7 +178,7 @@ def test_the_loss_is_that_of_the_equations_in_parts_too(spare, monkeypatch) -> N
     labels = torch.tensor([2, 4, 5])
     with torch.no_grad():
         expected = np.mean([loss_by_hand(made, h, int(y)) for h, y in zip(histories, labels)])
-    batch = {"histories": histories_of([np.array(h) for h in histories], 4), "labels": labels}
+    batch = TrainBatch(labels, histories_of([np.array(h) for h in histories], 4))
     whole = made.training_loss(batch)
     assert whole.item() == pytest.approx(expected, abs=1e-5)
     whole.backward()
@@ -195,7 +198,7 @@ def test_the_loss_is_that_of_the_equations_in_parts_too(spare, monkeypatch) -> N
 
 def test_what_nobody_bought_is_no_negative() -> None:
     made = model()
-    batch = {"histories": histories_of([np.array([0])], 4), "labels": torch.tensor([1])}
+    batch = TrainBatch(torch.tensor([1]), histories_of([np.array([0])], 4))
     before = made.training_loss(batch).item()
     with torch.no_grad():
         made._vectors[6] = made._vectors[1]  # an unbought item becomes as good as the target
@@ -209,13 +212,13 @@ def test_a_saved_folder_ranks_alike_without_texts(tmp_path) -> None:
         made.head.offset.copy_(torch.randn(N, H + G) * 0.1)
     made.refresh_table()
     batch = batch_of([[0, 1, 2], [5, 4]], [3, 1])
-    expected = made.rank(batch, filter_seen=False)
+    expected = made.rank(made.read(batch.history, batch.seen), batch.labels, False)
     made.save_pretrained(tmp_path)
     loaded = RecformerForCatalogue.from_pretrained(tmp_path).eval()
     assert loaded.head.options == made.head.options
     for name, tensor in made.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    found = loaded.rank(batch, filter_seen=False)
+    found = loaded.rank(loaded.read(batch.history, batch.seen), batch.labels, False)
     assert (found.above == expected.above).all()
     with pytest.raises(UserError, match="set_catalogue"):
         loaded.refresh_table()

@@ -21,7 +21,7 @@ from recformer.cli import exit_with_message
 from recformer.commands.audit import main
 from recformer.config import PAPER
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
-from recformer.preparation.audit.figures import audit, audit_folder, gini
+from recformer.preparation.audit.figures import audit, audit_folder
 from recformer.preparation.finetuning import prepare_finetuning
 from recformer.preparation.options import SplitOptions
 from recformer.preparation.tables import Columns
@@ -551,13 +551,6 @@ def test_history_of_the_held_out_part_alone(tmp_path: Path) -> None:
     assert found["notes"] == [
         "0 (0.0 %) val and 1 (11.1 %) test users have no history but earlier items of that part"
     ]
-
-
-def test_gini_by_hand() -> None:
-    assert gini(np.array([2, 2, 2, 2])) == pytest.approx(0)
-    assert gini(np.array([0, 0, 0, 7])) == pytest.approx(3 / 4)
-    # Mean absolute difference over twice the mean: (6 + 4 + 2) * 2 / 9 / (2 * 4).
-    assert gini(np.array([7, 1, 4])) == pytest.approx(24 / 9 / 8)
 
 
 def test_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from recformer.data.processed import (
     join_splits,
     read_times,
 )
+from recformer.evaluation.metrics import gini
 from recformer.files import UserError, atomic_write, write_json
 from recformer.preparation.audit.page import page
 from recformer.preparation.audit.warnings import DAY, FEW_WORDS, Figure, _figure, _notes, _warnings
@@ -427,13 +428,6 @@ def _popularity(data: ProcessedFolder, test: EvalExamples) -> dict[str, Any]:
         # Share of the interactions with the most popular 0, 1, … 100 % of the items.
         "curve": np.concatenate([[0.0], shares])[places].tolist(),
     }
-
-
-def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of non-negative counts: 0 all equal, towards 1 all on one of many."""
-    number = len(counts)
-    weighted = float(np.arange(1, number + 1) @ np.sort(counts))
-    return 2 * weighted / (number * float(counts.sum())) - (number + 1) / number
 
 
 def _tokens(

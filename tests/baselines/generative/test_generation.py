@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -16,15 +17,18 @@ from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
 from baselines.generative.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
 from baselines.generative.recommender import (
     NO_ITEM,
+    CodeHistoryCollator,
+    CodeRanks,
     CodeRecommender,
+    CodeUsers,
     Generated,
-    HistoryCollator,
     Read,
     pad_items,
     ranks_among,
 )
 from baselines.generative.tiger import Tiger, TigerTrainCollator
 from baselines.sequence.item_table import CodeItemEmbedding
+from recformer.data.batches import EvalBatch, TrainBatch
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.files import UserError
 from recformer.training.lit import LitWrapper
@@ -39,7 +43,12 @@ def tiger(codes: np.ndarray, **options: Any) -> Tiger:
 
 
 def gpt2(codes: np.ndarray, **options: Any) -> Gpt2Codes:
-    return Gpt2Codes(codes, SIZES, max_items=MAX_ITEMS, **({"hidden_size": 16} | options))
+    return Gpt2Codes(
+        codes,
+        SIZES,
+        max_items=MAX_ITEMS,
+        **({"hidden_size": 16, "num_layers": 2, "num_heads": 2} | options),
+    )
 
 
 MODELS = pytest.mark.parametrize("make", [tiger, gpt2])
@@ -86,8 +95,8 @@ class TwoLevels(CodeRecommender):
     def __init__(self, **options: Any) -> None:
         super().__init__(np.array([[0, 0], [0, 1], [1, 0]]), [2, 2], **options)
 
-    def start(self, batch: dict[str, Any]) -> tuple[Tensor, Read]:
-        users = len(batch["labels"])
+    def start(self, history: Tensor) -> tuple[Tensor, Read]:
+        users = len(history)
         logits = torch.tensor(FIRST).log().expand(users, 1, -1)
         return logits, Read([], [], torch.zeros(users, 1, 0, dtype=torch.bool))
 
@@ -96,66 +105,94 @@ class TwoLevels(CodeRecommender):
         return torch.tensor([[SECOND[t] for t in row] for row in tokens.tolist()]).log(), read
 
 
-ONE_USER = {"labels": torch.tensor([1]), "seen": (torch.tensor([0, 0]), torch.tensor([2, 1]))}
+HISTORY, TARGET = torch.tensor([[2, 1]]), torch.tensor([1])
+SEEN = torch.tensor([0, 0]), torch.tensor([2, 1])
+
+
+def ranks_of(model: CodeRecommender, batch: EvalBatch[Tensor], filter_seen: bool) -> CodeRanks:
+    return model.rank(model.read(batch.history, batch.seen), batch.labels, filter_seen)
 
 
 def test_greedy_takes_the_best_code_and_misses_the_best_item() -> None:
-    greedy = TwoLevels(num_beams=1).generate(ONE_USER)
+    greedy = TwoLevels(num_beams=1).generate(HISTORY)
     assert greedy.items.tolist() in ([[0]], [[1]])
     assert greedy.log_probs.exp().tolist() == [[pytest.approx(0.3)]]
-    generated = TwoLevels(num_beams=2).generate(ONE_USER)
+    generated = TwoLevels(num_beams=2).generate(HISTORY)
     assert generated.items[0, 0] == 2
     assert generated.log_probs.exp().tolist() == [[pytest.approx(0.36), pytest.approx(0.3)]]
 
 
 def test_no_more_beams_than_items() -> None:
-    generated = TwoLevels(num_beams=50).generate(ONE_USER)
+    generated = TwoLevels(num_beams=50).generate(HISTORY)
     assert sorted(generated.items[0].tolist()) == [0, 1, 2]  # and never (1, 1)
 
 
 def test_scores_by_hand() -> None:
-    scores = TwoLevels().score_items(ONE_USER)
+    scores = TwoLevels().score_items(HISTORY)
     assert scores.exp().tolist() == [[pytest.approx(p) for p in (0.3, 0.3, 0.36)]]
 
 
 @pytest.mark.parametrize("exact_rank", [False, True])
 def test_ranks_by_hand(exact_rank: bool) -> None:
     model = TwoLevels(exact_rank=exact_rank)
-    ranks = model.rank(ONE_USER, filter_seen=False)
+    ranks = model.rank(model.read(HISTORY, SEEN), TARGET, filter_seen=False)
     assert (ranks.above, ranks.tied, ranks.num_candidates) == (1, 1, 3)
     assert ranks.codes_right == 0  # the best item is 2: (1, 0), the target 1: (0, 1)
     # Items 1 and 2 were seen, but 1 is the target.
-    ranks = model.rank(ONE_USER, filter_seen=True)
+    ranks = model.rank(model.read(HISTORY, SEEN), TARGET, filter_seen=True)
     assert (ranks.above, ranks.tied, ranks.num_candidates) == (0, 1, 2)
     assert ranks.codes_right in (1, 2)  # 0: (0, 0) and 1: (0, 1) are equally likely
 
 
 def test_excluded_items_leave_their_places_to_others() -> None:
-    generated = TwoLevels(num_beams=2).generate(ONE_USER, torch.tensor([[True, False, True]]))
+    generated = TwoLevels(num_beams=2).generate(HISTORY, torch.tensor([[True, False, True]]))
     assert generated.items.tolist() == [[1, NO_ITEM]]
     assert generated.log_probs.tolist() == [[pytest.approx(np.log(0.3)), -np.inf]]
 
 
 def test_no_beam_is_spent_on_beginnings_of_excluded_items_alone() -> None:
     # The most likely first code is 0, but nothing is left behind it.
-    generated = TwoLevels(num_beams=1).generate(ONE_USER, torch.tensor([[True, True, False]]))
+    generated = TwoLevels(num_beams=1).generate(HISTORY, torch.tensor([[True, True, False]]))
     assert generated.items.tolist() == [[2]]
     assert generated.log_probs.exp().tolist() == [[pytest.approx(0.36)]]
 
 
 def test_recommended_items_by_hand() -> None:
-    batch = dict(ONE_USER)
     model = TwoLevels(num_beams=2)
-    model.rank(batch, filter_seen=False)
-    best = model.recommend(batch, 3, False)
+    best = model.recommend(model.read(HISTORY, SEEN), 3, False)
     assert (best[0, 0], best[0, 2]) == (2, NO_ITEM)
     assert best[0, 1] in (0, 1)
+    assert model.recommend(model.read(HISTORY, SEEN), 2, True).tolist() == [[0, NO_ITEM]]
     # All scores are known: there are more items than beams.
     model = TwoLevels(num_beams=1, exact_rank=True)
-    model.rank(batch, filter_seen=False)
-    assert model.recommend(batch, 4, False).tolist() == [[2, 0, 1, NO_ITEM]]
-    model.rank(batch, filter_seen=True)  # 2 is seen; so is 1, but it is the target
-    assert model.recommend(batch, 2, True).tolist() == [[0, 1]]
+    users = model.read(HISTORY, SEEN)
+    assert model.recommend(users, 4, False).tolist() == [[2, 0, 1, NO_ITEM]]
+    assert model.recommend(users, 2, True).tolist() == [[0, NO_ITEM]]
+
+
+@pytest.mark.parametrize("exact_rank", [False, True])
+def test_ranks_recommendations_and_ranks_among_few_do_not_depend_on_each_other(
+    exact_rank: bool, codes: np.ndarray
+) -> None:
+    batch = CodeHistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    batch = replace(batch, labels=batch.seen[1][batch.seen[0].diff(prepend=torch.tensor([-1])) > 0])
+    model = randomised(tiger(codes, num_beams=5, exact_rank=exact_rank))
+    others = np.stack([np.delete(np.arange(40), label)[:7] for label in batch.labels.tolist()])
+    calls: dict[str, Callable[[CodeUsers], np.ndarray]] = {
+        "rank": lambda users: model.rank(users, batch.labels, False).above,
+        "rank unseen": lambda users: model.rank(users, batch.labels, True).above,
+        "recommend": lambda users: model.recommend(users, 4, False),
+        "recommend unseen": lambda users: model.recommend(users, 4, True),
+        "among": lambda users: model.rank_among(users, batch.labels, others).above,
+    }
+    alone = {n: call(model.read(batch.history, batch.seen)) for n, call in calls.items()}
+    for names in (list(calls), list(calls)[::-1]):
+        users = model.read(batch.history, batch.seen)
+        for name in names:
+            assert calls[name](users).tolist() == alone[name].tolist(), name
+    seen = set(zip(*(side.tolist() for side in batch.seen), strict=True))
+    found = {(row, item) for row, items in enumerate(alone["recommend unseen"]) for item in items}
+    assert not found & seen  # the targets, which were all seen, neither
 
 
 def test_code_accuracy_in_words() -> None:
@@ -181,24 +218,24 @@ def test_a_beam_as_large_as_the_catalogue_is_the_exact_ranking(
     monkeypatch.setattr(
         "baselines.generative.recommender.ITEMS_AT_ONCE", 7
     )  # prefixes over the borders
-    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    batch = CodeHistoryCollator(MAX_ITEMS)(examples(len(codes)))
     model = randomised(make(codes, num_beams=len(codes)))
-    scores, generated = model.score_items(batch), model.generate(batch)
+    scores, generated = model.score_items(batch.history), model.generate(batch.history)
     torch.testing.assert_close(generated.log_probs, scores.gather(1, generated.items))
     assert [sorted(row) for row in generated.items.tolist()] == [list(range(40))] * 6
-    searched = model.rank(batch, filter_seen=True)
+    searched = ranks_of(model, batch, filter_seen=True)
     model.exact_rank = True
-    exact = model.rank(batch, filter_seen=True)
+    exact = ranks_of(model, batch, filter_seen=True)
     for name in ("above", "tied", "num_candidates", "codes_right"):
         assert getattr(searched, name).tolist() == getattr(exact, name).tolist()
 
 
 @MODELS
 def test_scores_are_those_of_transformers_own_forward(make: Make, codes: np.ndarray) -> None:
-    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    batch = CodeHistoryCollator(MAX_ITEMS)(examples(len(codes)))
     model = randomised(make(codes))
-    scores = model.score_items(batch)
-    for user, history in enumerate(batch["history"]):
+    scores = model.score_items(batch.history)
+    for user, history in enumerate(batch.history):
         one = history[history != NO_ITEM][None].expand(len(codes), -1)  # no padding
         with torch.no_grad():
             if isinstance(model, Tiger):
@@ -213,15 +250,15 @@ def test_scores_are_those_of_transformers_own_forward(make: Make, codes: np.ndar
 
 @MODELS
 def test_as_many_items_as_beams_although_most_are_seen(make: Make, codes: np.ndarray) -> None:
-    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    batch = CodeHistoryCollator(MAX_ITEMS)(examples(len(codes)))
     model = randomised(make(codes, num_beams=5))
     excluded = torch.ones(6, 40, dtype=torch.bool)
     left = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)).topk(7).indices
     excluded.scatter_(1, left, False)
-    generated = model.generate(batch, excluded)
+    generated = model.generate(batch.history, excluded)
     assert (generated.items != NO_ITEM).all()
     assert not excluded.gather(1, generated.items).any()
-    everything = randomised(make(codes, num_beams=7)).generate(batch, excluded)
+    everything = randomised(make(codes, num_beams=7)).generate(batch.history, excluded)
     assert everything.items.sort(1).values.tolist() == left.sort(1).values.tolist()
 
 
@@ -229,14 +266,15 @@ def test_as_many_items_as_beams_although_most_are_seen(make: Make, codes: np.nda
 @pytest.mark.gpu
 @pytest.mark.parametrize("exact_rank", [False, True])
 def test_a_gpu_recommends_the_same(make: Make, codes: np.ndarray, exact_rank: bool) -> None:
-    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
-    on_gpu = {n: tuple(x.cuda() for x in v) if n == "seen" else v.cuda() for n, v in batch.items()}
+    batch = CodeHistoryCollator(MAX_ITEMS)(examples(len(codes)))
     model = randomised(make(codes, num_beams=6, exact_rank=exact_rank))
-    ranks = model.rank(batch, filter_seen=True)
-    expected = model.recommend(batch, 8, True)
+    ranks = ranks_of(model, batch, filter_seen=True)
+    expected = model.recommend(model.read(batch.history, batch.seen), 8, True)
     model.cuda()
-    assert model.rank(on_gpu, filter_seen=True).above.tolist() == ranks.above.tolist()
-    assert model.recommend(on_gpu, 8, True).tolist() == expected.tolist()
+    batch = batch.to("cuda")
+    assert ranks_of(model, batch, filter_seen=True).above.tolist() == ranks.above.tolist()
+    best = model.recommend(model.read(batch.history, batch.seen), 8, True)
+    assert best.tolist() == expected.tolist()
 
 
 @MODELS
@@ -244,9 +282,9 @@ def test_a_gpu_recommends_the_same(make: Make, codes: np.ndarray, exact_rank: bo
 def test_beams_are_different_items_best_first(
     make: Make, codes: np.ndarray, num_beams: int
 ) -> None:
-    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    batch = CodeHistoryCollator(MAX_ITEMS)(examples(len(codes)))
     model = randomised(make(codes, num_beams=num_beams))
-    generated, scores = model.generate(batch), model.score_items(batch)
+    generated, scores = model.generate(batch.history), model.score_items(batch.history)
     assert generated.items.shape == (6, num_beams)
     assert all(len(set(row)) == num_beams for row in generated.items.tolist())
     torch.testing.assert_close(generated.log_probs, scores.gather(1, generated.items))
@@ -255,10 +293,10 @@ def test_beams_are_different_items_best_first(
 
 @MODELS
 def test_greedy_is_a_walk_along_the_best_codes(make: Make, codes: np.ndarray) -> None:
-    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    batch = CodeHistoryCollator(MAX_ITEMS)(examples(len(codes)))
     model = randomised(make(codes, num_beams=1))
-    logits, _ = model.start(batch)
-    for user, item in enumerate(model.generate(batch).items[:, 0].tolist()):
+    logits, _ = model.start(batch.history)
+    for user, item in enumerate(model.generate(batch.history).items[:, 0].tolist()):
         first = {int(code) for code in codes[:, 0]}
         token = model.item_tokens[item, 0].item()
         assert token - 1 == max(first, key=lambda code: logits[user, 0, code + 1].item())
@@ -268,9 +306,9 @@ def test_greedy_is_a_walk_along_the_best_codes(make: Make, codes: np.ndarray) ->
 def test_neither_batch_nor_padding_moves_a_user(make: Make, codes: np.ndarray) -> None:
     users = examples(len(codes))
     model = randomised(make(codes, num_beams=8))
-    together = model.generate(HistoryCollator(MAX_ITEMS)(users))
+    together = model.generate(CodeHistoryCollator(MAX_ITEMS)(users).history)
     for row, user in enumerate(users):
-        alone = model.generate(HistoryCollator(MAX_ITEMS)([user]))
+        alone = model.generate(CodeHistoryCollator(MAX_ITEMS)([user]).history)
         assert together.items[row].tolist() == alone.items[0].tolist()
         torch.testing.assert_close(together.log_probs[row], alone.log_probs[0])
 
@@ -278,7 +316,7 @@ def test_neither_batch_nor_padding_moves_a_user(make: Make, codes: np.ndarray) -
 @MODELS
 def test_only_the_newest_items_are_read_in_their_order(make: Make, codes: np.ndarray) -> None:
     def scores(*items: int) -> Tensor:
-        return model.score_items(HistoryCollator(MAX_ITEMS)([EvalExample(0, np.array(items), 0)]))
+        return model.score_items(pad_items([np.array(items)], MAX_ITEMS))
 
     model = randomised(make(codes))
     assert torch.equal(scores(9, 8, 1, 2, 3, 4), scores(1, 2, 3, 4))
@@ -290,7 +328,9 @@ def test_the_target_is_never_read_in_evaluation(make: Make, codes: np.ndarray) -
     users = examples(len(codes))
     other = [EvalExample(e.user_id, e.items, (e.target + 1) % len(codes)) for e in users]
     model = randomised(make(codes))
-    one, two = (model.generate(HistoryCollator(MAX_ITEMS)(batch)) for batch in (users, other))
+    one, two = (
+        model.generate(CodeHistoryCollator(MAX_ITEMS)(batch).history) for batch in (users, other)
+    )
     assert torch.equal(one.items, two.items)
     assert torch.equal(one.log_probs, two.log_probs)
 
@@ -300,15 +340,14 @@ def test_tiger_reads_what_is_before_the_target(codes: np.ndarray) -> None:
     collator = TigerTrainCollator(MAX_ITEMS)
     batch = collator([TrainExample(0, items, seed) for seed in range(40)])
     model = tiger(codes)
-    inputs = model.encoder_inputs(batch)
-    for label, history, row in zip(batch["labels"], batch["history"], inputs["input_ids"]):
+    inputs = model.encoder_inputs(batch.history)
+    for label, history, row in zip(batch.labels, batch.history, inputs["input_ids"]):
         expected = list(range(max(0, label - MAX_ITEMS), label))
         assert history[history != NO_ITEM].tolist() == expected
         assert row[row != 0].tolist() == model.item_tokens[expected].flatten().tolist()
-    assert len(set(batch["labels"].tolist())) > 10
+    assert len(set(batch.labels.tolist())) > 10
     assert (
-        inputs["attention_mask"].sum(1).tolist()
-        == (3 * (batch["history"] != NO_ITEM).sum(1)).tolist()
+        inputs["attention_mask"].sum(1).tolist() == (3 * (batch.history != NO_ITEM).sum(1)).tolist()
     )
 
 
@@ -327,21 +366,21 @@ def test_gpt2_learns_every_code_of_every_item(codes: np.ndarray) -> None:
     batch = Gpt2CodesTrainCollator(MAX_ITEMS)(
         [TrainExample(0, np.array([7, 5, 3, 1, 2, 9]), 0), TrainExample(1, np.array([6, 8]), 0)]
     )
-    assert batch["labels"].tolist() == [[5, 3, 1, 2, 9], [6, 8, *[NO_ITEM] * 3]]
+    assert batch.labels.tolist() == [[5, 3, 1, 2, 9], [6, 8, *[NO_ITEM] * 3]]
     # The chain rule: a sequence's log-probability is that of its items, one after another.
     total = 0.0
     for items in ([5, 3, 1, 2, 9], [6, 8]):
         for place, item in enumerate(items):
             history = torch.tensor([items[:place]], dtype=torch.int64)
-            scores = model.score_items({"history": history, "labels": torch.tensor([item])})
+            scores = model.score_items(history)
             total += scores[0, item].item()
     assert model.training_loss(batch).item() == pytest.approx(-total / (7 * 3), rel=1e-5)
 
 
 def test_tiger_learns_the_codes_of_the_target(codes: np.ndarray) -> None:
     model = randomised(tiger(codes))
-    batch = {"history": torch.tensor([[1, 2, NO_ITEM], [3, 4, 5]]), "labels": torch.tensor([6, 7])}
-    scores = model.score_items(batch)
+    batch = TrainBatch(torch.tensor([6, 7]), torch.tensor([[1, 2, NO_ITEM], [3, 4, 5]]))
+    scores = model.score_items(batch.history)
     expected = -(scores[0, 6] + scores[1, 7]).item() / (2 * 3)
     assert model.training_loss(batch).item() == pytest.approx(expected, rel=1e-5)
 
@@ -362,26 +401,26 @@ def test_a_toy_grammar_is_learned(make: Make, codes: np.ndarray) -> None:
         optimizer.step()
     model.eval()
     users = [EvalExample(u, np.array([u, (u + 5) % 12]), (u + 10) % 12) for u in range(12)]
-    ranks = model.rank(HistoryCollator(MAX_ITEMS)(users), filter_seen=False)
+    ranks = ranks_of(model, CodeHistoryCollator(MAX_ITEMS)(users), filter_seen=False)
     assert ranks.above.tolist() == [0] * 12
     assert ranks.codes_right.tolist() == [3] * 12
 
 
 @MODELS
 def test_saved_and_loaded_ranks_alike(make: Make, codes: np.ndarray, tmp_path: Any) -> None:
-    batch = HistoryCollator(MAX_ITEMS)(examples(len(codes)))
+    history = CodeHistoryCollator(MAX_ITEMS)(examples(len(codes))).history
     model = randomised(make(codes, num_beams=9))
     torch.save(model.state_dict(), tmp_path / "model.pt")
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     loaded = make(codes, num_beams=9).eval()
     loaded.load_state_dict(state)
-    assert torch.equal(loaded.generate(batch).log_probs, model.generate(batch).log_probs)
+    assert torch.equal(loaded.generate(history).log_probs, model.generate(history).log_probs)
     with pytest.raises(UserError, match="trained with other codes"):
         make(codes[::-1]).load_state_dict(state)
     # A new item gets a code of its own; those that were there keep their scores.
     grown = make(np.concatenate([codes, [[0, 0, 4]]])).eval()
     grown.load_state_dict(state)
-    torch.testing.assert_close(grown.score_items(batch)[:, :-1], model.score_items(batch))
+    torch.testing.assert_close(grown.score_items(history)[:, :-1], model.score_items(history))
 
 
 @pytest.mark.parametrize(
@@ -405,11 +444,11 @@ def test_padding_of_items() -> None:
 def test_code_accuracy_is_logged_beside_the_figures_of_items(codes: np.ndarray) -> None:
     model = randomised(tiger(codes))
     users = examples(len(codes), users=10)
-    best = model.generate(HistoryCollator(MAX_ITEMS)(users)).items[:, 0].tolist()
+    best = model.generate(CodeHistoryCollator(MAX_ITEMS)(users).history).items[:, 0].tolist()
     near = [np.flatnonzero((codes[:, :2] == codes[item, :2]).all(1))[-1] for item in best]
     targets = [*best[:3], *near[3:7], *[e.target for e in users[7:]]]
     users = [EvalExample(e.user_id, e.items, int(t)) for e, t in zip(users, targets)]
-    ranks = model.rank(HistoryCollator(MAX_ITEMS)(users), filter_seen=False)
+    ranks = ranks_of(model, CodeHistoryCollator(MAX_ITEMS)(users), filter_seen=False)
     trainer = lightning.Trainer(
         accelerator="cpu",
         logger=False,
@@ -418,7 +457,7 @@ def test_code_accuracy_is_logged_beside_the_figures_of_items(codes: np.ndarray) 
         enable_model_summary=False,
         callbacks=[CodeAccuracy()],
     )
-    loader = DataLoader(users, batch_size=4, collate_fn=HistoryCollator(MAX_ITEMS))
+    loader = DataLoader(users, batch_size=4, collate_fn=CodeHistoryCollator(MAX_ITEMS))
     (figures,) = trainer.test(LitWrapper(model, num_items=len(codes)), loader, verbose=False)
     for level in (1, 2, 3):
         expected = sum(right >= level for right in ranks.codes_right.tolist()) / 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ import yaml
 from torch.nn import functional as F
 
 from baselines import models
-from baselines.__main__ import BaselineArguments, main, read_config, run
+from baselines.__main__ import main, run
+from baselines.arguments import BaselineArguments, read_config
 from baselines.semantic_ids.ids import SemanticIds
-from baselines.sequence import recommender
-from baselines.sequence.collators import CausalCollator, HistoryCollator, MaskedCollator
+from baselines.sequence.collators import CausalCollator, ItemHistoryCollator, MaskedCollator
 from baselines.sequence.huggingface import HuggingFaceNetwork
 from baselines.sequence.item_table import ItemTable, nearest_items
 from baselines.sequence.recommender import Objective, SequenceRecommender
 from baselines.sequence.sasrec import SASRec
+from baselines.settings import LOSSES, settings_of
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
@@ -69,40 +71,40 @@ def eval_examples(*histories: list[int]) -> list[EvalExample]:
 
 def test_causal_batches_by_hand():
     batch = CausalCollator(3)(train_examples([5, 6, 7, 8, 9], [1, 2]))
-    assert batch["items"].tolist() == [6, 7, 8, 1]
-    assert batch["labels"].tolist() == [7, 8, 9, 2]
-    assert batch["offsets"].tolist() == [0, 3, 4]
-    assert batch["predict"].tolist() == [0, 1, 2, 3]
+    assert batch.history.items.tolist() == [6, 7, 8, 1]
+    assert batch.labels.tolist() == [7, 8, 9, 2]
+    assert batch.history.offsets.tolist() == [0, 3, 4]
+    assert batch.history.predict.tolist() == [0, 1, 2, 3]
 
 
 def test_masked_batches_hide_at_least_the_last_item():
     batch = MaskedCollator(3, N, 1e-9)(train_examples([5, 6, 7, 8], [1, 2]))
-    assert batch["items"].tolist() == [6, 7, N, 1, N]
-    assert batch["labels"].tolist() == [8, 2]
-    assert batch["predict"].tolist() == [2, 4]
+    assert batch.history.items.tolist() == [6, 7, N, 1, N]
+    assert batch.labels.tolist() == [8, 2]
+    assert batch.history.predict.tolist() == [2, 4]
     everything = MaskedCollator(3, N, 1.0)(train_examples([5, 6, 7, 8], [1, 2]))
-    assert everything["items"].tolist() == [N] * 5
-    assert everything["labels"].tolist() == [6, 7, 8, 1, 2]
+    assert everything.history.items.tolist() == [N] * 5
+    assert everything.labels.tolist() == [6, 7, 8, 1, 2]
 
 
 def test_masks_belong_to_the_example_not_to_the_batch():
     examples = train_examples(*[list(range(8))] * 6)
     collate = MaskedCollator(8, N, 0.3)
-    together = collate(examples)["items"].reshape(6, 8)
-    alone = [collate([example])["items"] for example in examples]
+    together = collate(examples).history.items.reshape(6, 8)
+    alone = [collate([example]).history.items for example in examples]
     assert torch.equal(together, torch.stack(alone))
     share = (together == N).float().mean()
     assert 0.1 < share < 0.6
 
 
 def test_histories_by_hand():
-    batch = HistoryCollator(3)(eval_examples([5, 6, 7, 8], [2]))
-    assert batch["items"].tolist() == [6, 7, 8, 2]
-    assert batch["predict"].tolist() == [2, 3]
-    hidden = HistoryCollator(3, N)(eval_examples([5, 6, 7, 8], [2]))
-    assert hidden["items"].tolist() == [7, 8, N, 2, N]
-    assert hidden["predict"].tolist() == [2, 4]
-    assert batch["seen"][1].tolist() == [5, 6, 7, 8, 2]  # what is filtered is the whole history
+    batch = ItemHistoryCollator(3)(eval_examples([5, 6, 7, 8], [2]))
+    assert batch.history.items.tolist() == [6, 7, 8, 2]
+    assert batch.history.predict.tolist() == [2, 3]
+    hidden = ItemHistoryCollator(3, N)(eval_examples([5, 6, 7, 8], [2]))
+    assert hidden.history.items.tolist() == [7, 8, N, 2, N]
+    assert hidden.history.predict.tolist() == [2, 4]
+    assert batch.seen[1].tolist() == [5, 6, 7, 8, 2]  # what is filtered is the whole history
 
 
 # Networks
@@ -118,7 +120,7 @@ def test_golden_gsasrec():
     models.load_published(model, GOLDEN / "gsasrec_tiny_ckpt.pt", [str(i + 1) for i in range(n)])
     sequences = [row[row != n + 1] - 1 for row in values["positives"]]
     batch = CausalCollator(12)(train_examples(*sequences))
-    hidden = model.predictions(batch)
+    hidden = model.predictions(batch.history)
 
     def real(name: str, shift: int = 0) -> torch.Tensor:  # without the published left padding
         rows = values[name][:, shift:]
@@ -127,15 +129,15 @@ def test_golden_gsasrec():
 
     torch.testing.assert_close(hidden, real("hidden"), atol=1e-5, rtol=1e-5)
     negatives = real("negatives", 1) - 1
-    candidates = torch.cat([batch["labels"][:, None], negatives], dim=1)
+    candidates = torch.cat([batch.labels[:, None], negatives], dim=1)
     scores = candidate_scores(hidden, model.scored.all(), candidates)
     torch.testing.assert_close(scores, real("logits"), atol=1e-5, rtol=1e-5)
     for t, expected in info["losses"].items():
         model.objective = Objective("gbce", 7, float(t))
-        loss = model.loss(hidden, batch["labels"], negatives)
+        loss = model.loss(hidden, batch.labels, negatives)
         assert loss.item() == pytest.approx(expected, abs=1e-6)
     histories = [row[row != n + 1] - 1 for row in values["history"]]
-    last = model.predictions(HistoryCollator(12)(eval_examples(*histories)))
+    last = model.predictions(ItemHistoryCollator(12)(eval_examples(*histories)).history)
     expected = torch.from_numpy(values["scores"])
     torch.testing.assert_close(last @ model.scored.all().T, expected, atol=1e-5, rtol=1e-5)
 
@@ -333,16 +335,16 @@ def test_candidate_scores_and_gradients_either_way(monkeypatch, per_candidate):
 def test_ranks_among_all_other_items_and_the_items_recommended_agree_with_the_ranks():
     for options in ({}, {"cosine": True, "temperature": 0.1}):
         model = made(**options).eval()
-        batch = HistoryCollator(8)(eval_examples([5, 6, 7], [2], [0, 3]))
+        batch = ItemHistoryCollator(8)(eval_examples([5, 6, 7], [2], [0, 3]))
         others = np.array([[i for i in range(N) if i != 1]] * 3)
         with torch.no_grad():
-            batch = model.encode_users(batch)
-            ranks = model.rank(batch, False)
-            among = model.rank_among(batch, others)
-            best = model.recommend(batch, N, False)
+            users = model.read(batch.history, batch.seen)
+            best = model.recommend(users, N, False)
+            among = model.rank_among(users, batch.labels, others)
+            ranks = model.rank(users, batch.labels, False)
         assert among.above.tolist() == ranks.above.tolist()
         assert [row.tolist().index(1) for row in best] == ranks.above.tolist()
-        unseen = model.recommend(batch, N, True)
+        unseen = model.recommend(users, N, True)
         assert not set(unseen[0]) & {5, 6, 7}
 
 
@@ -457,7 +459,9 @@ def test_every_model_learns_a_circle_and_ranks_the_same_when_loaded(
         EvalExample(int(u), examples.histories[i], int(t))
         for i, (u, t) in enumerate(zip(examples.user_ids, examples.targets, strict=True))
     ]
-    ranks = built.model.rank(built.eval_collator(rows), False)
+    batch = built.eval_collator(rows)
+    with torch.no_grad():
+        ranks = built.model.rank(built.model.read(batch.history, batch.seen), batch.labels, False)
     import pyarrow.parquet as pq
 
     written = pq.read_table(tmp_path / "ranks" / "trained_test.parquet")
@@ -558,7 +562,7 @@ def test_gradients_do_not_depend_on_the_number_of_processes(monkeypatch):
 
 def test_a_published_file_can_be_evaluated_and_wrong_ones_are_refused(data, tmp_path):
     made_settings = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_length": 6}
-    settings = models.settings_of("gsasrec", made_settings)
+    settings = settings_of("gsasrec", made_settings)
     folder = ProcessedFolder.load(data)
     model = models.build("gsasrec", settings, folder).model
     state = {}
@@ -575,12 +579,12 @@ def test_a_published_file_can_be_evaluated_and_wrong_ones_are_refused(data, tmp_
     main([*flags, "--from_published", str(tmp_path / "published.pt"), "--evaluate_only"])
     assert list(read_json(tmp_path / "out" / "metrics.json")["evaluations"]) == ["published"]
     fresh = models.build(
-        "gsasrec", settings | {"from_published": tmp_path / "published.pt"}, folder
+        "gsasrec", replace(settings, from_published=str(tmp_path / "published.pt")), folder
     )
     assert torch.equal(fresh.model.outputs.item_embedding.weight, model.outputs.all())
     with pytest.raises(UserError, match="no gSASRec of this size"):
         models.load_published(
-            models.build("gsasrec", settings | {"num_layers": 2}, folder).model,
+            models.build("gsasrec", replace(settings, num_layers=2), folder).model,
             tmp_path / "published.pt", folder.asins,
         )  # fmt: skip
     with pytest.raises(UserError, match="numbers 1 to N"):
@@ -595,7 +599,7 @@ def test_a_published_file_can_be_evaluated_and_wrong_ones_are_refused(data, tmp_
 def test_more_hard_negatives_than_items_are_refused(data, encoder):
     settings = {"loss": "in_batch", "hard_negatives": 6, "text_encoder": encoder}
     with pytest.raises(UserError, match="--hard_negatives 6: an item has only 5 others"):
-        models.build("sasrec", models.settings_of("sasrec", settings), ProcessedFolder.load(data))
+        models.build("sasrec", settings_of("sasrec", settings), ProcessedFolder.load(data))
 
 
 @pytest.mark.parametrize(
@@ -627,7 +631,7 @@ def test_configurations_that_ship_are_read_and_flags_win(data, tmp_path, reposit
     for path in shipped:
         values = read_config(str(path))
         own = BaselineArguments(**values).own()
-        models.settings_of(values["model"], own)
+        settings_of(values["model"], own)
     seen = []
     monkeypatch.setattr("baselines.__main__.run", seen.append)
     config = tmp_path / "config.yaml"
@@ -647,7 +651,7 @@ def test_configurations_that_ship_are_read_and_flags_win(data, tmp_path, reposit
 
 def test_names_of_losses_are_those_of_the_help():
     text = BaselineArguments.__dataclass_fields__["loss"].metadata["help"]
-    assert all(name in text for name in recommender.LOSSES)
+    assert all(name in text for name in LOSSES)
 
 
 def test_two_processes_end_as_one(data, tmp_path, repository):

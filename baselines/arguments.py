@@ -1,0 +1,67 @@
+"""Flags of `python -m baselines`: those of a run, and those of every model's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from baselines.settings import SETTINGS, flags_of_settings
+from recformer.files import UserError
+from recformer.training.arguments import RunArguments, flag
+
+
+@dataclass
+class BaselineRunArguments(RunArguments):
+    """Train and evaluate a baseline on a processed folder by full ranking."""
+
+    model: str = flag("sasrec", "which baseline", choices=list(SETTINGS))
+    output_dir: str = flag("", "everything that is written goes there; unset: result/<model>")
+    num_train_epochs: int = flag(200, "epochs at most")
+    batch_size: int = flag(128, "users a process and step")
+    gradient_accumulation_steps: int = flag(1, "batches an optimizer step")
+    learning_rate: float = flag(1e-3, "learning rate of AdamW, constant")
+    warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
+    max_grad_norm: float = flag(0.0, "gradients are clipped to this norm; 0 for no clipping")
+    verbose: int = flag(1, "epochs between validations; the last epoch is always validated")
+    patience: int = flag(10, "validations without gain before training ends")
+    evaluate_only: bool = flag(False, "rank with the weights of --from_published, do not train")
+
+    def own(self) -> dict[str, Any]:
+        """The model's settings that were given."""
+        shared = {field.name for field in fields(BaselineRunArguments)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+#: `BaselineRunArguments` with a flag for every setting of some model, None where it is not given.
+BaselineArguments: type[BaselineRunArguments] = make_dataclass(
+    "BaselineArguments",
+    flags_of_settings(),
+    bases=(BaselineRunArguments,),
+    namespace={"__doc__": BaselineRunArguments.__doc__, "__module__": __name__},
+)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Flags of a YAML file, checked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: not a YAML mapping, or a name that is no flag.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except RecursionError:
+        raise UserError(f"{path} is no YAML of flags: nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date of day 99
+        raise UserError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of flags to values")
+    unknown = sorted(set(values) - {field.name for field in fields(BaselineArguments)})
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]} is no flag of python -m baselines")
+    return values

@@ -1,0 +1,96 @@
+"""Settings of the baselines: flags, help and what is saved follow from one dataclass a model."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from baselines.arguments import BaselineArguments
+from baselines.generative.gpt2_codes import Gpt2Codes
+from baselines.generative.tiger import Tiger
+from baselines.settings import SETTINGS, names_of, settings_of
+from recformer.cli import flags_parser
+from recformer.files import UserError
+
+
+def test_defaults_are_the_published_and_the_saved_ones() -> None:
+    sequence = {
+        "hidden_size": 128, "num_layers": 2, "num_heads": 2, "dropout": 0.2, "max_length": 50,
+        "loss": "softmax", "num_negatives": 256, "gbce_t": 0.75, "temperature": 1.0,
+        "cosine": False, "hard_negatives": 0, "separate_outputs": False, "items": "id",
+        "text_encoder": None, "projection_layers": 2, "semantic_ids": None,
+    }  # fmt: skip
+    generative = {
+        "semantic_ids": "f", "hidden_size": 128, "num_layers": 4, "num_heads": 6, "dropout": 0.1,
+        "max_length": 20, "num_beams": 50, "exact_rank": False,
+    }  # fmt: skip
+    transformer = {"arch": "gpt2", "objective": "causal", "mask_probability": 0.2}
+    expected = {
+        "popularity": {},
+        "text_neighbours": {
+            "decay": 0.6, "history_factor": 1.0, "text_encoder": None, "weighting": "tfidf"
+        },
+        "cooccurrence": {"decay": 0.6, "history_factor": 1.0},
+        "sasrec": sequence | {"from_published": None},
+        "gsasrec": sequence | {"loss": "gbce", "separate_outputs": True, "from_published": None},
+        "bert4rec": sequence | transformer | {"arch": "bert", "objective": "masked"},
+        "transformer": sequence | transformer,
+        "tiger": generative,
+        "gpt2_codes": generative | {"num_heads": 4},
+    }  # fmt: skip
+    given = {"tiger": {"semantic_ids": "f"}, "gpt2_codes": {"semantic_ids": "f"}}
+    found = {model: settings_of(model, given.get(model, {})).as_dict() for model in SETTINGS}
+    assert found == expected
+
+
+def test_every_setting_is_a_flag_whose_help_names_the_defaults() -> None:
+    text = {field.name: field.metadata["help"] for field in fields(BaselineArguments)}
+    assert set().union(*map(names_of, SETTINGS)) <= set(text)
+    assert text["num_layers"] == "transformer layers (2; tiger: 4; gpt2_codes: 4)"
+    assert text["num_heads"].endswith("(2; tiger: 6; gpt2_codes: 4)")
+    assert text["loss"].endswith("(softmax; gsasrec: gbce)")
+    assert text["decay"].startswith("text_neighbours, cooccurrence: weight of an item")
+    assert text["decay"].endswith("(0.6)")
+    assert text["separate_outputs"].endswith("(no; gsasrec: yes)")
+    assert text["semantic_ids"].startswith("sasrec, gsasrec, bert4rec, transformer, tiger")
+    assert text["text_encoder"].startswith("text_neighbours, sasrec")
+    assert all(text[name] for name in text)
+
+
+def test_only_given_settings_are_the_models_own() -> None:
+    parser = flags_parser("baseline", None, BaselineArguments)
+    line = ["--model", "gsasrec", "--num_heads", "1", "--cosine", "--separate_outputs", "false"]
+    (args,) = parser.parse_args_into_dataclasses(line)
+    assert args.own() == {"num_heads": 1, "cosine": True, "separate_outputs": False}
+    assert settings_of("gsasrec", args.own()).as_dict()["separate_outputs"] is False
+
+
+def test_models_made_by_hand_have_the_same_defaults() -> None:
+    codes, sizes = [[0, 0], [0, 1]], [2, 2]
+    gpt2 = Gpt2Codes(codes, sizes)
+    assert (gpt2.gpt2.config.n_layer, gpt2.gpt2.config.n_head) == (4, 4)
+    tiger = Tiger(codes, sizes)
+    assert (tiger.t5.config.num_layers, tiger.t5.config.num_heads, tiger.num_beams) == (4, 6, 50)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        ("nothing", {}, "--model nothing: expected one of popularity, text_neighbours"),
+        ("popularity", {"decay": 1}, "--decay is no flag of --model popularity"),
+        ("cooccurrence", {"decay": 2}, "--decay 2: expected from 0 to 1"),
+        ("cooccurrence", {"history_factor": -1}, "--history_factor -1: expected from 0 to 1"),
+        ("text_neighbours", {"weighting": "idf"}, "--weighting idf: expected one of tfidf, bm25"),
+        ("transformer", {"objective": "both"}, "--objective both: expected one of causal, masked"),
+        ("bert4rec", {"mask_probability": 0}, r"--mask_probability 0: must be in \(0, 1\]"),
+        ("sasrec", {"temperature": 0}, "--temperature 0: must be above 0"),
+        ("sasrec", {"gbce_t": 2}, "--gbce_t 2: must be from 0 to 1"),
+        ("sasrec", {"num_negatives": 0}, "--num_negatives 0: must be at least 1"),
+        ("gpt2_codes", {"num_heads": 3, "semantic_ids": "f"}, "does not divide"),
+        ("tiger", {}, "--model tiger needs --semantic_ids FILE"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(model, given, message) -> None:
+    with pytest.raises(UserError, match=message):
+        settings_of(model, given)
