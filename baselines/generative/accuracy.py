@@ -1,4 +1,4 @@
-"""How often each code of the target is the likeliest, level by level."""
+"""Accuracy of codes: how often each code of the target is the likeliest, level by level."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class CodeTrie(nn.Module):
         return start[..., None] + torch.minimum(slot, count[..., None] - 1), real
 
     def open_nodes(self, excluded: Tensor) -> list[Tensor]:
-        """Which prefixes some item is left under, for each user.
+        """Prefixes with an item left under them, for each user.
 
         Args:
             excluded: bool (B, N), items that are out.

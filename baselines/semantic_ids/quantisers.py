@@ -23,7 +23,7 @@ METHODS: dict[str, type[Quantiser]] = {kind.method: kind for kind in (RQVAE, Res
 
 
 def code_statistics(codes: np.ndarray, codebook_size: int) -> dict[str, Any]:
-    """How a quantiser spreads items over its codes, before any are told apart.
+    """Spread of items over the codes of a quantiser, before collisions are resolved.
 
     Args:
         codes: int64 (N, L).

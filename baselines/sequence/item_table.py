@@ -1,4 +1,4 @@
-"""Where a sequence model's item vectors come from: ids, texts, or both.
+"""Item vectors of sequence models: from ids, texts, or both.
 
     id        a learned vector an item
     frozen    text vectors, projected; nothing is learned an item, so unseen items have vectors too

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words, for the person who downloaded one."""
+"""A checkpoint described in words, for the person who downloaded it."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ from recformer.files import UserError
 
 @dataclass
 class LoadReport:
-    """What became of every tensor, of the file's and of the model's.
+    """Account of every tensor of a file and of the model it was loaded into.
 
     Attributes:
         source: the file or folder, as given.

@@ -89,7 +89,7 @@ def compact(keys: Iterable[str]) -> str:
 
 
 def describe_state_dict(state: Mapping[str, Tensor]) -> str:
-    """What kind of model these weights look like, in a few words."""
+    """The kind of model that these weights look like, in a few words."""
     for pattern, kind in LOOKS_LIKE:
         if any(re.search(pattern, _strip_wrappers(key)) for key in state):
             return kind

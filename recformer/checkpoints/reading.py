@@ -43,7 +43,7 @@ FACTS = (
 
 @dataclass
 class Contents:
-    """What a file or folder holds.
+    """Contents of a checkpoint, a file or a folder.
 
     Attributes:
         kind: what it is, in words.
@@ -62,19 +62,19 @@ class Contents:
 
 
 def read_state_dict(path: PathLike) -> StateDict:
-    """The tensors of a checkpoint; see `read_checkpoint`."""
+    """Read the tensors of a checkpoint; see `read_checkpoint`."""
     return read_checkpoint(path).tensors
 
 
 def read_checkpoint(path: PathLike) -> Contents:
-    """What a checkpoint holds, on the CPU, under the file's own key names.
+    """Read a checkpoint onto the CPU, under the file's own key names.
 
     Args:
         path: a `.safetensors` file, a file written by `torch.save` (`.bin`, `.pt`, `.ckpt`: a state
             dict, or a training checkpoint that holds one), a folder with such a file, whole or in
-            shards, or a folder that DeepSpeed wrote. What a file is, its first bytes tell, not its
-            name. The weights of a DeepSpeed folder are joined by DeepSpeed, in float32 but for
-            frozen ones, which it keeps in the precision of training, or leaves out.
+            shards, or a folder that DeepSpeed wrote. The first bytes of a file, not its name,
+            tell its form. The weights of a DeepSpeed folder are joined by DeepSpeed, in float32 but
+            for frozen ones, which it keeps in the precision of training, or leaves out.
 
     Raises:
         FileNotFoundError: no such file, no weights in the folder, or a shard or rank is absent.

@@ -1,4 +1,4 @@
-"""What pretraining wrote becomes released files: two state dicts and a from_pretrained folder."""
+"""Released files from a pretraining checkpoint: two state dicts and a from_pretrained folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recformer.training.arguments import ModelArguments, flag
 
 @dataclass
 class ConvertArguments(ModelArguments):
-    """Where from, where to, and what the files do not say."""
+    """Flags of a conversion."""
 
     checkpoint: str | None = flag(
         None,

@@ -1,4 +1,4 @@
-"""What a checkpoint is, before it is used.
+"""A checkpoint described before it is used.
 
 Kind, shapes, run, configuration, and how its keys differ from what the models expect.
 """

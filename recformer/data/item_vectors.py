@@ -65,7 +65,7 @@ def open_or_build(
     wait: Callable[[], object] = lambda: None,
     progress: bool = True,
 ) -> Vectors:
-    """The vectors of all items, encoded now as far as they were not before.
+    """Map the vectors of all items; those that are not stored yet are encoded first.
 
     Processes that know of each other share the work: each calls this with its `rank`. Others may
     build the same store at the same time; they take over what they see finished.
@@ -117,7 +117,7 @@ def open_or_build(
 def count_missing(
     keys: Keys, model_key: str, hidden_size: int, cache_dir: str | os.PathLike
 ) -> int:
-    """How many items `open_or_build` would have to encode, those of the same content once."""
+    """Number of items that `open_or_build` would encode, those of the same content once."""
     folder = _folder(cache_dir, model_key, hidden_size)
     distinct = np.unique(keys)
     return int((_locate(distinct, _tables(folder, hidden_size))[0] < 0).sum())
@@ -129,7 +129,7 @@ def _folder(cache_dir: str | os.PathLike, model_key: str, hidden_size: int) -> P
 
 
 def _path(folder: Path, keys: Keys) -> Path:
-    """Where the vectors of these items by this store's model are, and nowhere else."""
+    """The one place for vectors of these items by this store's model."""
     return folder / f"{sha256_of(folder.name, keys.tobytes())[:32]}.npy"
 
 

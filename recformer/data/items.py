@@ -46,7 +46,7 @@ ARRAYS = ("input_ids", "token_type_ids", "offsets")
 
 
 def cache_dir(data_dir: Path, output_dir: Path, kind: str = "tokenized") -> Path:
-    """Where what is derived from data lies: beside it; in the output where that is read-only."""
+    """Cache folder: beside the data, or in `output_dir` if that is read-only."""
     return (data_dir if os.access(data_dir, os.W_OK) else output_dir) / kind
 
 
@@ -99,7 +99,7 @@ class TokenizedItems:
         tokenizer: RecformerTokenizer,
         cache_dir: str | os.PathLike,
     ) -> TokenizedItems:
-        """The store of `items`, tokenised now unless that was done before.
+        """Open the store of `items`; they are tokenised first where there is none.
 
         An existing store is checked against the checksums in its header and built anew if it is
         damaged. Several processes may call this at the same time.

@@ -42,7 +42,7 @@ READ_SIZE = 1 << 22  # bytes of a file hashed at a time
 
 @dataclass(frozen=True)
 class PretrainingData:
-    """What `open_or_build` gives.
+    """Pretraining data mapped into memory, made by `open_or_build`.
 
     Attributes:
         store: all items of the catalogue, tokenised.
@@ -69,7 +69,7 @@ class PretrainingData:
         tokenizer: RecformerTokenizer,
         cache_dir: str | os.PathLike,
     ) -> PretrainingData:
-        """Map the data, made from the files now unless that was done before.
+        """Map the data into memory; the mapped files are made first where there are none.
 
         Several processes may call this at the same time.
 

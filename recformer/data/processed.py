@@ -103,7 +103,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class EvalExamples:
-    """What is to be ranked for whom.
+    """Evaluation examples: a user, the history, and the item to be ranked.
 
     Attributes:
         user_ids: int64 (E,), ascending.

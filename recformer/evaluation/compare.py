@@ -13,6 +13,7 @@ from recformer.evaluation.runs import RULE, RankedRun
 from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
 from recformer.files import UserError
 
+# Figures that tables of runs show.
 METRICS = ("NDCG@10", "Recall@10", "NDCG@50", "Recall@50", "MRR")
 
 

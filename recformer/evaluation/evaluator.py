@@ -22,8 +22,8 @@ class Evaluator:
     of a distributed sampler) are dropped by user id. Figures are sums over users in the order of
     their ids: the same to the last bit for any batch size, order and number of processes.
 
-    Of what is recommended (`count_recommended`) it keeps how often each item is among the first k:
-    no rows, so these users must not come twice.
+    Recommendations (`count_recommended`) are kept as counts of each item among the first k, without
+    users, so these must not come twice.
 
     Args:
         ks: cut-offs of NDCG, Recall and MRR, and of what is recommended.

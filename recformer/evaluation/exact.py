@@ -35,7 +35,7 @@ DENSE_SHARE = 1 / 32  # above this share of undecided items a matrix product bea
 
 @dataclass(frozen=True)
 class _UserSide:
-    """What a block of users brings to every chunk of items.
+    """A block of users, ready to be compared with chunks of items.
 
     The length of a user's vector does not change the order of items, so users are of length 1 here
     and one error bound serves them all; additions to dot products are divided by it.

@@ -1,4 +1,4 @@
-"""What an evaluation reports: figures, intervals, and the same for parts of the users.
+"""Report of an evaluation: figures, their intervals, and both for slices of the users.
 
 `recformer.evaluation.evaluator.Evaluator` knows ranks alone. With the processed folder beside it,
 `detailed_figures` says how sure every figure is and for whom it holds. Every model's `metrics.json`
@@ -32,7 +32,7 @@ FREQUENT = 5
 #: the newest 50 items, so the last slice is what it does not see whole.
 LENGTHS = (5, 10, 20, 50)
 
-#: Of the intervals here. An end is then uncertain by a twelfth of a standard error;
+#: Bootstrap resamples per interval. An end is then uncertain by a twelfth of a standard error;
 #: `recformer.evaluation.compare` draws ten times as many.
 RESAMPLES = 1_000
 
@@ -118,7 +118,7 @@ def slices(
     user_ids: NDArray[np.int64],
     targets: NDArray[np.int64],
 ) -> dict[str, NDArray[np.bool_]]:
-    """Which users belong to which slice, bool (U,) each; three partitions of the users.
+    """Slices of the users, bool (U,) each; three partitions.
 
     `cold target`, `rare target`, `frequent target`: by the target's training interactions, none,
     fewer than `FREQUENT`, or more. `history 1-5` and so on: by the number of items before the

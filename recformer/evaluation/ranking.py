@@ -7,7 +7,7 @@ them into figures as sums over users divided by their number, so that batch size
 of processes cannot change a figure.
 
 What is recommended (`top_items`, `top_items_by_vectors`) and ranks among a few sampled items
-(`sample_negatives`, `count_ranks_among`, `rank_among_by_vectors`) follow the same scores.
+(`sample_unseen`, `count_ranks_among`, `rank_among_by_vectors`) follow the same scores.
 
 Shapes: B users, N items, C items of a chunk or candidates of a user, H hidden size, P pairs (user,
 item), K rank cut-offs, k items recommended.

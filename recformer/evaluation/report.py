@@ -7,7 +7,7 @@ from typing import Any
 
 
 def report(rows: Mapping[str, Mapping[str, Any]], metric: str) -> str:
-    """What is printed at the end of a run.
+    """The text printed at the end of a run.
 
     Args:
         rows: name of a model -> `detailed_figures`; the last one is looked at closely.

@@ -149,7 +149,7 @@ class _Best:
 
     @property
     def least(self) -> NDArray[np.float64]:
-        """What an item must at least score to be among the best, (B,)."""
+        """Least score that puts an item among the best, (B,)."""
         return self.scores[:, -1]
 
     def offer(self, rows: NDArray, items: NDArray, scores: NDArray) -> None:

@@ -33,7 +33,7 @@ SCORE_BYTES = 3 << 20
 
 @dataclass(frozen=True)
 class Band:
-    """Which keys each block of queries sees, for one window size.
+    """Keys that each block of queries sees, for one window size.
 
     Attributes:
         block: Q, queries a block.

@@ -26,12 +26,12 @@ BITS = {
 
 
 def _num_dropped(p: float) -> int:
-    """How many of the 2**16 values of a draw mean "dropped"."""
+    """Number of the 2**16 values of a draw that mean "dropped"."""
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 
 def keep_scale(p: float) -> float:
-    """What the survivors of `drop` are to be multiplied by."""
+    """Factor that the survivors of `drop` are multiplied by."""
     return _LEVELS / (_LEVELS - _num_dropped(p))
 
 

@@ -25,11 +25,11 @@ from recformer.models.attention import AttentionLayout, RecformerSelfAttention, 
 from recformer.models.dropout import add_dropout, dropout
 from recformer.packing import PackedTokens
 
-# oneDNN, which multiplies 16-bit matrices on CPU, prepares for every new number of rows. That takes
-# longer than the product itself, and what it prepared is kept.
+# oneDNN compiles a 16-bit matmul for each number of rows and caches it, which takes longer than the
+# product; rounding the rows up to a multiple keeps the variants few.
 CPU_TOKEN_MULTIPLE = 256
-# In inference the feed-forward goes over rows in pieces whose inner states take about this: blocks
-# above 32 MB glibc takes from the kernel anew, page by page, whenever they are needed.
+# In inference the feed-forward goes over rows in pieces whose inner states take about this: glibc
+# takes blocks above 32 MB from the kernel anew, page by page, each time.
 CPU_INNER_BYTES = 16 << 20
 # Rows that are summed and normalised at once, in the cache.
 CPU_NORM_ROWS = 256
@@ -133,7 +133,7 @@ class _ResidualOutput(nn.Module):
 
 
 class RecformerAttention(nn.Module):
-    """Self-attention and what follows it."""
+    """Self-attention, output projection, residual and LayerNorm."""
 
     def __init__(self, config: RecformerConfig, window: int) -> None:
         super().__init__()

@@ -101,7 +101,7 @@ def _like(example: Any, name: str, text: str) -> Any:
 
 @dataclass
 class EvaluationArguments:
-    """How a model is judged: the same flags for every entry point that evaluates."""
+    """Flags of an evaluation, the same for every entry point that evaluates."""
 
     protocol: str | None = flag(None, PROTOCOL_HELP)
     metric_ks: list[int] = flag([10, 50], "cut-offs of NDCG and Recall")
@@ -120,7 +120,7 @@ class EvaluationArguments:
         return f"NDCG@{10 if 10 in self.metric_ks else min(self.metric_ks)}"
 
     def protocol_record(self) -> dict[str, Any] | None:
-        """What `metrics.json` says of the protocol, see `Protocol.record`; None without one."""
+        """The protocol's entry in `metrics.json`, see `Protocol.record`; None without one."""
         if self.protocol is None:
             return None
         return Protocol.load(self.protocol).record("evaluation", vars(self))
@@ -143,7 +143,7 @@ class EvaluationArguments:
 
 @dataclass
 class DeviceArguments:
-    """Where to compute, and in which precision."""
+    """Flags of devices and precision."""
 
     device: list[int] | None = flag(
         None, "GPU indices, -1 for the CPU; unset: the first GPU if there is one", nargs="+"
@@ -167,7 +167,7 @@ class DeviceArguments:
 
 @dataclass
 class RunArguments(DeviceArguments, EvaluationArguments):
-    """What every training run on a processed folder is told, whatever its model."""
+    """Flags of every training run on a processed folder, whatever its model."""
 
     data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
     output_dir: str = flag("result", "everything that is written goes there")

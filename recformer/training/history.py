@@ -1,4 +1,4 @@
-"""What training wrote down: a row an epoch or an interval, as CSV and as a picture."""
+"""Histories of training: a row an epoch or an interval, as CSV and as a picture."""
 
 from __future__ import annotations
 

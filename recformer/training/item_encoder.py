@@ -73,9 +73,9 @@ def item_keys(store: TokenizedItems) -> Keys:
 
 
 def distinct_items(store: TokenizedItems) -> tuple[np.ndarray, np.ndarray]:
-    """Items that read the same, token for token, encoded once.
+    """Group items whose tokens are the same, so that each text is encoded once.
 
-    It saves work, and it makes equal items tie exactly: in 16-bit precision the vectors of one text
+    That saves work and makes equal items tie exactly: in 16-bit precision the vectors of one text
     encoded in two batches differ by more than distances between items that a ranking rests on.
 
     Returns:
@@ -87,7 +87,7 @@ def distinct_items(store: TokenizedItems) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encoder_key(model: PreTrainedModel, *settings: str) -> str:
-    """What vectors depend on beside an item's content: weights, configuration and `settings`."""
+    """Key of all that vectors depend on beside an item: weights, configuration and `settings`."""
     values = model.config.to_dict()
     kept = {name: value for name, value in values.items() if name not in NOT_IN_VECTORS}
     config = json.dumps(kept, sort_keys=True, default=str)
@@ -137,7 +137,7 @@ def encode_items(
     if item_ids is not None:
         texts, inverse = np.unique(inverse[item_ids], return_inverse=True)
         first = first[texts]
-    # A batch is one process's whole; shares differ in which batches they take, not in the batches.
+    # Batches are cut alike everywhere; each process takes every `world`-th one.
     batches = list(token_budget_batches(store.lengths[first] + 1, TOKENS_PER_BATCH))[rank::world]
     bar = tqdm(
         batches, desc="encode items", leave=False, disable=None if progress and rank == 0 else True
