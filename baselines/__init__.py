@@ -1,11 +1,9 @@
-"""The lines every model must beat, on the same processed folder and evaluator as every model.
+"""Baselines on the same processed folder, trainer and evaluator as Recformer.
 
 `python -m baselines --model NAME --data_path FOLDER`, or in Python
 
 >>> Popularity(ProcessedFolder.load(path)).evaluate("test")["NDCG@10"]
 
-A baseline has `rank(examples, seen)`, which places the target of every example among all items;
-`evaluate` turns that into figures.
-
-Shapes: E evaluation examples, C examples of a chunk, N items.
+Every trained model is a `recformer.evaluation.recommender.Recommender`; the untrained ones rank
+evaluation examples (`baselines.untrained.base.Baseline`).
 """

@@ -72,7 +72,8 @@ def test_the_best_model_ranks_as_the_evaluation_did(shop, finished) -> None:
         ]
     )
     with torch.no_grad():
-        ranks = model.rank(batch, filter_seen=False)
+        users = model.read(batch.history, batch.seen)
+        ranks = model.rank(users, batch.labels, filter_seen=False)
     hits = np.clip(5 - ranks.above, 0, ranks.tied + 1) / (ranks.tied + 1)
     assert hits.mean() == pytest.approx(result["test"]["Recall@5"], abs=1e-6)
 

@@ -10,27 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.tree import DOORS, LAYERS, first_line, tree, with_tree
+
 ROOT = Path(__file__).resolve().parent.parent
-
-# Other ways to type a command, so they import it.
-DOORS = ("recformer.recommend", "recformer.encode_items")
-
-# A module may import from its own layer and from the ones above it in this list, never from below.
-LAYERS: list[tuple[str, ...]] = [
-    ("recformer.files", "recformer.packing", "recformer.pictures", "recformer.processes"),
-    ("recformer.cli", "recformer.config"),
-    ("recformer.tokenization",),
-    ("recformer.data",),
-    ("recformer.evaluation",),
-    ("recformer.models", "recformer.preparation"),
-    ("recformer.checkpoints",),
-    ("recformer.training",),
-    ("recformer.pretrain", "recformer.finetune", "recformer.recommendation"),
-    ("recformer.commands",),
-    ("recformer.__main__", *DOORS),
-    ("baselines",),
-    ("benchmarks",),
-]
 
 # Run by name; no other module imports them.
 ENTRY_POINTS = (
@@ -164,6 +146,26 @@ def test_the_walk_accepts_the_right_direction(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("from ..models.seqrec import X\nimport recformer.config\nfrom . import y\n")
     assert wrong_imports(modules(tmp_path)) == []
+
+
+def test_the_tree_of_the_readme_is_that_of_the_layers() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_tree(text) == text, "run python scripts/tree.py --write"
+
+
+def test_every_module_says_what_it_is_in_one_line() -> None:
+    missing = [name for name, path in modules().items() if not first_line(path)]
+    assert missing == []
+    cut = [name for name, path in modules().items() if len(first_line(path)) > 100]
+    assert cut == []
+
+
+def test_the_tree_holds_every_module_once() -> None:
+    shown = tree().split("recformer/ ", 1)[1].splitlines()
+    names = [line.split()[0] for line in shown]
+    found = [path for path in modules().values() if path.name != "__init__.py"]
+    for name in {path.name for path in found}:
+        assert names.count(name) == sum(path.name == name for path in found), name
 
 
 def undeclared(package: str, *extras: str) -> set[str]:

@@ -1,0 +1,1 @@
+"""Models over semantic ids, which write the next item code by code."""

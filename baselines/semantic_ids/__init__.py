@@ -1,0 +1,1 @@
+"""Codes of items from their texts, and the command that makes them."""

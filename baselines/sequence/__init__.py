@@ -1,0 +1,1 @@
+"""Models over sequences of item vectors: SASRec, gSASRec, BERT4Rec, any transformer."""

@@ -1,0 +1,1 @@
+"""Lines that every model must beat: nothing in them is trained."""

@@ -1,0 +1,1 @@
+"""How weights come and go: reading, loading, converting, naming."""

@@ -1,0 +1,1 @@
+"""What training reads: processed items, their tokens, batches."""

@@ -1,4 +1,4 @@
-"""The networks: encoder, pretraining and recommendation heads."""
+"""The networks and their losses: encoder, pretraining, recommendation."""
 
 from recformer.models.catalogue import CatalogueHead, HeadOptions, RecformerForCatalogue
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel

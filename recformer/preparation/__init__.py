@@ -1,0 +1,1 @@
+"""How raw data become processed folders, and what is wrong with them."""

@@ -1,0 +1,1 @@
+"""How a model is trained: trainer, stages, histories, the item table."""

@@ -41,10 +41,11 @@ class Vectors(VectorRecommender[Tensor]):
 
 
 class Scores(ScoreRecommender[Tensor]):
-    """The cosines of the same vectors as scores."""
+    """The cosines of the same vectors as scores, rounded so that equal ones tie."""
 
     def scores(self, history: Tensor) -> Tensor:
-        return torch.nn.functional.cosine_similarity(history[:, None], ITEMS[None], dim=-1)
+        cosines = torch.nn.functional.cosine_similarity(history[:, None], ITEMS[None], dim=-1)
+        return cosines.round(decimals=4)
 
 
 @pytest.mark.parametrize("bonus", [0.0, 1.5])

@@ -1,0 +1,1 @@
+"""What in a processed folder can spoil an evaluation."""

@@ -1,0 +1,104 @@
+"""The tree of the README, from the layers and the first line of every module's docstring.
+
+python scripts/tree.py            prints it
+python scripts/tree.py --write    puts it into README.md
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 28  # of the column of names
+
+#: Other ways to type a command, so they import it.
+DOORS = ("recformer.recommend", "recformer.encode_items")
+
+#: A module may import from its own layer and from the ones above it in this list, never from below.
+LAYERS: list[tuple[str, ...]] = [
+    ("recformer.files", "recformer.packing", "recformer.pictures", "recformer.processes"),
+    ("recformer.cli", "recformer.config"),
+    ("recformer.tokenization",),
+    ("recformer.data",),
+    ("recformer.evaluation",),
+    ("recformer.models", "recformer.preparation"),
+    ("recformer.checkpoints",),
+    ("recformer.training",),
+    ("recformer.pretrain", "recformer.finetune", "recformer.recommendation"),
+    ("recformer.commands",),
+    ("recformer.__main__", *DOORS),
+    ("baselines",),
+    ("benchmarks",),
+]
+
+ABOVE = {
+    "quickstart.sh": "fresh machine -> whole pipeline on the generated sample -> metrics table",
+    "run_tests.sh": "fresh machine -> lint, types, tests",
+    "lightning_run.sh": "pretraining: variables with defaults, further flags are passed on",
+    "finetune.sh": "finetuning and evaluation, likewise",
+    "save_longformer_ckpt.py": "start weights into pretraining",
+    "convert_pretrain_ckpt.py": "released files out of it",
+    "pretrain_data/": "raw reviews and metadata -> pretraining files",
+    "finetune_data/": "raw reviews and metadata -> a processed folder",
+}
+BELOW = {
+    "scripts/": "what the shell scripts share, this tree",
+    "tests/": "in the folders of what they test; golden vectors of the published model",
+    "docs/": "results with commands, performance and why, the method `head`",
+}
+
+
+def first_line(path: Path) -> str:
+    """The first line of a module's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.split("\n")[0].rstrip(".")
+
+
+def lines_of(path: Path, depth: int) -> list[str]:
+    """A package with all that is below it, or a module."""
+    indent = "  " * depth
+    if path.is_file():
+        return [_line(indent + path.name, first_line(path))]
+    lines = [_line(f"{indent}{path.name}/", first_line(path / "__init__.py"))]
+    parts = [p for p in path.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    for part in sorted(parts, key=lambda p: (p.is_dir(), p.name)):
+        if part.name != "__init__.py":
+            lines += lines_of(part, depth + 1)
+    return lines
+
+
+def tree(root: Path = ROOT) -> str:
+    """All of it, modules of `recformer` in the order of the layers."""
+    lines = [_line(*entry) for entry in ABOVE.items()]
+    lines.append(_line("recformer/", first_line(root / "recformer" / "__init__.py")))
+    names = [name for layer in LAYERS for name in layer]
+    for name in names:
+        package, _, module = name.partition(".")
+        path = root / package / module if module else root / package
+        if module:
+            lines += lines_of(path if path.is_dir() else path.with_suffix(".py"), 1)
+        else:
+            lines += lines_of(path, 0)
+    lines += [_line(*entry) for entry in BELOW.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<{WIDTH}}{text}".rstrip()
+
+
+def with_tree(readme: str) -> str:
+    """The text of a README with the tree in its place."""
+    before, start, rest = readme.partition("## The tree\n\n```text\n")
+    _, end, after = rest.partition("```\n")
+    return before + start + tree() + end + after
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        path = ROOT / "README.md"
+        path.write_text(with_tree(path.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(tree(), end="")
