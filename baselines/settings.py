@@ -134,6 +134,11 @@ class SequenceSettings(NetworkSettings):
         "codes)",
     )
     text_encoder: str | None = flag(None, "")
+    history_term: bool = flag(
+        False,
+        "items that the user has have a score of their own: theirs times a learned factor, plus a "
+        "learned number, as in finetune --method head",
+    )
     projection_layers: int = flag(2, "linear layers from text to item vectors")
     semantic_ids: str | None = flag(
         None, "file of python -m baselines.semantic_ids, for --items codes, tiger and gpt2_codes"
@@ -158,6 +163,8 @@ class SequenceSettings(NetworkSettings):
                 "--text_encoder goes with --items frozen, init or add, or with --hard_negatives; "
                 f"got --items {self.items} and --text_encoder {self.text_encoder}"
             )
+        if self.history_term and self.loss != "softmax":
+            raise UserError(f"--history_term goes with --loss softmax, not {self.loss}")
         if self.hard_negatives and self.loss != "in_batch":
             raise UserError(f"--hard_negatives goes with --loss in_batch, not {self.loss}")
 
@@ -188,6 +195,10 @@ class TransformerSettings(SequenceSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of(self, "objective", ("causal", "masked"))
+        if self.history_term and self.objective == "masked":
+            raise UserError(
+                "--history_term goes with --objective causal: masked items have no past"
+            )
         if not 0 < self.mask_probability <= 1:
             raise UserError(f"--mask_probability {self.mask_probability}: must be in (0, 1]")
 

@@ -54,6 +54,22 @@ def places(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row, column, lengths
 
 
+def met_before(sequences: ItemSequences) -> tuple[Tensor, Tensor]:
+    """Items that stand in a sequence up to the place of a prediction, each once.
+
+    Returns:
+        (rows, items), both int64 (U,): prediction `rows[j]` knows the item `items[j]`.
+    """
+    _, column, _ = places(sequences.offsets)
+    counts = column[sequences.predict] + 1  # (P,)
+    rows = torch.repeat_interleave(counts)
+    back = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    items = sequences.items[sequences.predict[rows] - back]
+    size = int(items.max()) + 1
+    pairs = torch.unique(rows * size + items)
+    return pairs // size, pairs % size
+
+
 class CausalCollator:
     """Every item but the first is predicted from the ones before it (SASRec, section III).
 

@@ -9,16 +9,23 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.sequence.collators import ItemSequences
+from baselines.sequence.collators import ItemSequences, met_before
 from baselines.sequence.item_table import ItemTable
 from baselines.settings import SequenceSettings
 from recformer.data.batches import TrainBatch
+from recformer.evaluation.additions import Additions
 from recformer.evaluation.recommender import VectorRecommender
-from recformer.models.losses import candidate_scores, full_softmax_loss, gbce_loss, sample_negatives
+from recformer.models.losses import (
+    candidate_scores,
+    full_softmax_loss,
+    gbce_loss,
+    mean_over_processes,
+    sample_negatives,
+    softmax_loss_with_terms,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Objective:
         cosine: scores are cosines, not dot products.
         hard_negatives: with `in_batch`: this many items whose texts are most like the target's are
             candidates too.
+        history_term: items that stand before a prediction have a score of their own.
     """
 
     loss: str = SequenceSettings.loss
@@ -43,6 +51,7 @@ class Objective:
     temperature: float = SequenceSettings.temperature
     cosine: bool = SequenceSettings.cosine
     hard_negatives: int = SequenceSettings.hard_negatives
+    history_term: bool = SequenceSettings.history_term
 
     @classmethod
     def of(cls, settings: SequenceSettings) -> Objective:
@@ -54,6 +63,7 @@ class Objective:
             settings.temperature,
             settings.cosine,
             settings.hard_negatives,
+            settings.history_term,
         )
 
 
@@ -100,6 +110,9 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         self.objective = objective
         if network.bidirectional:
             self.hidden_item = nn.Parameter(torch.randn(hidden_size) * 0.02)
+        if objective.history_term:
+            self.history_factor = nn.Parameter(torch.tensor(0.5))
+            self.history_bias = nn.Parameter(torch.zeros(()))
         if similar_items is not None:
             self.register_buffer("similar_items", similar_items, persistent=False)
 
@@ -121,13 +134,21 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
     def training_loss(self, batch: TrainBatch[ItemSequences]) -> Tensor:
         """Mean loss of the predictions of a batch; with several processes, of all their batches."""
         labels = batch.labels
-        loss = self.loss(self.predictions(batch.history), labels)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Processes average their gradients, but have different numbers of predictions.
-            total = torch.tensor(float(len(labels)), device=labels.device)
-            torch.distributed.all_reduce(total)
-            loss = loss * len(labels) * torch.distributed.get_world_size() / total
-        return loss
+        users = self.predictions(batch.history)
+        if self.objective.history_term:
+            loss = self._loss_with_history(users, labels, batch.history)
+        else:
+            loss = self.loss(users, labels)
+        return mean_over_processes(loss, len(labels))
+
+    def _loss_with_history(self, users: Tensor, labels: Tensor, history: ItemSequences) -> Tensor:
+        users, table = self._sides(users, self.scored.all())
+        return softmax_loss_with_terms(
+            users, table, labels, met_before(history), self._rescored, scale=1.0
+        )
+
+    def _rescored(self, scores: Tensor, _places: Tensor) -> Tensor:
+        return self.history_factor * scores + self.history_bias
 
     def loss(self, users: Tensor, labels: Tensor, negatives: Tensor | None = None) -> Tensor:
         """The objective.
@@ -194,6 +215,17 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
     def item_vectors(self) -> Tensor:
         """The item vectors (N, D) that predictions are scored with."""
         return self.scored.all()
+
+    def history_terms(self, history: ItemSequences, vectors: Tensor) -> Additions | None:
+        if not self.objective.history_term:
+            return None
+        rows, items = met_before(history)
+        table, users = self.scored.all()[items].double(), vectors[rows].double()
+        if self.cosine:
+            table, users = F.normalize(table, dim=-1), F.normalize(users, dim=-1)
+        scores = (users * table).sum(dim=-1) / self.objective.temperature
+        added = self._rescored(scores, rows) - scores
+        return rows, items, added * self.objective.temperature
 
     @property
     def cosine(self) -> bool:

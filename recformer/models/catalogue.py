@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from recformer.config import RecformerConfig
 from recformer.data.batches import TrainBatch
@@ -38,11 +37,10 @@ from recformer.evaluation.additions import Additions
 from recformer.evaluation.recommender import VectorRecommender
 from recformer.files import UserError
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
-from recformer.models.losses import mean_over_processes
+from recformer.models.losses import mean_over_processes, softmax_loss_with_terms
 
 VALUE = 2  # token type of an attribute's value
 AGES = 6  # ages told apart in the term for items of the history, the last one for all older items
-SCORES_AT_ONCE = 2**24  # of the loss: 64 MB in float32
 SMALLEST = 1e-3  # of the largest variance: directions below are not blown up by whitening
 FIRST_DECAY = 0.6  # weight of an item beside the next newer one, before training
 FIRST_FACTOR = 0.5  # of the score of an item of the history, before training
@@ -235,46 +233,28 @@ class CatalogueHead(nn.Module):
 
     def history_additions(self, histories: Histories, cosines: Tensor) -> Tensor:
         """What is added to the cosines (U,) of `histories.distinct`; zeros without that part."""
+        return self._addition(cosines, histories.newest)
+
+    def _addition(self, cosines: Tensor, newest: Tensor) -> Tensor:
         if not self.options.history_term:
             return torch.zeros_like(cosines)
-        bias = self.history_bias[histories.newest.clamp(max=AGES - 1)]
-        return (self.history_factor - 1) * cosines + bias
+        return (self.history_factor - 1) * cosines + self.history_bias[newest.clamp(max=AGES - 1)]
 
     def loss(self, histories: Histories, labels: Tensor, table: Tensor) -> Tensor:
-        """Mean cross-entropy of the labels (P,) among all items (N, D), a float32 scalar.
+        """Mean cross-entropy of the labels (P,) among all items (N, D), a float32 scalar."""
 
-        Memory is that of `SCORES_AT_ONCE` scores beyond the arguments and their gradients: users
-        are taken in parts, whose scores backward computes again.
-        """
-        users = self.user_vectors(histories, table)
-        step = max(1, SCORES_AT_ONCE // len(table))
-        if step >= len(labels):
-            return self._loss_of(users, histories, labels, table, 0) / len(labels)
-        total = users.new_zeros(())
-        for start in range(0, len(labels), step):
-            part = slice(start, start + step)
-            total = total + checkpoint(
-                self._loss_of, users[part], histories, labels[part], table, start,
-                use_reentrant=False,
-            )  # fmt: skip
-        return total / len(labels)
+        def rescored(cosines: Tensor, places: Tensor) -> Tensor:
+            return cosines + self._addition(cosines, histories.newest[places])
 
-    def _loss_of(
-        self, users: Tensor, histories: Histories, labels: Tensor, table: Tensor, first: int
-    ) -> Tensor:
-        """Sum of the losses of users (B, D), the histories from number `first` on."""
-        scores = (users @ table.T).float()  # in 16 bits under autocast
-        inside = (histories.rows >= first) & (histories.rows < first + len(users))
-        rows, items = histories.rows[inside] - first, histories.distinct[inside]
-        if self.options.history_term:
-            known = Histories(**vars(histories) | {"newest": histories.newest[inside]})
-            cosines = scores[rows, items]
-            added = self.history_additions(known, cosines)
-            scores = scores.index_put((rows, items), cosines + added)
-        scores = scores * torch.exp(-self.log_temperature)
-        if self.options.spare_unbought:
-            scores = scores.masked_fill(~self.bought, -torch.inf)
-        return F.cross_entropy(scores, labels, reduction="sum")
+        return softmax_loss_with_terms(
+            self.user_vectors(histories, table),
+            table,
+            labels,
+            (histories.rows, histories.distinct),
+            rescored,
+            scale=torch.exp(-self.log_temperature),
+            candidates=self.bought if self.options.spare_unbought else None,
+        )
 
 
 class RecformerForCatalogue(RecformerPreTrainedModel, VectorRecommender[Histories]):

@@ -10,6 +10,7 @@ Shapes: B users, N items, C items of a chunk, H hidden size, K candidates of a u
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from recformer.files import UserError
 
@@ -83,6 +85,46 @@ def full_softmax_loss(
             users, item_table, labels, temperature, chunk_size, cosine
         )
         return losses.mean()
+
+
+def softmax_loss_with_terms(
+    users: Tensor,
+    table: Tensor,
+    labels: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    rescored: Callable[[Tensor, Tensor], Tensor],
+    scale: Tensor | float,
+    candidates: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy of targets among all items, where some pairs have a score of their own.
+
+    Memory is that of `CHUNK_ELEMENTS` scores beyond the arguments and their gradients: users are
+    taken in parts, whose scores backward computes again.
+
+    Args:
+        users: (P, D).
+        table: (N, D); scores are products of both.
+        labels: (P,) item ids.
+        pairs: (rows, items), both (U,), each pair once: those of another score.
+        rescored: products (V,) of some pairs and their places (V,) among `pairs` -> their scores.
+        scale: all scores are multiplied by it.
+        candidates: bool (N,), the items that are compared, every label among them; None: all.
+    """
+    step = max(1, CHUNK_ELEMENTS // len(table))
+
+    def part(first: int) -> Tensor:
+        scores = (users[first : first + step] @ table.T).float()  # in 16 bits under autocast
+        inside = ((pairs[0] >= first) & (pairs[0] < first + step)).nonzero()[:, 0]
+        own = pairs[0][inside] - first, pairs[1][inside]
+        scores = scores.index_put(own, rescored(scores[own], inside)) * scale
+        if candidates is not None:
+            scores = scores.masked_fill(~candidates, -math.inf)
+        return F.cross_entropy(scores, labels[first : first + step], reduction="sum")
+
+    if step >= len(labels):
+        return part(0) / len(labels)
+    parts = [checkpoint(part, first, use_reentrant=False) for first in range(0, len(labels), step)]
+    return torch.stack(parts).sum() / len(labels)
 
 
 def mean_over_processes(loss: Tensor, count: int) -> Tensor:

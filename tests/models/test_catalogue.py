@@ -14,7 +14,7 @@ from recformer.data.batches import EvalBatch, TrainBatch
 from recformer.data.collators import EvalExample
 from recformer.data.histories import Histories, HistoryEvalCollator, histories_of
 from recformer.files import UserError
-from recformer.models import RecformerForSeqRec, catalogue
+from recformer.models import RecformerForSeqRec, losses
 from recformer.models.catalogue import (
     CatalogueHead,
     HeadOptions,
@@ -186,7 +186,7 @@ def test_the_loss_is_that_of_the_equations_in_parts_too(spare, monkeypatch) -> N
     assert {name.partition(".")[0] for name in gradients} == {"head"}  # the encoder stays
     assert all(bool(g.isfinite().all()) for g in gradients.values())
 
-    monkeypatch.setattr(catalogue, "SCORES_AT_ONCE", N)  # one history at a time
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", N)  # one history at a time
     made.zero_grad()
     parts = made.training_loss(batch)
     assert parts.item() == pytest.approx(whole.item(), abs=1e-6)

@@ -17,7 +17,12 @@ from baselines import models
 from baselines.__main__ import main, run
 from baselines.arguments import BaselineArguments, read_config
 from baselines.semantic_ids.ids import SemanticIds
-from baselines.sequence.collators import CausalCollator, ItemHistoryCollator, MaskedCollator
+from baselines.sequence.collators import (
+    CausalCollator,
+    ItemHistoryCollator,
+    MaskedCollator,
+    met_before,
+)
 from baselines.sequence.huggingface import HuggingFaceNetwork
 from baselines.sequence.item_table import ItemTable, nearest_items
 from baselines.sequence.recommender import Objective, SequenceRecommender
@@ -279,6 +284,45 @@ def test_gbce_without_calibration_is_binary_cross_entropy():
     for options in ({"loss": "bce"}, {"loss": "gbce", "calibration": 0.0}):
         loss = made(**options).loss(users, labels, negatives)
         assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_what_stands_before_a_prediction_is_known_once():
+    batch = CausalCollator(5)(train_examples([5, 6, 5, 7, 8], [1, 2]))
+    rows, items = met_before(batch.history)
+    found = set(zip(rows.tolist(), items.tolist(), strict=True))
+    assert found == {(0, 5), (1, 5), (1, 6), (2, 5), (2, 6), (3, 5), (3, 6), (3, 7), (4, 1)}
+    assert len(rows) == len(found)
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_items_of_the_history_have_a_score_of_their_own(cosine):
+    model = made(history_term=True, cosine=cosine, temperature=0.5).eval()
+    with torch.no_grad():
+        model.history_factor.fill_(0.3)
+        model.history_bias.fill_(0.2)
+    examples = train_examples([5, 6, 5, 7, 8], [1, 2])
+    batch = CausalCollator(5)(examples)
+    with torch.no_grad():
+        users, table = model.predictions(batch.history), model.item_vectors()
+        if cosine:
+            users, table = F.normalize(users, dim=-1), F.normalize(table, dim=-1)
+        scores = users @ table.T / 0.5
+        known = [[5], [5, 6], [5, 6], [5, 6, 7], [1]]
+        for row, items in enumerate(known):
+            scores[row, items] = 0.3 * scores[row, items] + 0.2
+        expected = F.cross_entropy(scores, batch.labels)
+    loss = model.training_loss(batch)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    loss.backward()
+    assert model.history_factor.grad.abs() > 0
+    assert model.history_bias.grad.abs() > 0
+
+    batch = ItemHistoryCollator(5)(eval_examples([5, 6, 5, 7], [1]))
+    for target in range(N):
+        read = model.read(batch.history, batch.seen)
+        ranks = model.rank(read, torch.full((2,), target), False)
+        for row, place in ((0, 3), (1, 4)):  # the same histories as in training
+            assert ranks.above[row] == int((scores[place] > scores[place, target] + 1e-6).sum())
 
 
 def test_in_batch_candidates_are_the_different_targets_and_their_hard_negatives():
