@@ -158,8 +158,9 @@ class StepHistory(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for side in ("a", "b"):  # what goes through the encoder, masked copies included
-            self._tokens += batch[side].num_tokens * (1 + (f"mlm_{side}" in batch))
+        # What goes through the encoder, masked copies included.
+        for side, masked in ((batch.a, batch.mlm_a), (batch.b, batch.mlm_b)):
+            self._tokens += side.num_tokens * (1 + (masked is not None))
         self._batches += 1
         metrics = trainer.callback_metrics
         for name in LOSSES:
