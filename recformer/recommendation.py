@@ -80,33 +80,38 @@ class Recommended:
 
 
 class _Rows:
-    """Rows of two tables laid end to end, read in slices: never copied as a whole.
+    """Rows of tables laid end to end, read in slices: never copied as a whole.
 
     Args:
-        tables: (N0, H) and (N1, H), on one device.
-        rows: ascending rows of N0 + N1 to keep; None keeps all.
+        tables: (N0, H), (N1, H), …, on one device.
+        rows: ascending rows of them all to keep; None keeps all.
     """
 
     ndim = 2
 
-    def __init__(self, tables: tuple[Tensor, Tensor], rows: NDArray[np.int64] | None) -> None:
+    def __init__(self, tables: tuple[Tensor, ...], rows: NDArray[np.int64] | None) -> None:
         self.tables, self.rows = tables, rows
-        total = len(tables[0]) + len(tables[1])
-        self.shape = (total if rows is None else len(rows), tables[0].shape[1])
+        self.starts = np.cumsum([0, *map(len, tables)])
+        total = int(self.starts[-1]) if rows is None else len(rows)
+        self.shape = (total, tables[0].shape[1])
 
     def __getitem__(self, part: slice) -> Tensor:
-        base, more = self.tables
-        if self.rows is None:
-            start, stop, _ = part.indices(self.shape[0])
-            pieces = [base[start:stop], more[max(start - len(base), 0) : max(stop - len(base), 0)]]
-        else:
-            rows = torch.from_numpy(self.rows[part]).to(base.device)
-            pieces = [base[rows[rows < len(base)]], more[rows[rows >= len(base)] - len(base)]]
-        filled = [piece for piece in pieces if len(piece)]
-        return filled[0] if len(filled) == 1 else torch.cat(pieces)
+        start, stop, _ = part.indices(self.shape[0])
+        pieces = []
+        for table, first in zip(self.tables, self.starts.tolist(), strict=False):
+            if self.rows is None:
+                piece = table[max(start - first, 0) : max(stop - first, 0)]
+            else:
+                borders = np.searchsorted(self.rows, (first, first + len(table)))
+                low, high = borders.clip(min=start, max=stop)
+                index = torch.from_numpy(self.rows[low:high] - first)
+                piece = table[index.to(table.device)]
+            if len(piece):
+                pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else torch.cat([*pieces, self.tables[0][:0]])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _View:
     """The catalogue as one reader sees it, from beginning to end of a request.
 
@@ -114,30 +119,28 @@ class _View:
 
     Attributes:
         names: of every row, in the order in which ties fall.
-        base: (N0, H) the model's item table.
-        more: (N1, H) vectors of the rows behind it.
+        tables: vectors of the rows: of the model's item table, of the products beyond it that
+            were there when it was loaded, and of what has been added since.
         gone: rows, ascending, that are no longer offered.
     """
 
     names: list[str]
-    base: Tensor
-    more: Tensor
+    tables: tuple[Tensor, Tensor, Tensor]
     gone: NDArray[np.int64]
 
     def vectors(self, rows: NDArray[np.int64] | None) -> Any:
         """The vectors of ascending `rows`; None: of all."""
-        if rows is None and not len(self.more):
-            return self.base
-        return _Rows((self.base, self.more), rows)
+        if rows is None and sum(map(len, self.tables)) == len(self.tables[0]):
+            return self.tables[0]
+        return _Rows(self.tables, rows)
 
     def at(self, rows: NDArray[np.int64]) -> Tensor:
-        """(K, H) vectors of any rows, in their order."""
-        index = torch.from_numpy(rows).to(self.base.device)
-        inside = index < len(self.base)
-        found = torch.empty(len(index), self.base.shape[1], device=index.device)
-        found[inside] = self.base[index[inside]].float()
-        found[~inside] = self.more[index[~inside] - len(self.base)]
-        return found
+        """(K, H) float32 vectors of any rows, in their order."""
+        distinct, inverse = np.unique(rows, return_inverse=True)
+        if not len(rows):
+            return self.tables[0][:0].float()
+        found = _Rows(self.tables, distinct)[0 : len(distinct)].float()
+        return found[torch.from_numpy(inverse).to(found.device)]
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,8 @@ class CatalogueRecommender:
         store, others = store.subset(readable), [n for n, r in zip(others, readable) if r]
         vectors = self._reader.item_vectors(store, cache_dir) if len(store) else base[:0]
         names = [*list(texts)[: len(base)], *others]
-        self._view = _View(names, base, vectors, np.empty(0, np.int64))
+        self._view = _View(names, (base, vectors, base[:0].float()), np.empty(0, np.int64))
+        self._popular: tuple[_View, NDArray[np.int64]] | None = None
         self._texts = {name: texts[name] for name in names}
         self._row_of = {name: row for row, name in enumerate(names)}
         self._row_of_content = dict(zip(item_keys(store).tolist(), range(len(base), len(names))))
@@ -496,23 +500,25 @@ class CatalogueRecommender:
                 if contents[i] not in self._row_of_content:
                     new.setdefault(contents[i], i)
             view = self._view
-            start, first = len(view.base), len(view.base) + len(view.more)
-            pool = view.more
+            first = len(view.names)
+            known = np.array([self._row_of_content.get(contents[i], -1) for i in changed], np.int64)
+            vectors = view.tables[2].new_empty(len(changed), view.tables[2].shape[1])
+            vectors[torch.from_numpy(known >= 0)] = view.at(known[known >= 0])
             if new:
                 kept = np.zeros(len(store), bool)
                 kept[list(new.values())] = True  # `new` is in the order of the store
-                pool = torch.cat([pool, self._reader.item_vectors(store.subset(kept))])
-            row_of_content = {content: first + i for i, content in enumerate(new)}
-            row_of_content = self._row_of_content | row_of_content
-            places = [row_of_content[contents[i]] - start for i in changed]
+                encoded = self._reader.item_vectors(store.subset(kept)).float()
+                place_of = {content: place for place, content in enumerate(new)}
+                for j, i in enumerate(changed):
+                    if known[j] < 0:
+                        vectors[j] = encoded[place_of[contents[i]]]
             row_of = {names[i]: first + j for j, i in enumerate(changed)}
             gone = [self._row_of[name] for name in row_of if name in self._row_of]
             # Names and texts first: a reader may meet a row, once it is offered, by its name.
             self._texts |= {name: dict(items[name]) for name in names}
             self._view = _View(
                 [*view.names, *row_of],
-                view.base,
-                torch.cat([view.more, pool[places]]),
+                (*view.tables[:2], torch.cat([view.tables[2], vectors])),
                 np.union1d(view.gone, np.array(gone, np.int64)),
             )
             self._row_of |= row_of
@@ -637,15 +643,23 @@ class CatalogueRecommender:
         """What is offered to a user of whom nothing is known."""
         if k < 1:
             raise UserError(f"k is {k}, expected at least one item a user")
-        if rows is None:
-            rows = np.arange(len(view.names))
         if not self.counts:
-            newest = [view.names[row] for row in rows[::-1][:k]]
-            return Recommended(newest, [0.0] * len(newest), fallback="newest")
-        counts = np.array([self.counts.get(view.names[row], 0) for row in rows])
-        order = np.argsort(-counts, kind="stable")[:k]
-        popular = [view.names[row] for row in rows[order]]
-        return Recommended(popular, counts[order].astype(float).tolist(), fallback="popular")
+            order = np.arange(len(view.names))[::-1]
+        else:
+            cached = self._popular
+            if cached is None or cached[0] is not view:
+                counts = np.array([self.counts.get(name, 0) for name in view.names])
+                cached = self._popular = (view, np.argsort(-counts, kind="stable"))
+            order = cached[1]
+        if rows is not None:
+            offered = np.zeros(len(view.names), bool)
+            offered[rows] = True
+            order = order[offered[order]]
+        names = [view.names[row] for row in order[:k]]
+        if not self.counts:
+            return Recommended(names, [0.0] * len(names), fallback="newest")
+        scores = [float(self.counts.get(name, 0)) for name in names]
+        return Recommended(names, scores, fallback="popular")
 
 
 def _places(
