@@ -256,7 +256,9 @@ def test_equal_to_the_ranking_of_the_evaluation(folder: Path, tmp_path: Path) ->
     evaluator = Evaluator(ks=(3,))
     batch = RecformerEvalCollator(store, model.config)(examples)
     with torch.no_grad():
-        evaluator.update(batch["user_ids"], batch["labels"], model.rank(batch, filter_seen=False))
+        users = model.read(batch.history, batch.seen)
+        ranks = model.rank(users, batch.labels, filter_seen=False)
+    evaluator.update(batch.user_ids, batch.labels, ranks)
     state = evaluator.state()
     assert (state["tied"] == 0).all()
     recommender = CatalogueRecommender.load(folder)
@@ -345,17 +347,17 @@ def test_the_head_recommends_as_it_is_evaluated(headed: Path) -> None:
         for user in range(40)
     ]
     batch = HistoryEvalCollator(4)(examples)
+    with torch.no_grad():
+        users = model.read(batch.history, batch.seen)
     recommender = CatalogueRecommender.load(headed)
     histories = [[NAMES[item] for item in example.items] for example in examples]
     answers = recommender.recommend(histories, k=8, allowed=NAMES)
     for filter_seen in (False, True):
         answers = recommender.recommend(histories, 8, filter_seen, allowed=NAMES)
-        with torch.no_grad():
-            expected = model.recommend(batch, 8, filter_seen)
+        expected = model.recommend(users, 8, filter_seen)
         rows = [[NAMES[item] for item in row if item >= 0] for row in expected]
         assert [answer.items for answer in answers] == rows
-    with torch.no_grad():
-        ranks = model.rank(batch, filter_seen=False)
+    ranks = model.rank(users, batch.labels, filter_seen=False)
     answers = recommender.recommend(histories, k=8, allowed=NAMES)
     places = [a.items.index(NAMES[e.target]) for a, e in zip(answers, examples, strict=True)]
     assert places == ranks.above.tolist()

@@ -19,7 +19,7 @@ def test_defaults_are_the_published_and_the_saved_ones() -> None:
         "hidden_size": 128, "num_layers": 2, "num_heads": 2, "dropout": 0.2, "max_length": 50,
         "loss": "softmax", "num_negatives": 256, "gbce_t": 0.75, "temperature": 1.0,
         "cosine": False, "hard_negatives": 0, "separate_outputs": False, "items": "id",
-        "text_encoder": None, "projection_layers": 2, "semantic_ids": None,
+        "text_encoder": None, "history_term": False, "projection_layers": 2, "semantic_ids": None,
     }  # fmt: skip
     generative = {
         "semantic_ids": "f", "hidden_size": 128, "num_layers": 4, "num_heads": 6, "dropout": 0.1,
