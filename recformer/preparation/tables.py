@@ -103,9 +103,17 @@ def _interaction_source(file: RawFile, columns: Columns) -> InteractionSource:
     chosen = [name for name in (user, item, time, rating, event) if name is not None]
     if len(set(chosen)) < len(chosen):
         raise UserError(f"{file.path}: one column is to be two things, got {', '.join(chosen)}")
-    before = None if item in file.lists else _list_before(file, item, chosen)
+    before = None if item in file.lists else _list_before(file, item, [user, item])
     if before is not None:
-        time = rating = event = None  # of the item that came next alone
+        wrong = [
+            f"--{name}_column" for name in ("time", "rating", "event") if name in columns.named()
+        ]
+        if wrong:
+            raise UserError(
+                f"{file.path}: {', '.join(wrong)} would say it of {item!r} alone and not of the "
+                f"items in {before!r}, from which histories are joined: leave the flag out"
+            )
+        time = rating = event = None
     return InteractionSource(file, ReviewColumns(user, item, time, rating, event), before)
 
 

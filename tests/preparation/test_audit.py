@@ -422,6 +422,20 @@ def test_an_odd_time_is_said_and_drawn_around(tmp_path: Path, odd: int, unit: st
     assert "<img" in (tmp_path / "audit.html").read_text()
 
 
+def test_seconds_and_milliseconds_in_one_log_are_said(tmp_path: Path) -> None:
+    shop = Shop()
+    assert shop.times is not None
+    for user in (5, 6, 7):
+        shop.times[user] = [1000 * time for time in shop.times[user]]
+    found = audit(shop.write(tmp_path))
+    assert found["times"]["odd"] == {"count": 15, "share": 15 / 40, "first": 1000 * moment(5, 0)}
+    messages = {warning["kind"]: warning["message"] for warning in found["warnings"]}
+    assert messages["odd_times"] == (
+        f"15 (37.5 %) times are not between 1973 and 2100 in seconds, as most are, the first is "
+        f"{1000 * moment(5, 0)}: another unit, or a number that stands for none"
+    )
+
+
 def test_what_the_model_does_not_read_is_said(tmp_path: Path) -> None:
     shop = Shop()
     attributes_behind_the_third(shop)

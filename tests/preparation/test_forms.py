@@ -393,6 +393,13 @@ def test_a_contradictory_example_names_its_line(tmp_path: Path, items: Path) -> 
     assert set(histories(read(log, items, skip=True))) == {"7", "8"}
 
 
+def test_a_flag_that_could_do_nothing_is_refused(tmp_path: Path, items: Path) -> None:
+    with pytest.raises(UserError, match="--rating_column would say it of .item_id. alone"):
+        read(as_token_seq(tmp_path), items, Columns(rating="item_id_list"))
+    with pytest.raises(UserError, match="has no columns, got --user_column"):
+        read(as_inter_json(tmp_path), items, Columns(user="user"))
+
+
 def test_a_list_of_an_unknown_name_is_refused_by_it(tmp_path: Path, items: Path) -> None:
     head = "user_id:token\thist:token_seq\titem_id:token"
     log = write(tmp_path / "shop.inter", [head, "7\ti1\ti2"])
