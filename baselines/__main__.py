@@ -8,7 +8,6 @@ The same command again continues a run that was cut off, and prints the results 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,11 +27,12 @@ from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
-from recformer.files import UserError, atomic_write, write_json
-from recformer.processes import say
+from recformer.evaluation.runs import RunResult, StageResult
+from recformer.files import UserError, atomic_folder, write_checksums, write_json
+from recformer.processes import is_first, say
 from recformer.training.experiment import Experiment
 from recformer.training.history import draw_history
-from recformer.training.trainer import wandb_logger
+from recformer.training.trainer import Compute
 
 
 def run(args: BaselineRunArguments) -> dict[str, Any]:
@@ -52,7 +52,8 @@ def run(args: BaselineRunArguments) -> dict[str, Any]:
     if args.model in GENERATE:
         own.setdefault("num_beams", max(GenerativeSettings.num_beams, *args.metric_ks))
     settings = settings_of(args.model, own)
-    experiment = Experiment(args, ["training"], schedule="constant")
+    args.check()
+    compute = Compute.of(args)
     generative = isinstance(settings, GenerativeSettings)
     if (
         isinstance(settings, GenerativeSettings)
@@ -80,49 +81,69 @@ def run(args: BaselineRunArguments) -> dict[str, Any]:
         args.eval_users,
         args.seed,
     )
-    experiment.begin(
+    experiment = Experiment(
+        args,
+        compute,
         built.model,
         data,
         asdict(args)
         | settings.as_dict()
         | {"split_hash": folder.split_hash, "semantic_ids_hash": built.semantic_ids_hash},
+        ["training"],
+        ("best_model", "curves.png"),
+        project=args.model,
+        schedule="constant",
     )
-    if args.wandb:
-        experiment.logger = wandb_logger(experiment.output_dir, args.model)
-    stages: dict[str, dict[str, Any]] = {}
+    trains = built.train_collator is not None and not args.evaluate_only
+    leaves = ("curves.png", "best_model") if trains else ()
+    result = experiment.finished
+    with experiment.folder as output:
+        if result is None or not output.has("ranks", *leaves):
+            result = train_and_evaluate(experiment, args, settings, built, folder, started)
+    if is_first():
+        print("\n" + experiment.headline(result.test))
+        print(report({args.model: result.test}, args.metric))
+        if generative:
+            print(format_code_accuracy(result.test["code_accuracy"]))
+        written = ", ".join(("metrics.json", "ranks", *leaves))
+        print(f"written to {experiment.output_dir}: {written}")
+    return result.as_dict()
+
+
+def train_and_evaluate(
+    experiment: Experiment,
+    args: BaselineRunArguments,
+    settings: Settings,
+    built: Built,
+    folder: ProcessedFolder,
+    started: float,
+) -> RunResult:
+    """What `run` does where nothing is finished; `started` is when, by the monotonic clock."""
+    trains = built.train_collator is not None and not args.evaluate_only
+    stages: dict[str, StageResult] = {}
     name = "published" if args.evaluate_only else "untrained"
-    if built.train_collator is not None and not args.evaluate_only:
+    if trains:
         name = "trained"
         stages["training"] = experiment.train("training", args.patience)
-    evaluations = {name: experiment.evaluate(name, lambda: [CodeAccuracy()] if generative else [])}
+    around = [CodeAccuracy] if args.model in GENERATE else []
+    evaluations = {name: experiment.evaluate(name, lambda: [make() for make in around])}
     weights = [p for p in built.model.parameters() if p.requires_grad]
-    result: dict[str, Any] = {
-        "model": args.model,
-        "settings": settings.as_dict(),
-        "test": evaluations[name]["test"],
-        "validation": evaluations[name]["val"],
-        "evaluations": evaluations,
-        "stages": stages,
-        **experiment.summary(),
-        "parameters": sum(p.numel() for p in weights),
-        "train_seconds": sum(row["seconds"] for row in stages["training"]["rows"])
-        if stages
-        else 0.0,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        written = "metrics.json, ranks"
-        if stages:
-            save_best(experiment.output_dir / "best_model", built, args.model, settings, folder)
-            rows = {stage: entry["rows"] for stage, entry in stages.items()}
+    result = experiment.result(
+        evaluations,
+        stages,
+        model=args.model,
+        settings=settings.as_dict(),
+        parameters=sum(p.numel() for p in weights),
+        train_seconds=float(sum(row["seconds"] for s in stages.values() for row in s.rows)),
+        seconds=round(time.monotonic() - started, 1),
+    )
+    if is_first():
+        if trains:
+            best_model = experiment.output_dir / "best_model"
+            save_best(best_model, built, args.model, settings, folder)
+            rows = {stage: entry.rows for stage, entry in stages.items()}
             draw_history(rows, experiment.output_dir / "curves.png", args.metric)
-            written += ", curves.png, best_model"
-        write_json(experiment.output_dir / "metrics.json", result, indent=1)
-        print("\n" + experiment.headline(result["test"]))
-        print(report({args.model: result["test"]}, args.metric))
-        if generative:
-            print(format_code_accuracy(result["test"]["code_accuracy"]))
-        print(f"written to {experiment.output_dir}: {written}")
+        result.save(experiment.output_dir)
     return result
 
 
@@ -130,18 +151,18 @@ def save_best(
     path: Path, built: Built, name: str, settings: Settings, folder: ProcessedFolder
 ) -> None:
     """The trained model as a folder that `baselines.models.load` reads."""
-    path.mkdir(parents=True, exist_ok=True)
     # Cloned: tied tensors share their memory, which the format has no room for.
     state = {k: v.detach().cpu().clone().contiguous() for k, v in built.model.state_dict().items()}
-    with atomic_write(path / "model.safetensors", "wb") as handle:
-        handle.write(save(state))
     config = {
         "model": name,
         "settings": settings.as_dict(),
         "semantic_ids_hash": built.semantic_ids_hash,
         "asins": folder.asins,
     }
-    write_json(path / "config.json", config)
+    with atomic_folder(path) as new:
+        (new / "model.safetensors").write_bytes(save(state))
+        write_json(new / "config.json", config)
+        write_checksums(new)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

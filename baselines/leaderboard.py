@@ -26,9 +26,9 @@ from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
-from recformer.evaluation.runs import RULE, RankedRun, cell_text
+from recformer.evaluation.runs import RULE, RankedRun, RunResult, cell_text
 from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
-from recformer.files import UserError, atomic_write, read_json, write_json
+from recformer.files import UserError, atomic_write, write_json
 from recformer.pictures import drawable
 
 # A folder of another program, a run that was not finished, a file cut off.
@@ -73,7 +73,7 @@ def find_runs(folder: Path) -> list[tuple[Path, str, str]]:
 
 
 def _evaluations_of(path: Path) -> list[tuple[Path, str, str]]:
-    evaluations = list(read_json(path / "metrics.json").get("evaluations", ()))
+    evaluations = list(RunResult.load(path).evaluations)
     last = [(path, "", path.name)]
     if "zero_shot" not in evaluations or len(evaluations) == 1:
         return last
@@ -100,16 +100,16 @@ def _leave_out(path: Path, error: Exception) -> None:
 def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | None = None) -> Row:
     """Read one run; see `RankedRun.read`. The data give slices to a run that has none."""
     run = RankedRun.read(path, evaluation, name)
-    metrics = read_json(path / "metrics.json")
-    figures = metrics["evaluations"][evaluation]["test"] if evaluation else metrics["test"]
+    result = RunResult.load(path)
+    figures = result.evaluations[evaluation]["test"] if evaluation else result.test
     values = per_user_metrics(run.ranks, (10, 50), run.rule["ties"])
     intervals = {name: bootstrap_interval(values[name]) for name in METRICS}
     seconds: float | None = 0.0
-    parameters = metrics.get("parameters")
+    parameters = result.parameters
     if evaluation == "zero_shot":
         parameters = 0
     else:
-        rows = [row for stage in metrics["stages"].values() for row in stage["rows"]]
+        rows = [row for stage in result.stages.values() for row in stage.rows]
         seconds = float(sum(row["seconds"] for row in rows))
     parts = {
         slice_name: [part["num_users"], part[METRICS[0]]]
@@ -125,7 +125,7 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
         parts,
         parameters,
         seconds,
-        1000 * metrics["seconds_a_user"] if metrics.get("seconds_a_user") else None,
+        1000 * result.seconds_a_user if result.seconds_a_user else None,
     )
 
 
@@ -233,7 +233,7 @@ def run_models(
         raise UserError(f"--models: two are called {twice}, and a name is a folder of {folder}")
     finished = {n: path for n in names if (path := folder / n / "metrics.json").exists()}
     for path in finished.values():
-        if read_json(path).get("split_hash") != data.split_hash:
+        if RunResult.load(path.parent).split_hash != data.split_hash:
             raise UserError(f"{path.parent} is a run on other data than {data.path}")
     failed = []
     for model, name in zip(models, names, strict=True):

@@ -41,7 +41,7 @@ from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
 from baselines.untrained.text_neighbours import TextNeighbours
 from recformer.data.processed import ProcessedFolder
-from recformer.files import UserError, read_json, sha256_of
+from recformer.files import UserError, check_folder, read_json, sha256_of
 
 UNTRAINED: dict[str, Callable[..., Baseline]] = {
     "popularity": Popularity,
@@ -169,6 +169,7 @@ def load(path: str | os.PathLike, folder: ProcessedFolder) -> Built:
         FileNotFoundError: the folder is not whole.
         UserError: it was trained on other items, or its file of semantic ids holds other codes now.
     """
+    check_folder(path, "config.json", "model.safetensors")
     saved = read_json(Path(path) / "config.json")
     if saved["asins"] != folder.asins:
         raise UserError(f"{path} was trained on other items than those of {folder.path}")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from recformer.files import UserError
+from recformer.processes import Stopped, is_first, stopped_by_signals, stopped_message
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -133,14 +134,20 @@ def hide_bars_of_libraries() -> None:
 
 
 def exit_with_message(main: Callable[[], Any]) -> None:
-    """Run a program; a user's error becomes one line on stderr and exit status 1."""
+    """Run a program.
+
+    A user's error becomes one line on stderr and exit status 1, SIGTERM one line and 143, SIGINT
+    (Ctrl-C) one line and 130.
+    """
     show_messages()
     hide_bars_of_libraries()
     try:
-        main()
+        with stopped_by_signals():
+            main()
     except (UserError, OSError) as error:  # OSError: the system's own words name the file
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except Stopped as stop:
+        if is_first():
+            print(stopped_message(stop), file=sys.stderr)
+        raise SystemExit(stop.status) from None

@@ -1,21 +1,32 @@
-"""Files that appear whole or not at all, and content hashes.
+"""Files that appear whole or not at all, checksums and content hashes.
 
 Everything the package writes goes through here: a file is written beside its final name, flushed to
 disk and renamed, so that an interrupted or failed run (full disk, kill) never leaves half a file
-and never destroys the one that was there.
+and never destroys the one that was there. What lies beside has a random name and is locked while
+it is written; `remove_leftovers` takes away what dead processes left.
+
+What a run reads back of its own is verified: JSON by a checksum in it (`write_checked_json`), torch
+files by those of their zip records (`check_torch_file`), ranks by those of Parquet's pages, mapped
+stores by their headers (`recformer.data.mapped`).
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 import stat
 import sys
+import time
+import zipfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +36,15 @@ DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/(?:(stdout|stderr)|fd/(\d+))")
 NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 # How numpy says that a file could not be written to its end.
 NUMPY_CUT = re.compile(r"\d+ requested and \d+ written")
+
+PARTIAL = ".partial"
+
+# Seconds that what lies beside must be untouched before it counts as a dead process's, where
+# nobody holds its lock: a network drive may not pass locks on.
+DEAD_AFTER = 3600
+
+CHECKSUM = "crc32"  # last key of a checked JSON file
+CHECKSUMS_FILE = "checksums.json"  # in a folder of weights
 
 
 # What Git LFS leaves where a file was not fetched; its specification allows less than 1,024 bytes.
@@ -98,16 +118,98 @@ def _open_as_it_is(path: str | os.PathLike, mode: str) -> IO[Any]:
 @contextmanager
 def _written_beside(path: Path, mode: str) -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = beside(path)
     encoding = None if "b" in mode else "utf-8"
     try:
-        with open(partial, mode, encoding=encoding) as handle:
+        # "x": a name that another process has would be an error, never a shared file.
+        with open(partial, mode.replace("w", "x"), encoding=encoding) as handle:
+            _lock(handle.fileno())
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(partial, path)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new folder beside `path` to be filled; it takes the place of `path` when the block ends.
+
+    On any error the new folder is removed and what stood at `path` stays. A kill between the two
+    renames leaves nothing at `path`, never files of both.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = beside(path)
+    with partial_folder(path) as partial:
+        yield partial
+        for each in partial.rglob("*"):
+            if each.is_file():
+                with open(each, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            os.rename(path, old)
+        os.rename(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """A new, locked folder beside `path`, removed at the end if it is still there.
+
+    Who writes there for long touches it now and then, see `DEAD_AFTER`.
+    """
+    partial = beside(path)
+    partial.mkdir()
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(lock)
+        yield partial
+    finally:
+        os.close(lock)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def beside(path: Path) -> Path:
+    """A hidden name of its own in the folder of `path`; nobody else has it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+
+
+def remove_leftovers(folder: str | os.PathLike, name: str = "*", deep: bool = False) -> None:
+    """Remove what dead processes left half-written in a folder.
+
+    Args:
+        folder: that may not exist.
+        name: of the files or folders that were to be written; a pattern.
+        deep: look into folders within it, too.
+    """
+    pattern = f".{name}.*{PARTIAL}"
+    for path in Path(folder).rglob(pattern) if deep else Path(folder).glob(pattern):
+        with suppress(OSError):  # gone by now, or not ours to remove
+            if _is_dead(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_dead(path: Path) -> bool:
+    if time.time() - path.stat().st_mtime < DEAD_AFTER:
+        return False
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock of a file or folder until it is closed; False where somebody else has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # no locks on this file system: age alone decides
+    return True
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = None) -> None:
@@ -167,6 +269,86 @@ def refuse_pointer(path: str | os.PathLike) -> None:
                     f"{file} is a Git LFS pointer of {file.stat().st_size} bytes in place of the "
                     "file: fetch it (git lfs pull)"
                 )
+
+
+def write_checked_json(path: str | os.PathLike, value: dict[str, Any]) -> None:
+    """Write `value` as indented JSON with a checksum of it under `CHECKSUM`."""
+    write_json(path, value | {CHECKSUM: _checksum(value)}, indent=1)
+
+
+def read_checked_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what `write_checked_json` wrote, without the checksum; files that have none pass.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        UserError: it is damaged, or no JSON object.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds {type(value).__name__}, expected an object")
+    expected = value.pop(CHECKSUM, None)
+    if expected is not None and expected != _checksum(value):
+        raise UserError(f"{path} is damaged or was edited: its checksum is another")
+    return value
+
+
+def _checksum(value: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
+def check_torch_file(path: str | os.PathLike) -> None:
+    """Read a file of `torch.save`, or a folder of them, and compare the checksums of its records.
+
+    torch writes them and does not read them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    for file in sorted(path.rglob("*.pt")) if path.is_dir() else [path]:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                bad = archive.testzip()
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+            raise UserError(f"{file} is damaged: {error}") from error
+        if bad is not None:
+            raise UserError(f"{file} is damaged: {bad} has another checksum")
+
+
+def write_checksums(folder: Path) -> None:
+    """Write CRC-32 of every file of a folder beside them, for `check_folder`."""
+    sums = {path.name: _file_crc32(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_checked_json(folder / CHECKSUMS_FILE, sums)
+
+
+def check_folder(folder: str | os.PathLike, *names: str) -> None:
+    """Compare files of a folder with its checksums; a folder that has none passes.
+
+    Raises:
+        UserError: one is damaged, or was replaced.
+    """
+    path = Path(folder) / CHECKSUMS_FILE
+    if not path.is_file():
+        return
+    sums = read_checked_json(path)
+    for name in names:
+        file = Path(folder) / name
+        if name in sums and file.is_file() and _file_crc32(file) != sums[name]:
+            raise UserError(
+                f"{file} is damaged, or was replaced: its checksum is another than {path} says; "
+                f"where the change was meant, remove {CHECKSUMS_FILE}"
+            )
+
+
+def _file_crc32(path: Path) -> int:
+    crc32 = 0
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
 
 
 def sha256_of(*parts: bytes | str) -> str:

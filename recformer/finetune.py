@@ -38,17 +38,18 @@ from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
-from recformer.files import UserError, atomic_write, write_json
+from recformer.evaluation.runs import Figures, RunResult, StageResult
+from recformer.files import UserError, atomic_folder, atomic_write, write_checksums
 from recformer.models import RecformerForSeqRec
 from recformer.models.catalogue import HeadOptions, RecformerForCatalogue
-from recformer.processes import say
+from recformer.processes import is_first, say
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, RunArguments, flag
 from recformer.training.callbacks import HeadTable, ItemTable
 from recformer.training.experiment import Experiment
 from recformer.training.history import draw_history
-from recformer.training.start import load_start_model, weights_hash
-from recformer.training.trainer import wandb_logger
+from recformer.training.start import load_start_model, table_hash, weights_hash
+from recformer.training.trainer import Compute
 
 # Evaluations without gain before a stage ends (of stage 1 and 2: published values).
 PATIENCE = {"stage1": 5, "stage2": 3, "head": 2}
@@ -110,7 +111,12 @@ class FinetuneArguments(RunArguments, ModelArguments):
         "is written under that name as well, as the published code did",
     )
     stages: str = flag("both", "which stages to train", choices=["1", "2", "both"])
-    zero_shot: bool = flag(False, "evaluate only")
+    zero_shot: bool = flag(
+        False, "evaluate only; a finetuned checkpoint with the item vectors that it carries"
+    )
+    new_item_vectors: bool = flag(
+        False, "with --zero_shot: encode the items anew, also where the checkpoint has vectors"
+    )
     finetune_negative_sample_size: int = flag(
         1000, "uniform negatives an example; 0 or less: softmax over all items"
     )
@@ -141,6 +147,8 @@ class FinetuneArguments(RunArguments, ModelArguments):
             )
         if self.from_scratch and self.pretrain_ckpt:
             raise UserError("--from_scratch and --pretrain_ckpt exclude each other")
+        if self.new_item_vectors and not self.zero_shot:
+            raise UserError("--new_item_vectors goes with --zero_shot: training encodes them anew")
         if Path(self.ckpt).name != self.ckpt or self.ckpt in ("", ".", ".."):
             raise UserError(f"--ckpt {self.ckpt!r}: must be a plain name within --output_dir")
 
@@ -156,9 +164,10 @@ class Run:
     schedule = "linear"
 
     def __init__(self, args: FinetuneArguments) -> None:
+        args.check()
         self.args = args
-        self.experiment = Experiment(args, self.stages, self.schedule)
-        self.output_dir = self.experiment.output_dir
+        compute = Compute.of(args)
+        self.output_dir = Path(args.output_dir)
         # Before the tokenizer's first use; its thread pool is made once.
         os.environ.setdefault("RAYON_NUM_THREADS", str(args.preprocessing_num_workers))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -199,12 +208,25 @@ class Run:
             args.eval_users,
             args.seed,
         )
-        settings = asdict(args) | {"split_hash": self.folder.split_hash, "items": self.store.key}
-        self.experiment.begin(
-            self.model, self.data, settings | {"weights": weights_hash(self.model)}
+        self.best_model = args.ckpt.removesuffix(".bin")
+        # A checkpoint's own, kept.
+        table = None if self.item_table == "encoded" else self.model.item_embedding
+        self.experiment = Experiment(
+            args,
+            compute,
+            self.model,
+            self.data,
+            asdict(args)
+            | {
+                "split_hash": self.folder.split_hash,
+                "items": self.store.key,
+                "weights": weights_hash(self.model),
+                "item_table": None if table is None else table_hash(table.weight),
+            },
+            self.stages,
+            (self.best_model, args.ckpt, "curves.png"),
+            schedule=self.schedule,
         )
-        if args.wandb:
-            self.experiment.logger = wandb_logger(self.output_dir, "recformer")
 
     def _load_model(self) -> tuple[RecformerForSeqRec, RecformerTokenizer]:
         args = self.args
@@ -212,6 +234,7 @@ class Run:
             "item_num": self.folder.num_items,
             "finetune_negative_sample_size": args.finetune_negative_sample_size,
         }
+        keeps_table = args.zero_shot and args.method == "published" and not args.new_item_vectors
         model, tokenizer, report = load_start_model(
             RecformerForSeqRec,
             args.pretrain_ckpt,
@@ -219,8 +242,13 @@ class Run:
             args.tokenizer_name,
             args.from_scratch,
             overrides,
+            item_names=self.folder.asins if keeps_table else None,
         )
         say(report)
+        self.item_table = "encoded"
+        if model.item_embedding is not None:
+            self.item_table = f"of {args.pretrain_ckpt}"
+            say("item vectors: those of the checkpoint; --new_item_vectors encodes them anew")
         if args.fix_word_embedding:
             model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
         return model, tokenizer
@@ -232,11 +260,11 @@ class Run:
             RecformerEvalCollator(self.store, config),
         )
 
-    def evaluate(self, name: str) -> dict[str, dict[str, Any]]:
+    def evaluate(self, name: str) -> Figures:
         """Figures of the model as it stands, by split."""
         return self.experiment.evaluate(name, lambda: [self._item_table(every_epoch=False)])
 
-    def train(self, stage: str, best_before: float | None) -> dict[str, Any]:
+    def train(self, stage: str, best_before: float | None) -> StageResult:
         """Train "stage1" (items anew every epoch) or "stage2" (item table kept)."""
         around = [self._item_table(every_epoch=stage == "stage1")]
         return self.experiment.train(stage, PATIENCE[stage], around, best_before)
@@ -247,14 +275,14 @@ class Run:
     def save_best(self, test: Mapping[str, Any]) -> None:
         """The model as it stands, its tokenizer, item vectors, item ids, texts and card as one
         folder; `test` are its figures on the test users."""
-        name = self.args.ckpt
-        folder = self.output_dir / (name[:-4] if name.endswith(".bin") else name)
-        self.model.cpu().save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        write_catalogue(folder, self.folder, self.args.meta_file)
-        self._write_card(folder, test)
-        if name.endswith(".bin"):
-            with atomic_write(self.output_dir / name, "wb") as handle:
+        with atomic_folder(self.output_dir / self.best_model) as folder:
+            self.model.cpu().save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            write_catalogue(folder, self.folder, self.args.meta_file)
+            self._write_card(folder, test)
+            write_checksums(folder)
+        if self.args.ckpt != self.best_model:
+            with atomic_write(self.output_dir / self.args.ckpt, "wb") as handle:
                 torch.save(self.model.state_dict(), handle)
 
     def _write_card(self, folder: Path, test: Mapping[str, Any]) -> None:
@@ -298,10 +326,10 @@ class HeadRun(Run):
         length = self.args.max_history
         return NextItemCollator(length), HistoryEvalCollator(length)
 
-    def evaluate(self, name: str) -> dict[str, dict[str, Any]]:
+    def evaluate(self, name: str) -> Figures:
         return self.experiment.evaluate(name, lambda: [self._head_table()])
 
-    def train(self, stage: str, best_before: float | None) -> dict[str, Any]:
+    def train(self, stage: str, best_before: float | None) -> StageResult:
         return self.experiment.train(stage, PATIENCE[stage], [self._head_table()], best_before)
 
     def _head_table(self) -> HeadTable:
@@ -317,47 +345,56 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
     """Finetune and evaluate; returns what `metrics.json` holds."""
     started = time.monotonic()
     this = HeadRun(args) if args.method == "head" else Run(args)
-    metrics_path = this.output_dir / "metrics.json"
+    experiment = this.experiment
+    result = experiment.finished
+    leaves = () if args.zero_shot else (this.best_model, args.ckpt, "curves.png")
+    with experiment.folder as folder:
+        if result is None or not folder.has("ranks", *leaves):
+            result = train_and_evaluate(this, started)
+    if is_first():
+        print("\n" + experiment.headline(result.test))
+        rows = {name: entry["test"] for name, entry in result.evaluations.items()}
+        print(report(rows, args.metric))
+        print(f"written to {this.output_dir}: metrics.json"
+              + ("" if args.zero_shot else f", curves.png, {args.ckpt}"))  # fmt: skip
+    return result.as_dict()
+
+
+def train_and_evaluate(this: Run, started: float) -> RunResult:
+    """What `run` does where nothing is finished; `started` is when, by the monotonic clock."""
+    args = this.args
     evaluations = {"zero_shot": this.evaluate("zero_shot")}
-    stages: dict[str, dict[str, Any]] = {}
+    stages: dict[str, StageResult] = {}
     if not args.zero_shot:
         best: float | None = None
         chosen = list(this.stages) if args.stages == "both" else [f"stage{args.stages}"]
         for stage in chosen:
             this.model.train()
             stages[stage] = this.train(stage, best)
-            if stages[stage]["best"] is not None:
-                best = stages[stage]["best"]
+            if stages[stage].best is not None:
+                best = stages[stage].best
                 evaluations[stage] = this.evaluate(stage)
             else:
                 evaluations[stage] = evaluations["stage1"]
                 say(f"{stage} did not improve on {args.metric} {best:.4f}: stage 1's model stays")
-    final = list(evaluations)[-1]
     trained = [weight for weight in this.model.parameters() if weight.requires_grad]
-    result: dict[str, Any] = {
-        "test": evaluations[final]["test"],
-        "validation": evaluations[final]["val"],
-        "evaluations": evaluations,
-        "stages": stages,
-        **this.experiment.summary(),
-        "parameters": 0 if args.zero_shot else sum(weight.numel() for weight in trained),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    result = this.experiment.result(
+        evaluations,
+        stages,
+        parameters=0 if args.zero_shot else sum(weight.numel() for weight in trained),
+        seconds=round(time.monotonic() - started, 1),
+        item_table=this.item_table,
+    )
+    if is_first():
         if not args.zero_shot:
-            this.save_best(result["test"])
+            this.save_best(result.test)
             draw_history(
-                {stage: entry["rows"] for stage, entry in stages.items()},
+                {name: stage.rows for name, stage in stages.items()},
                 this.output_dir / "curves.png",
                 args.metric,
                 evaluations["zero_shot"]["val"][args.metric],
             )
-        write_json(metrics_path, result, indent=1)
-        print("\n" + this.experiment.headline(result["test"]))
-        rows = {name: entry["test"] for name, entry in evaluations.items()}
-        print(report(rows, args.metric))
-        print(f"written to {this.output_dir}: metrics.json"
-              + ("" if args.zero_shot else f", curves.png, {args.ckpt}"))  # fmt: skip
+        result.save(this.output_dir)
     return result
 
 

@@ -12,7 +12,6 @@ last` insists on it), and prints the results of a finished one.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,24 +20,30 @@ from typing import Any
 
 import torch
 from lightning import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from recformer.cli import exit_with_message, keep_freed_memory, parse_flags
 from recformer.data.items import cache_dir
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pairs import PretrainDataModule
 from recformer.data.pretraining import PretrainingData
-from recformer.files import UserError, read_json, write_json
+from recformer.files import UserError, atomic_folder, read_checked_json, write_checked_json
 from recformer.models import RecformerForPretraining
-from recformer.processes import say
+from recformer.processes import is_first, join, say
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, flag
 from recformer.training.callbacks import EarlyStop
 from recformer.training.history import StepHistory, draw_steps
 from recformer.training.pretraining import PretrainModule
+from recformer.training.run_folder import RunFolder, checked
 from recformer.training.start import load_start_model, start_tokenizer, weights_hash
 from recformer.training.strategies import STRATEGIES, build_strategy, newest_whole
-from recformer.training.trainer import build_trainer, half_precision, wandb_logger
+from recformer.training.trainer import (
+    Keeper,
+    build_trainer,
+    half_precision,
+    wandb_logger,
+    whole_group,
+)
 
 MONITOR = "val/accuracy"  # published: the best checkpoints are those of the best accuracy
 METRIC = "Recall@10"
@@ -164,6 +169,7 @@ class Run:
         self.precision = half_precision(self.accelerator) if args.fp16 else "32-true"
         os.environ.setdefault("RAYON_NUM_THREADS", str(args.preprocessing_num_workers))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        join(args.device, self.accelerator == "cuda")
         self._resume = self._find_checkpoint()
         self.strategy = build_strategy(args.strategy, self.accelerator, args.device)
 
@@ -198,8 +204,7 @@ class Run:
                     f"--device {args.device}: the {split} file has {len(sampler.sequences)} "
                     "sequences of two items or more, at least one a process is needed"
                 )
-        self.finished: dict[str, Any] | None = None
-        self._claim_output_dir()
+        self.folder = self._claim_output_dir()
         self.logger = wandb_logger(self.output_dir, "recformer-pretraining") if args.wandb else None
 
     def _find_checkpoint(self) -> Path | None:
@@ -271,57 +276,30 @@ class Run:
             embeddings.item_position_embeddings.weight.requires_grad_(False)
         return model, tokenizer
 
-    def _claim_output_dir(self) -> None:
+    def _claim_output_dir(self) -> RunFolder:
         """Take the output folder, or go on in it if it holds this very run.
 
         Raises:
             UserError: it holds another run, which may not be overwritten.
         """
-        last = self.output_dir / "checkpoints" / "last.ckpt"
-        if int(os.environ.get("LOCAL_RANK", "0")) != 0:  # the first process was here before
-            self._resume = self._resume or newest_whole(last)
-            return
-        ignored = {"output_dir", "overwrite_output_dir", "wandb", "ckpt", "train_file", "dev_file"}
-        ignored |= {"item_attr_file", "dataloader_num_workers", "preprocessing_num_workers"}
-        settings = {k: v for k, v in asdict(self.args).items() if k not in ignored}
+        args = self.args
+        ignored = {"ckpt", "train_file", "dev_file", "item_attr_file"}
+        settings = {k: v for k, v in asdict(args).items() if k not in ignored}
         settings |= {"data": self.data.key, "weights": weights_hash(self.model)}
         settings |= {"precision": self.precision, "accelerator": self.accelerator}
-        path = self.output_dir / "run.json"
-        other = self._other_run(settings, path)
-        if other:
-            if not self.args.overwrite_output_dir:
-                raise UserError(
-                    f"{self.output_dir} {other}; choose another --output_dir, or give "
-                    "--overwrite_output_dir"
-                )
-            if self.args.ckpt:
-                raise UserError(
-                    f"{self.output_dir} {other}: --ckpt goes on with a run and "
-                    "--overwrite_output_dir begins anew, give one of them or another --output_dir"
-                )
-        elif path.exists():
-            self._resume = self._resume or newest_whole(last)
-            if (self.output_dir / "metrics.json").exists():
-                self.finished = read_json(self.output_dir / "metrics.json")
-                return
-        if self._resume is None:
-            for name in WRITTEN:
-                written = self.output_dir / name
-                shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
-        write_json(path, settings, indent=1)
-        if newest_whole(last) is None:
+        if args.ckpt and args.overwrite_output_dir:
+            raise UserError(
+                "--ckpt goes on with a run and --overwrite_output_dir begins anew, give one of them"
+            )
+        folder = RunFolder.claim(self.output_dir, settings, WRITTEN, args.overwrite_output_dir)
+        last = newest_whole(self.output_dir / "checkpoints" / "last.ckpt")
+        self._resume = self._resume or last
+        if is_first() and last is None:
             # What conversion needs: configuration, tokenizer, and weights that stay frozen.
-            self.model.save_pretrained(self.output_dir / "start")
-            self.tokenizer.save_pretrained(self.output_dir / "start")
-
-    def _other_run(self, settings: dict[str, Any], path: Path) -> str:
-        """What `--output_dir` holds of another run than this one, in words; empty: nothing."""
-        if not path.exists():
-            found = [name for name in WRITTEN if (self.output_dir / name).exists()]
-            return f"has {', '.join(found)} and no run.json that says of which run" if found else ""
-        before = read_json(path)
-        different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
-        return f"holds another run (different: {', '.join(different)})" if different else ""
+            with atomic_folder(self.output_dir / "start") as start:
+                self.model.save_pretrained(start)
+                self.tokenizer.save_pretrained(start)
+        return folder
 
     def _batches_between_validations(self) -> int:
         """`--valid_step`, made to fit the epoch.
@@ -338,11 +316,22 @@ class Run:
         return steps * self.args.gradient_accumulation_steps
 
     def train(self) -> dict[str, Any]:
-        """Train, or go on; returns what `metrics.json` holds."""
-        if self.finished is not None:
-            self._report(self.finished)
-            return self.finished
-        args = self.args
+        """Train, or go on; returns what `metrics.json` holds.
+
+        Raises:
+            UserError: a checkpoint or result to go on from is damaged.
+        """
+        with self.folder:
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
+        args, metrics = self.args, self.output_dir / "metrics.json"
+        if self.folder.has("metrics.json"):
+            finished = read_checked_json(metrics)
+            if not {"best", "last", "best_checkpoint"} <= set(finished):
+                raise UserError(f"{metrics} is not of a pretraining")
+            self._report(finished)
+            return finished
         started = time.monotonic()
         module = PretrainModule(
             self.model,
@@ -358,15 +347,16 @@ class Run:
         interval = self._batches_between_validations()
         batches = self.loaders.samplers["train"].num_batches(args.device)
         history = StepHistory(self.output_dir / "history.csv", args.log_step, METRIC)
-        keeper = ModelCheckpoint(
-            self.output_dir / "checkpoints",
+        checkpoints = self.output_dir / "checkpoints"
+        keeper = Keeper(
+            checkpoints,
             "step={step}",
             MONITOR,
-            mode="max",
             save_top_k=args.save_top_k,
-            save_last=True,
-            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
         )
+        # At every validation, also where it is not among the best.
+        saver = Keeper(checkpoints, "last", save_on_train_epoch_end=False)
         callbacks: list[Any] = [history]
         if args.patience:
             callbacks.append(EarlyStop(MONITOR, patience=args.patience, mode="max"))
@@ -376,7 +366,7 @@ class Run:
             self.accelerator,
             args.device,
             self.precision,
-            [*callbacks, keeper],
+            [*callbacks, keeper, saver],
             strategy=self.strategy,
             validate_every_batches=interval,
             accumulate=args.gradient_accumulation_steps,
@@ -385,10 +375,10 @@ class Run:
         )
         trainer.limit_train_batches = batches // interval * interval
         if self._resume:
+            checked(self._resume)
             say(f"going on from {self._resume}")
-        trainer.fit(module, datamodule=self.loaders, ckpt_path=self._resume)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        with whole_group(trainer):
+            trainer.fit(module, datamodule=self.loaders, ckpt_path=self._resume)
         validations = [row for row in history.rows if MONITOR in row]
         best = max(validations, key=lambda row: row[MONITOR])
         result = {
@@ -400,13 +390,15 @@ class Run:
             "processes": args.device,
             "seed": args.seed,
         }
-        if trainer.is_global_zero:
+        if is_first():
             draw_steps(history.rows, self.output_dir / "curves.png", METRIC)
-            write_json(self.output_dir / "metrics.json", result, indent=1)
+            write_checked_json(metrics, result)
             self._report(result)
         return result
 
     def _report(self, result: dict[str, Any]) -> None:
+        if not is_first():
+            return
         best = result["best"]
         print(
             f"best validation accuracy {best[MONITOR]:.4f} at step {best['step']}; in "

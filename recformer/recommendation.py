@@ -38,7 +38,7 @@ from recformer.data.items import ItemsInMemory
 from recformer.data.processed import ITEM_FILE, META_FILE
 from recformer.evaluation.additions import Additions
 from recformer.evaluation.top_items import top_items_by_vectors
-from recformer.files import UserError, read_json
+from recformer.files import UserError, check_folder, read_json
 from recformer.models import RecformerForCatalogue, RecformerForSeqRec
 from recformer.models.catalogue import token_bags
 from recformer.tokenization import Item, RecformerTokenizer
@@ -293,6 +293,7 @@ class CatalogueRecommender:
             UserError: files that do not belong together.
         """
         folder = Path(folder)
+        check_folder(folder, "model.safetensors", ITEM_FILE)
         meta = Path(meta_file) if meta_file is not None else folder / META_FILE
         finetuned = (folder / ITEM_FILE).exists()
         item_ids = read_json(folder / ITEM_FILE) if finetuned else {}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from recformer import files
 from recformer.files import UserError, atomic_write, read_json
 
 
@@ -112,3 +113,53 @@ def test_a_full_disk_names_the_file(tmp_path: Path, small_disk: None, how: str) 
     assert "too large" in str(raised.value) or "disk full" in str(raised.value)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_never_share_a_partial(tmp_path):
+    path = tmp_path / "file"
+    with files.atomic_write(path) as one, files.atomic_write(path) as other:
+        one.write("one" * 9)
+        other.write("other" * 9)
+    assert path.read_text() == "one" * 9  # the last one to end
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
+    for name in (".old.1a2b.partial", ".young.1a2b.partial"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".folder.77.partial").mkdir()
+    os.utime(tmp_path / ".old.1a2b.partial", (0, 0))
+    os.utime(tmp_path / ".folder.77.partial", (0, 0))
+    with files.atomic_write(tmp_path / "living") as handle:
+        (living,) = tmp_path.glob(".living.*.partial")
+        os.utime(living, (0, 0))  # a writer that has been waiting for long
+        files.remove_leftovers(tmp_path)
+        handle.write("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".young.1a2b.partial", "living"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "best"
+    for content in ("old", "new"):
+        with files.atomic_folder(path) as folder:
+            (folder / f"{content}.txt").write_text(content)
+        assert [each.name for each in path.iterdir()] == [f"{content}.txt"]
+    with suppress(OSError), files.atomic_folder(path) as folder:
+        (folder / "newer.txt").write_text("newer")
+        raise OSError("full")
+    assert [each.name for each in path.iterdir()] == ["new.txt"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checked_json_says_what_was_changed(tmp_path):
+    path = tmp_path / "done.json"
+    files.write_checked_json(path, {"best": 0.125, "rows": [1, 2]})
+    assert files.read_checked_json(path) == {"best": 0.125, "rows": [1, 2]}
+    path.write_text(path.read_text().replace("0.125", "0.126"))
+    with pytest.raises(UserError, match="done.json is damaged or was edited"):
+        files.read_checked_json(path)
+    path.write_text('{"best": 0.5}')  # of an earlier version
+    assert files.read_checked_json(path) == {"best": 0.5}
+    path.write_text("[]")
+    with pytest.raises(UserError, match="done.json is damaged: it holds list"):
+        files.read_checked_json(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +265,30 @@ def test_zero_shot_only_evaluates(data, finished, tmp_path, monkeypatch):
     assert not (tmp_path / "best_model").exists()
 
 
+def test_a_finetuned_checkpoint_is_evaluated_with_its_own_table(data, finished, tmp_path):
+    output, result = finished
+    best = shutil.copytree(output / "best_model", tmp_path / "best")
+    settings = {"from_scratch": False, "tokenizer_name": None, "config_overrides": None}
+    settings |= {"zero_shot": True, "pretrain_ckpt": str(best)}
+    own = run(arguments(data, tmp_path / "own", **settings))
+    assert own["test"] == result["test"]
+    assert own["item_table"] == f"of {best}"
+    anew = run(arguments(data, tmp_path / "anew", new_item_vectors=True, **settings))
+    assert anew["test"] != result["test"]
+    assert anew["item_table"] == "encoded"
+    # A file of the published form; configuration and tokenizer are those of the folder.
+    state = RecformerForSeqRec.from_pretrained(best).state_dict()
+    torch.save(state, tmp_path / "model.bin")
+    file = {"pretrain_ckpt": str(tmp_path / "model.bin"), "model_name_or_path": str(best)}
+    assert run(arguments(data, tmp_path / "bin", **settings | file))["test"] == result["test"]
+    # Of the same items in another order: no vector stands in the row of its item.
+    smap = read_json(best / "smap.json")
+    (best / "smap.json").write_text(json.dumps(dict(zip(reversed(smap), smap.values()))))
+    other = run(arguments(data, tmp_path / "other", **settings))
+    assert other["item_table"] == "encoded"
+    assert other["test"] == anew["test"]
+
+
 def test_training_learns_the_order_of_things(data, tmp_path):
     settings = {"num_train_epochs": 40, "verbose": 5, "stages": "1", "batch_size": 8}
     settings |= {"gradient_accumulation_steps": 1, "learning_rate": 1e-2}
@@ -378,7 +404,7 @@ def test_weights_that_are_not_finite_are_a_users_error(data, finished, tmp_path)
     torch.save(state, tmp_path / "model.bin")
     settings = {"from_scratch": False, "tokenizer_name": None, "config_overrides": None}
     settings |= {"zero_shot": True, "model_name_or_path": str(folder)}
-    settings |= {"pretrain_ckpt": str(tmp_path / "model.bin")}
+    settings |= {"pretrain_ckpt": str(tmp_path / "model.bin"), "new_item_vectors": True}
     with pytest.raises(UserError, match="item vectors that are not finite"):
         run(arguments(data, tmp_path / "out", **settings))
 

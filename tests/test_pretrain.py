@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recformer.files import read_checked_json
 from recformer.pretrain import PretrainArguments, Run
 from recformer.tokenization import train_tokenizer
 from recformer.training.history import StepHistory
@@ -115,7 +116,7 @@ def test_a_run_is_not_overwritten_or_mixed_up(inputs, tmp_path):
     first = arguments(inputs, tmp_path / "out", num_train_epochs=1)
     Run(first).train()
     before = (tmp_path / "out" / "history.csv").read_bytes()
-    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    result = read_checked_json(tmp_path / "out" / "metrics.json")
     assert Run(first).train() == result  # finished: printed again, not trained again
     with pytest.raises(ValueError, match=r"different: learning_rate"):
         Run(arguments(inputs, tmp_path / "out", num_train_epochs=1, learning_rate=2e-3))

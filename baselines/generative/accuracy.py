@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
 from baselines.generative.recommender import CodeRanks
+from recformer.training.callbacks import ExtraFigures
 
 
 def format_code_accuracy(shares: Mapping[str, float]) -> str:
@@ -16,7 +17,7 @@ def format_code_accuracy(shares: Mapping[str, float]) -> str:
     return f"codes of the best item that are right, no figures of items: {parts}"
 
 
-class CodeAccuracy(Callback):
+class CodeAccuracy(ExtraFigures):
     """Logs, beside the figures of items, how often the first codes of the best item are right.
 
     `val/codes_right@l` and `test/codes_right@l`, l = 1 .. L: share of users for whom the first l
@@ -39,3 +40,8 @@ class CodeAccuracy(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
     ) -> None:
         self._log(pl_module, "test", outputs["ranks"])
+
+    def figures(self, trainer: Trainer) -> dict[str, Any]:
+        name = "test/codes_right@"
+        shares = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(name)}
+        return {"code_accuracy": {k.removeprefix(name): share for k, share in shares.items()}}

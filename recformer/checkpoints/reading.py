@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recformer.checkpoints.names import PathLike, StateDict, few, first_line
-from recformer.files import UserError, read_json, refuse_pointer
+from recformer.files import UserError, check_folder, check_torch_file, read_json, refuse_pointer
 
 # Weight files of a folder, best first; an index names the shards beside it.
 WEIGHT_FILES = (
@@ -138,6 +138,7 @@ def _read_file(path: Path) -> Contents:
         )
     # safetensors: eight bytes of length, then JSON. torch.save: a zip file, or a bare pickle.
     if head[8:9] == b"{":
+        check_folder(path.parent, path.name)
         try:
             return Contents("a safetensors file", load_file(path))
         except SafetensorError as error:
@@ -152,7 +153,10 @@ def _read_file(path: Path) -> Contents:
         raise UserError(
             f"{path} is a part of a DeepSpeed checkpoint: give the folder {path.parent}"
         )
-    return _contents_of(_torch_load(path), path)
+    content = _torch_load(path)
+    if head[:2] == b"PK":
+        check_torch_file(path)
+    return _contents_of(content, path)
 
 
 def _torch_load(path: Path, mmap: bool = False) -> Any:

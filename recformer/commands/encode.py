@@ -31,7 +31,7 @@ from recformer.processes import say
 from recformer.training.arguments import DeviceArguments, ModelArguments, flag
 from recformer.training.item_encoder import catalogue_vectors, item_keys, vectors_key
 from recformer.training.start import load_start_model
-from recformer.training.trainer import choose_devices, half_precision
+from recformer.training.trainer import Compute, RunEnvironment
 
 
 @dataclass(kw_only=True)
@@ -51,14 +51,16 @@ class EncodeArguments(DeviceArguments, ModelArguments):
 def run(args: EncodeArguments) -> Vectors:
     """Encode, write, and say how long it took; returns the (N, H) float32 vectors, mapped."""
     args.check_devices()
-    accelerator, devices = choose_devices(args.device, args.num_processes)
-    precision = half_precision(accelerator) if args.fp16 else "32-true"
+    compute = Compute.of(args)
+    precision = compute.precision
     data_path, output_dir = Path(args.data_path), Path(args.output_dir)
     folder = ProcessedFolder.load(data_path)
-    several = (devices if isinstance(devices, int) else len(devices)) > 1
-    strategy = "ddp" if several else "auto"
     fabric = Fabric(
-        accelerator=accelerator, strategy=strategy, devices=devices, precision=precision
+        accelerator=compute.accelerator,
+        strategy="ddp" if compute.num_processes > 1 else "auto",
+        devices=compute.devices,
+        precision=precision,
+        plugins=[RunEnvironment()],
     )
     fabric.launch()  # from here on there are as many processes as were asked for
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch.distributed
@@ -98,6 +99,17 @@ class ShareSampler(Sampler[int]):
         return iter(range(rank, self.num_rows, world))
 
 
+class LazyLoader(DataLoader):
+    """A loader whose workers begin at the first batch that is asked for.
+
+    Lightning makes the iterator of an epoch before it tells the sampler which epoch it is, or a
+    resumed run which one it goes on with; workers would fetch batches of another order by then.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
 class SeqRecDataModule(LightningDataModule):
     """Loaders over a processed folder.
 
@@ -145,7 +157,7 @@ class SeqRecDataModule(LightningDataModule):
             raise UserError(f"{folder.path} has no training sequence of two items or more")
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(
+        return LazyLoader(
             self.train_set,
             batch_size=None,  # the sampler yields whole batches; Lightning sets epochs on `sampler`
             sampler=self.train_sampler,

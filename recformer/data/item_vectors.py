@@ -6,13 +6,13 @@ catalogue: items of the same content are encoded once and have the same bits, a 
 off goes on where it was, and of a changed catalogue only new and changed items are encoded. A stale
 vector cannot be read, because whatever it depends on is in its key.
 
-Layout of `cache_dir/item_vectors-<key>/`, pairs of files, the keys written last:
-    <name>.npy       (K, H) float32 vectors
-    <name>.keys.npy  (K,) the 128-bit content hashes of their items
-While items are encoded a pair holds a block of them, in the end the whole catalogue in order; what
+In `cache_dir/item_vectors-<key>/` lie tables, a mapped store each (`recformer.data.mapped`):
+    vectors  (K, H) float32
+    keys     (K,) the 128-bit content hashes of their items
+While items are encoded a table holds a block of them, in the end the whole catalogue in order; what
 the whole holds is then removed. Nothing but time is lost if a store is deleted.
 
-Shapes: N items, D items of different content, K items of one pair, H hidden.
+Shapes: N items, D items of different content, K items of one table, H hidden.
 """
 
 from __future__ import annotations
@@ -29,11 +29,18 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from recformer.files import UserError, atomic_write, sha256_of
+from recformer.data.mapped import (
+    HEADER,
+    DamagedStoreError,
+    build_mapped,
+    open_mapped,
+    remove_mapped,
+)
+from recformer.files import UserError, sha256_of
 
 logger = logging.getLogger(__name__)
 
-# Enters the key: raise it when the layout above changes.
+# Enters the key: raise it when what the arrays hold changes.
 FORMAT = "recformer item vectors 1"
 
 # Items encoded between two writes: what a kill can cost, and the most that memory must hold.
@@ -93,22 +100,24 @@ def open_or_build(
         raise UserError("no items to encode: the catalogue is empty")
     folder = _folder(cache_dir, model_key, hidden_size)
     whole = _path(folder, keys)
-    if _open(whole, hidden_size) is None:
+    table = _open(whole, hidden_size)
+    if table is None:
         _encode_missing(keys, encode, folder, hidden_size, rank, world, progress and rank == 0)
     wait()
     # Once around, unless another build replaces blocks by its catalogue at this very moment.
-    while rank == 0 and _open(whole, hidden_size) is None:
+    while rank == 0 and table is None and _open(whole, hidden_size) is None:
         _encode_missing(keys, encode, folder, hidden_size, 0, 1, False)
         distinct, inverse = np.unique(keys, return_inverse=True)
         tables = _tables(folder, hidden_size)
         table_of, row_of = _locate(distinct, tables)
         if (table_of >= 0).all():
             parts = _gather(tables, table_of[inverse], row_of[inverse])
-            _write(whole, keys, parts, hidden_size)
-            _remove_covered(folder, distinct, whole)
+            _write(whole, keys, parts)
+            _remove_covered(folder, distinct, whole, hidden_size)
             break
     wait()
-    table = _open(whole, hidden_size)
+    if table is None:
+        table = _open(whole, hidden_size)
     if table is None:
         raise FileNotFoundError(f"{whole} is gone: was it deleted by somebody else?")
     return table[1]
@@ -130,41 +139,35 @@ def _folder(cache_dir: str | os.PathLike, model_key: str, hidden_size: int) -> P
 
 def _path(folder: Path, keys: Keys) -> Path:
     """The one place for vectors of these items by this store's model."""
-    return folder / f"{sha256_of(folder.name, keys.tobytes())[:32]}.npy"
-
-
-def _keys_path(path: Path) -> Path:
-    return path.with_suffix(".keys.npy")
+    return folder / sha256_of(folder.name, keys.tobytes())[:32]
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The pairs of a store, by the path of their vectors."""
-    names = (path.name.removesuffix(".keys.npy") for path in folder.glob("*.keys.npy"))
-    return [folder / f"{name}.npy" for name in sorted(names)]
+    """The tables of a store."""
+    return sorted(path.parent for path in folder.glob(f"*/{HEADER}"))
 
 
 def _open(path: Path, hidden_size: int) -> Table | None:
-    """Keys and mapped vectors of a pair; None if it is not there, or damaged (said in the log)."""
-    try:
-        keys = np.load(_keys_path(path))
-        vectors = np.load(path, mmap_mode="c")
-    except FileNotFoundError:  # or removed at this moment, because a catalogue holds it all
+    """Keys and mapped vectors of a table; None if it is not there, or damaged (said in the log)."""
+    if not path.is_dir():  # or removed at this moment, because a catalogue holds it all
         return None
-    except (ValueError, EOFError) as error:
+    try:
+        arrays = open_mapped(path, mode="c").arrays
+        keys, vectors = arrays["keys"], arrays["vectors"]
+    except (DamagedStoreError, KeyError) as error:
         logger.warning("%s is damaged and not read: %s", path, error)
         return None
-    if path != _path(path.parent, keys):
+    if keys.dtype != KEY_DTYPE or path != _path(path.parent, keys):
         logger.warning("%s is not read: it was put there from elsewhere", path)
         return None
     if vectors.dtype != np.float32 or vectors.shape != (len(keys), hidden_size):
         logger.warning("%s is damaged and not read: %s %s", path, vectors.dtype, vectors.shape)
         return None
-    # A plain array over the mapping: np.memmap itself makes every slice and index slower.
-    return keys, np.asarray(vectors)
+    return keys, vectors
 
 
 def _tables(folder: Path, hidden_size: int) -> list[Table]:
-    """All pairs of a store. Their mappings outlive the files' removal."""
+    """All tables of a store. Their mappings outlive the files' removal."""
     opened = (_open(path, hidden_size) for path in _paths(folder))
     return [table for table in opened if table is not None]
 
@@ -215,7 +218,7 @@ def _encode_missing(
             path = _path(folder, distinct[block])
             if _open(path, hidden_size) is None:  # else another process was here
                 vectors = _encoded(encode, first[block], hidden_size)
-                _write(path, distinct[block], [vectors], hidden_size)
+                _write(path, distinct[block], [vectors])
             bar.update(len(block))
 
 
@@ -247,17 +250,13 @@ def _gather(
         yield vectors
 
 
-def _write(path: Path, keys: Keys, parts: Iterable[Vectors], hidden_size: int) -> None:
-    """Write a pair. Through a file and not through a mapping, where a full disk is a crash."""
-    shape = (len(keys), hidden_size)
+def _write(path: Path, keys: Keys, parts: Iterable[Vectors]) -> None:
+    """Write a table. Through a file and not through a mapping, where a full disk is a crash."""
     try:
-        with atomic_write(path, "wb") as handle:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(handle, header)
+        with build_mapped(path, path.name) as writer:
             for part in parts:
-                handle.write(part.astype("<f4", copy=False).tobytes())
-        with atomic_write(_keys_path(path), "wb") as handle:
-            np.save(handle, keys)
+                writer.append("vectors", part, "<f4")
+            writer.append("keys", keys, KEY_DTYPE.str)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
@@ -283,15 +282,12 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _remove_covered(folder: Path, distinct: Keys, whole: Path) -> None:
-    """Remove the pairs whose items all stand in the catalogue just written: blocks, older ones."""
+def _remove_covered(folder: Path, distinct: Keys, whole: Path, hidden_size: int) -> None:
+    """Remove the tables whose items all stand in the catalogue just written, blocks and older ones,
+    and what an earlier version left."""
     for path in _paths(folder):
-        if path == whole:
-            continue
-        try:
-            covered = np.isin(np.load(_keys_path(path)), distinct).all()
-        except (FileNotFoundError, ValueError, EOFError):
-            continue  # another process's doing, or damaged
-        if covered:
-            _keys_path(path).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+        table = None if path == whole else _open(path, hidden_size)
+        if table is not None and np.isin(table[0], distinct).all():
+            remove_mapped(path)
+    for path in folder.glob("*.npy"):
+        path.unlink(missing_ok=True)

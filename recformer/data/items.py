@@ -4,11 +4,10 @@ A store is keyed by content: tokenizer, configuration of an item's sentence, and
 items in order. Another catalogue, tokenizer or configuration has another store, so a stale one
 cannot be read. Processes that map the same store share its memory.
 
-Layout of `cache_dir/tokenized_items-<key>/` (little-endian, no headers in the arrays):
-    input_ids.bin       (T,) uint16 where the vocabulary fits, else int32
-    token_type_ids.bin  (T,) uint8: 1 name, 2 value
-    offsets.bin         (N + 1,) int64: item i has the tokens offsets[i]:offsets[i + 1]
-    header.json         format, key, N, T, dtype of the ids, CRC-32 of each array; written last
+Arrays of `cache_dir/tokenized_items-<key>/` (`recformer.data.mapped`):
+    input_ids       (T,) uint16 where the vocabulary fits, else int32
+    token_type_ids  (T,) uint8: 1 name, 2 value
+    offsets         (N + 1,) int64: item i has the tokens offsets[i]:offsets[i + 1]
 
 Shapes: N items, T tokens of all of them laid end to end.
 """
@@ -18,9 +17,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,12 +27,13 @@ import numpy.typing as npt
 import tokenizers
 from tqdm import tqdm
 
-from recformer.files import UserError, read_json, sha256_of, write_json
+from recformer.data.mapped import DamagedStoreError, build_mapped, open_mapped
+from recformer.files import UserError, sha256_of
 from recformer.tokenization import RecformerTokenizer, item_texts, ragged_indices
 
 logger = logging.getLogger(__name__)
 
-# Enters the key: raise it when the layout above changes.
+# Enters the key: raise it when what the arrays hold changes.
 FORMAT = "recformer tokenized items 1"
 
 # Items tokenised at a time: bounds the memory of a build, enough to keep all cores busy.
@@ -50,10 +47,6 @@ def cache_dir(data_dir: Path, output_dir: Path, kind: str = "tokenized") -> Path
     return (data_dir if os.access(data_dir, os.W_OK) else output_dir) / kind
 
 
-class DamagedStoreError(Exception):
-    """The files of a store are not what its header says."""
-
-
 class TokenizedItems:
     """Token ids of all items, in the order of their item ids.
 
@@ -61,6 +54,8 @@ class TokenizedItems:
 
     Args:
         folder: a store that `open_or_build` has written.
+        key: that it must have; None for any.
+        verify: read the files through once and compare checksums.
 
     Attributes:
         input_ids: (T,) uint16 or int32, read-only, mapped.
@@ -70,27 +65,20 @@ class TokenizedItems:
         key: SHA-256 (hex) of tokenizer, configuration and item texts.
 
     Raises:
-        DamagedStoreError: a file is missing or has another size than the header says.
+        DamagedStoreError: a file is missing or is not what the header says.
     """
 
     input_ids: npt.NDArray[Any]
     token_type_ids: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(
+        self, folder: str | os.PathLike, key: str | None = None, verify: bool = False
+    ) -> None:
         self.folder = Path(folder).absolute()
-        try:
-            header = read_json(self.folder / "header.json")
-            self.key: str = header["key"]
-            self._crc32: dict[str, int] = {name: header["crc32"][name] for name in ARRAYS}
-            num_items, num_tokens = int(header["num_items"]), int(header["num_tokens"])
-            if header["format"] != FORMAT or header["dtype"] not in ("uint16", "int32"):
-                raise ValueError(f"format {header['format']!r}, dtype {header['dtype']!r}")
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            raise DamagedStoreError(f"{self.folder}: no valid header.json ({error})") from error
-        self.input_ids = self._map("input_ids", np.dtype(header["dtype"]), num_tokens)
-        self.token_type_ids = self._map("token_type_ids", np.dtype(np.uint8), num_tokens)
-        self.offsets = self._map("offsets", np.dtype(np.int64), num_items + 1)
+        opened = open_mapped(self.folder, key, verify)
+        self.key = opened.key
+        self.input_ids, self.token_type_ids, self.offsets = (opened.arrays[n] for n in ARRAYS)
 
     @classmethod
     def open_or_build(
@@ -117,9 +105,7 @@ class TokenizedItems:
         folder = Path(cache_dir) / f"tokenized_items-{key}"
         if folder.is_dir():
             try:
-                store = cls(folder)
-                store._verify(key)
-                return store
+                return cls(folder, key, verify=True)
             except DamagedStoreError as error:
                 logger.warning("%s: tokenising again", error)
         _build(items, tokenizer, folder, key)
@@ -170,32 +156,6 @@ class TokenizedItems:
 
     def __reduce__(self) -> tuple[type[TokenizedItems], tuple[Path]]:
         return type(self), (self.folder,)
-
-    def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
-        path = self.folder / f"{name}.bin"
-        expected = count * dtype.itemsize
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError as error:
-            raise DamagedStoreError(f"{path} is missing") from error
-        if size != expected:
-            raise DamagedStoreError(f"{path} has {size} bytes, expected {expected}")
-        if not count:  # an empty file cannot be mapped
-            return np.empty(0, dtype)
-        # A plain array over the mapping: np.memmap itself makes every slice and index slower.
-        return np.asarray(np.memmap(path, dtype.newbyteorder("<"), mode="r", shape=(count,)))
-
-    def _verify(self, key: str) -> None:
-        """Read the files through once and compare checksums.
-
-        Raises:
-            DamagedStoreError: another key or checksum than expected.
-        """
-        if self.key != key:
-            raise DamagedStoreError(f"{self.folder}: header.json has the key {self.key}")
-        for name in ARRAYS:
-            if zlib.crc32(getattr(self, name)) != self._crc32[name]:
-                raise DamagedStoreError(f"{self.folder / name}.bin has another checksum")
 
 
 class ItemsInMemory(TokenizedItems):
@@ -271,53 +231,15 @@ def _content_key(items: Sequence[Mapping[str, Any]], tokenizer: RecformerTokeniz
 def _build(
     items: Sequence[Mapping[str, Any]], tokenizer: RecformerTokenizer, folder: Path, key: str
 ) -> None:
-    """Write the store beside its place, then move its files in, the header last.
-
-    Equal keys give equal bytes, so it does no harm when two processes move theirs in at once, or
-    when one of them replaces the files of a damaged store that another has mapped.
-    """
-    dtype = _ids_dtype(tokenizer)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        crc32 = dict.fromkeys(ARRAYS, 0)
+    dtype = f"<{np.dtype(_ids_dtype(tokenizer)).str[1:]}"
+    progress = tqdm(total=len(items), desc="tokenising items", unit=" items", disable=None)
+    with progress, build_mapped(folder, key) as writer:
         num_tokens = 0
-        progress = tqdm(total=len(items), desc="tokenising items", unit=" items", disable=None)
-        with (
-            progress,
-            open(beside / "input_ids.bin", "wb") as ids_file,
-            open(beside / "token_type_ids.bin", "wb") as types_file,
-            open(beside / "offsets.bin", "wb") as offsets_file,
-        ):
-            files = dict(zip(ARRAYS, (ids_file, types_file, offsets_file)))
-
-            def write(name: str, values: np.ndarray, dtype: str) -> None:
-                data = values.astype(dtype).tobytes()
-                crc32[name] = zlib.crc32(data, crc32[name])
-                files[name].write(data)
-
-            write("offsets", np.zeros(1), "<i8")
-            for _, chunk in _chunks(items):
-                input_ids, token_type_ids, offsets = tokenizer.encode_items(chunk)
-                write("input_ids", input_ids, f"<{np.dtype(dtype).str[1:]}")
-                write("token_type_ids", token_type_ids, "u1")
-                write("offsets", offsets[1:] + num_tokens, "<i8")
-                num_tokens += len(input_ids)
-                progress.update(len(chunk))
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        header = {
-            "format": FORMAT,
-            "key": key,
-            "num_items": len(items),
-            "num_tokens": num_tokens,
-            "dtype": dtype,
-            "crc32": crc32,
-        }
-        write_json(beside / "header.json", header, indent=2)
-        folder.mkdir(exist_ok=True)
-        for name in (*(f"{name}.bin" for name in ARRAYS), "header.json"):
-            os.replace(beside / name, folder / name)
-    finally:
-        shutil.rmtree(beside)
+        writer.append("offsets", np.zeros(1), "<i8")
+        for _, chunk in _chunks(items):
+            input_ids, token_type_ids, offsets = tokenizer.encode_items(chunk)
+            writer.append("input_ids", input_ids, dtype)
+            writer.append("token_type_ids", token_type_ids, "|u1")
+            writer.append("offsets", offsets[1:] + num_tokens, "<i8")
+            num_tokens += len(input_ids)
+            progress.update(len(chunk))

@@ -4,11 +4,10 @@
 ranks, loader workers and later runs map what was made of them. It is keyed by content: another
 catalogue, tokenizer or file has another key, so nothing stale can be read.
 
-Layout of `cache_dir/pretraining-<key>/` (little-endian, no headers), for train and dev:
-    <split>_offsets.bin     (S + 1,) int64: sequence s is the items offsets[s]:offsets[s + 1]
-    <split>_items.bin       (M,) int32 item ids, oldest first
-    <split>_token_ends.bin  (M + 1,) int64: tokens of the items before each place, over the split
-    header.json             key, sizes, folder of the tokenised items; written last
+Arrays of `cache_dir/pretraining-<key>/` (`recformer.data.mapped`), for train and dev:
+    <split>_offsets     (S + 1,) int64: sequence s is the items offsets[s]:offsets[s + 1]
+    <split>_items       (M,) int32 item ids, oldest first
+    <split>_token_ends  (M + 1,) int64: tokens of the items before each place, over the split
 
 A pair is a history (side a) and the item that follows it (side b) (paper, section 2.3.2).
 
@@ -19,8 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +26,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from recformer.data.items import DamagedStoreError, TokenizedItems
+from recformer.data.items import TokenizedItems
+from recformer.data.mapped import DamagedStoreError, build_mapped, open_mapped
 from recformer.data.processed import Sequences
-from recformer.files import UserError, read_json, sha256_of, write_json
+from recformer.files import UserError, read_json, sha256_of
 from recformer.tokenization import RecformerTokenizer
 
 FORMAT = "recformer pretraining 1"
@@ -97,19 +95,14 @@ class PretrainingData:
 
     @classmethod
     def _open(cls, folder: Path, key: str) -> PretrainingData:
-        try:
-            header = read_json(folder / "header.json")
-        except (FileNotFoundError, UserError) as error:
-            raise DamagedStoreError(str(error)) from error
-        if header.get("key") != key:
-            raise DamagedStoreError(f"{folder}: header.json has the key {header.get('key')}")
-        arrays = {name: _map(folder, name, size) for name, size in header["sizes"].items()}
+        opened = open_mapped(folder, key)
+        arrays, facts = opened.arrays, opened.facts
         return cls(
-            store=TokenizedItems(folder.parent / header["items"]),
+            store=TokenizedItems(folder.parent / facts["items"], verify=True),
             sequences={s: Sequences(arrays[f"{s}_offsets"], arrays[f"{s}_items"]) for s in SPLITS},
             token_ends={split: arrays[f"{split}_token_ends"] for split in SPLITS},
-            attribute_names=header["attribute_names"],
-            counts=header["counts"],
+            attribute_names=facts["attribute_names"],
+            counts=facts["counts"],
             key=key,
         )
 
@@ -122,17 +115,8 @@ def _file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _map(folder: Path, name: str, size: int) -> np.ndarray:
-    path = folder / f"{name}.bin"
-    dtype = np.dtype(ARRAYS[name.partition("_")[2]])
-    found = path.stat().st_size if path.is_file() else None
-    if found != size * dtype.itemsize:
-        raise DamagedStoreError(f"{path} has {found} bytes, expected {size * dtype.itemsize}")
-    return np.asarray(np.memmap(path, dtype, mode="r", shape=(size,)))
-
-
 def _build(paths: dict[str, Path], tokenizer: RecformerTokenizer, folder: Path, key: str) -> None:
-    """Read the JSON files and write the mapped ones beside their place, then move them in."""
+    """Read the JSON files and write the mapped ones."""
     catalogue = read_json(paths["items"])
     if not isinstance(catalogue, dict) or not catalogue:
         raise UserError(
@@ -158,32 +142,13 @@ def _build(paths: dict[str, Path], tokenizer: RecformerTokenizer, folder: Path, 
     items = list(catalogue.values())
     store = TokenizedItems.open_or_build(items, tokenizer, folder.parent)
     names = sorted({name for item in items for name in item})
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        sizes = {}
+    with build_mapped(folder, key) as writer:
         for split, rows in sequences.items():
             ends = np.concatenate([[0], np.cumsum(store.lengths[rows.items], dtype=np.int64)])
             arrays = {"offsets": rows.offsets, "items": rows.items, "token_ends": ends}
             for name, array in arrays.items():
-                sizes[f"{split}_{name}"] = len(array)
-                with open(beside / f"{split}_{name}.bin", "wb") as handle:
-                    array.astype(ARRAYS[name]).tofile(handle)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-        header = {
-            "format": FORMAT,
-            "key": key,
-            "sizes": sizes,
-            "items": store.folder.name,
-            "attribute_names": names,
-            "counts": counts,
-        }
-        folder.mkdir(exist_ok=True)
-        for name in sizes:
-            os.replace(beside / f"{name}.bin", folder / f"{name}.bin")
-        write_json(folder / "header.json", header, indent=1)
-    finally:
-        shutil.rmtree(beside)
+                writer.append(f"{split}_{name}", array, ARRAYS[name])
+        writer.facts |= {"items": store.folder.name, "attribute_names": names, "counts": counts}
 
 
 def _item_sequences(

@@ -119,7 +119,7 @@ class Evaluator:
         columns: dict[str, NDArray[Any]] = dict(self.state())
         columns["rank"] = columns["above"] + 1 + columns["tied"] / 2
         with atomic_write(path, "wb") as handle:
-            pq.write_table(pa.table(columns), handle)
+            pq.write_table(pa.table(columns), handle, write_page_checksum=True)
 
     def _rows(self) -> NDArray[np.int64]:
         """All rows (5, users), each user once, by ascending user id."""

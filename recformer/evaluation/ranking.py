@@ -142,13 +142,15 @@ def rank_among_by_vectors(
 
     Args:
         user_vectors, item_vectors, targets, cosine, additions: as in `rank_by_vectors`.
-        candidates: (B, C) item ids, without the target and without repetition in a row.
+        candidates: (B, C) item ids; the target and repetitions in a row do not count.
 
     Raises:
         UserError: as `rank_by_vectors`, or candidates of another shape.
     """
     users = _checked_users(user_vectors, item_vectors)
-    target_ids, ids = _checked_candidates(targets, candidates, len(users), item_vectors.shape[0])
+    target_ids, ids, counts = _checked_candidates(
+        targets, candidates, len(users), item_vectors.shape[0]
+    )
     num_candidates = ids.shape[1]
     terms = PairTerms.of(additions, len(users), item_vectors.shape[0])
     target_terms = terms.at(np.arange(len(users)), target_ids)
@@ -170,6 +172,7 @@ def rank_among_by_vectors(
         apart = apart.reshape(-1, num_candidates)
         apart -= side.target_scores[:, None]
         tolerance = (side.scale * TIE_TOLERANCE)[:, None]
-        above[block] = _to_numpy((apart > tolerance).sum(dim=1))
-        tied[block] = _to_numpy((apart.abs() <= tolerance).sum(dim=1))
-    return TargetRanks(above, tied, np.full_like(above, num_candidates + 1))
+        counted = torch.from_numpy(counts[block]).to(users.device)
+        above[block] = _to_numpy(((apart > tolerance) & counted).sum(dim=1))
+        tied[block] = _to_numpy(((apart.abs() <= tolerance) & counted).sum(dim=1))
+    return TargetRanks(above, tied, counts.sum(axis=1) + 1)

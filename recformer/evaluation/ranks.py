@@ -87,13 +87,14 @@ def count_ranks_among(scores: Vectors, targets: ArrayLike, candidates: ArrayLike
 
     Args:
         scores, targets: as in `count_ranks`.
-        candidates: (B, C) item ids, without the target and without repetition in a row.
+        candidates: (B, C) item ids; the target and repetitions in a row do not count.
     """
     scores = torch.as_tensor(scores)
-    target_ids, ids = _checked_candidates(targets, candidates, *scores.shape)
+    target_ids, ids, counts = _checked_candidates(targets, candidates, *scores.shape)
     columns = np.concatenate([target_ids[:, None], ids], axis=1)  # (B, 1 + C)
     chosen = scores.gather(1, torch.from_numpy(columns).to(scores.device))
-    return count_ranks(chosen, np.zeros_like(target_ids))
+    rows, cols = np.nonzero(~counts)
+    return count_ranks(chosen, np.zeros_like(target_ids), (rows, cols + 1))
 
 
 def _checked_scores(scores: Vectors) -> torch.Tensor:
@@ -109,20 +110,18 @@ def _checked_scores(scores: Vectors) -> torch.Tensor:
 
 def _checked_candidates(
     targets: ArrayLike, candidates: ArrayLike, num_users: int, num_items: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Targets (B,), candidates (B, C), and which of these count: no target, no repetition."""
     target_ids, ids = _ids(targets, "targets", num_items), np.asarray(candidates)
     _same_length("targets", len(target_ids), num_users)
     if ids.ndim != 2 or len(ids) != num_users:
         raise UserError(f"candidates have shape {ids.shape}, expected ({num_users}, candidates)")
     ids = _ids(ids.reshape(-1), "candidates", num_items).reshape(ids.shape)
-    sorted_ids = np.sort(np.concatenate([target_ids[:, None], ids], axis=1), axis=1)
-    again = (sorted_ids[:, 1:] == sorted_ids[:, :-1]).any(axis=1).nonzero()[0]
-    if len(again):
-        raise UserError(
-            f"the candidates of row {again[0]} hold an item twice, or the target "
-            f"{target_ids[again[0]]}: expected different items, none of them the target"
-        )
-    return target_ids, ids
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    again = np.zeros(ids.shape, bool)
+    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return target_ids, ids, ~again & (ids != target_ids[:, None])
 
 
 def _seen_pairs(seen: Pairs | None, num_users: int, num_items: int) -> tuple[NDArray, NDArray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recformer.evaluation.ranks import TargetRanks
-from recformer.files import UserError, read_json
+from recformer.files import UserError, read_checked_json, write_checked_json
 
 # Figures can be compared where these agree.
 RULE = ("split_hash", "ties", "filter_seen")
@@ -19,6 +19,133 @@ RULE = ("split_hash", "ties", "filter_seen")
 def cell_text(name: str) -> str:
     """A name in a cell of a Markdown table, which a bare `|` would end."""
     return name.replace("|", "\\|")
+
+
+METRICS_FILE = "metrics.json"
+
+# Figures of one evaluation, `recformer.evaluation.figures.detailed_figures` by split.
+Figures = dict[str, dict[str, Any]]
+
+
+@dataclass
+class StageResult:
+    """What the training of one stage brought.
+
+    Attributes:
+        best: validation metric, None if never above that of an earlier stage.
+        rows: history, a row an epoch.
+        seconds: of training.
+    """
+
+    best: float | None
+    rows: list[dict[str, Any]]
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class RunResult:
+    """`metrics.json` of a run on a processed folder, finetuning or baseline.
+
+    Attributes:
+        evaluations: name -> split -> figures, in the order they were made.
+        stages: name -> what its training brought.
+        ties, filter_seen, split_hash, protocol, data_protocol, eval_users, sampled_negatives: the
+            rules that the figures were made by.
+        seed, precision: of the run.
+        seconds_a_user: of ranking a test user, loading of batches included.
+        parameters: trained ones.
+        seconds: of the last command.
+        train_seconds: of all epochs, validation included.
+        model, settings: of a baseline.
+        item_table: of Recformer's first evaluation: `encoded`, or the checkpoint's.
+    """
+
+    evaluations: dict[str, Figures]
+    stages: dict[str, StageResult] = field(default_factory=dict)
+    ties: str | None = None
+    filter_seen: bool | None = None
+    split_hash: str | None = None
+    protocol: dict[str, Any] | None = None
+    data_protocol: dict[str, Any] | None = None
+    eval_users: int | None = None
+    sampled_negatives: int | None = None
+    seed: int | None = None
+    precision: str | None = None
+    seconds_a_user: float | None = None
+    parameters: int | None = None
+    seconds: float | None = None
+    train_seconds: float | None = None
+    model: str | None = None
+    settings: dict[str, Any] | None = None
+    item_table: str | None = None
+
+    @property
+    def test(self) -> dict[str, Any]:
+        """Figures of the last evaluation on the test users."""
+        return self.evaluations[list(self.evaluations)[-1]]["test"]
+
+    @property
+    def validation(self) -> dict[str, Any]:
+        """Figures of the last evaluation on the validation users."""
+        return self.evaluations[list(self.evaluations)[-1]]["val"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `metrics.json` holds it: `test` and `validation` stand out."""
+        values = asdict(self)
+        for name in ("train_seconds", "model", "settings", "item_table"):  # not every run's
+            if values[name] is None:
+                del values[name]
+        return {"test": self.test, "validation": self.validation} | values
+
+    def save(self, folder: Path) -> None:
+        """Write `metrics.json`."""
+        write_checked_json(folder / METRICS_FILE, self.as_dict())
+
+    @classmethod
+    def load(cls, folder: Path) -> RunResult:
+        """Read `metrics.json`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UserError: it is damaged, or of another kind of run.
+        """
+        path = folder / METRICS_FILE
+        values = read_checked_json(path)
+        evaluations, stages = values.get("evaluations"), values.get("stages", {})
+        if not isinstance(evaluations, dict) or not isinstance(stages, dict):
+            raise UserError(f"{path} has no evaluations: it is not of a finetuning or a baseline")
+        known = {each.name for each in fields(cls)}
+        try:
+            kept = {name: StageResult(**stage) for name, stage in stages.items()}
+        except TypeError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        return cls(**{k: v for k, v in values.items() if k in known} | {"stages": kept})
+
+
+def read_ranks(path: Path) -> dict[str, NDArray[Any]]:
+    """Columns of a file of ranks that `Evaluator.write_parquet` wrote, verified.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the run was not evaluated on these users")
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        right = columns["above"] + 1 + columns["tied"] / 2
+        users, targets, among = (columns[n] for n in ("user_id", "target", "num_candidates"))
+        sound = (columns["rank"] == right).all() and (right <= among).all()
+        sound = sound and (np.diff(users) > 0).all() and len(targets) == len(users)
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
+        raise UserError(f"{path} is damaged: {error or type(error).__name__}") from error
+    if not sound:
+        raise UserError(f"{path} is damaged: its columns contradict each other")
+    return columns
 
 
 @dataclass(frozen=True)
@@ -70,10 +197,8 @@ class RankedRun:
             FileNotFoundError: no such folder, metrics or ranks.
             UserError: the run has no such evaluation.
         """
-        import pyarrow.parquet as pq
-
-        metrics = read_json(folder / "metrics.json")
-        evaluations = list(metrics.get("evaluations", ()))
+        result = RunResult.load(folder)
+        evaluations = list(result.evaluations)
         if not evaluations or (evaluation and evaluation not in evaluations):
             raise UserError(
                 f"{folder} has the evaluations {', '.join(evaluations)}; {evaluation!r}?"
@@ -81,16 +206,10 @@ class RankedRun:
         # A stage that brought nothing has no ranks of its own.
         kept = [e for e in evaluations if (folder / "ranks" / f"{e}_test.parquet").exists()]
         chosen = evaluation or (kept or evaluations)[-1]
-        file = folder / "ranks" / f"{chosen}_test.parquet"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} does not exist: the run was not evaluated on test users"
-            )
-        table = pq.read_table(file)
-        columns = {name: table[name].to_numpy() for name in table.column_names}
+        columns = read_ranks(folder / "ranks" / f"{chosen}_test.parquet")
         return cls(
             name=name or (f"{folder.name}:{evaluation}" if evaluation else folder.name),
-            rule={name: metrics.get(name) for name in RULE},
+            rule={name: getattr(result, name) for name in RULE},
             user_ids=columns["user_id"],
             targets=columns["target"],
             ranks=TargetRanks(columns["above"], columns["tied"], columns["num_candidates"]),

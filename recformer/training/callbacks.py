@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,14 @@ from lightning.pytorch.callbacks import EarlyStopping
 from recformer.data.items import TokenizedItems
 from recformer.models.catalogue import RecformerForCatalogue, token_bags
 from recformer.training.item_encoder import catalogue_vectors, encode_items
+
+
+class ExtraFigures(Callback):
+    """A callback that has figures of its own for an evaluation, beside those of ranks."""
+
+    def figures(self, trainer: Trainer) -> dict[str, Any]:
+        """What it adds to the figures of the split that `trainer` has just tested."""
+        raise NotImplementedError
 
 
 class ItemTable(Callback):

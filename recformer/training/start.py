@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,9 +11,11 @@ import torch
 
 from recformer.checkpoints.backbones import backbone_config, from_backbone
 from recformer.checkpoints.loading import load_checkpoint
+from recformer.checkpoints.names import ITEM_TABLE, StateDict, plain_name
 from recformer.checkpoints.reading import read_state_dict
 from recformer.config import PAPER, RecformerConfig
-from recformer.files import UserError
+from recformer.data.processed import ITEM_FILE
+from recformer.files import UserError, read_json
 from recformer.models import RecformerForPretraining, RecformerForSeqRec
 from recformer.tokenization import RecformerTokenizer
 
@@ -57,8 +60,11 @@ def load_start_model(
     tokenizer_name: str | None,
     from_scratch: bool,
     overrides: dict[str, Any],
+    item_names: Sequence[str] | None = None,
 ) -> tuple[Model, RecformerTokenizer, str]:
-    """The model that training starts from, without an item table, its tokenizer and a report.
+    """The model that training starts from, its tokenizer and a report.
+
+    It has no item table, but for one that `item_names` asks for.
 
     Args:
         model_class: `RecformerForSeqRec` or `RecformerForPretraining`.
@@ -69,6 +75,10 @@ def load_start_model(
         from_scratch: random weights, of the paper's shape with `overrides`; `tokenizer_name` or
             `model_name_or_path` gives the tokenizer.
         overrides: fields of the configuration.
+        item_names: of the catalogue, by item id, where a `RecformerForSeqRec` is to keep the item
+            table that a finetuned checkpoint carries; it does if the table is of these items: as
+            many as its rows, and the same in the same order where the checkpoint is a folder with
+            an `smap.json`. Otherwise the report says why not.
 
     Raises:
         FileNotFoundError, UserError: as `load_checkpoint` and `from_backbone`.
@@ -98,9 +108,11 @@ def load_start_model(
         model = model_class(config)
         load_checkpoint(model, state, item_table=False)
         report = str(converted)
-    # A finetuned checkpoint's item table belongs to its own catalogue.
     if isinstance(model, RecformerForSeqRec):
+        # A finetuned checkpoint's item table belongs to its own catalogue.
         model.item_embedding = None
+        if item_names is not None and not from_scratch:
+            report += _keep_table(model, state, pretrain_ckpt or source, item_names)
     tokenizer = RecformerTokenizer.from_pretrained(tokenizer_name or source, model.config)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
@@ -108,6 +120,36 @@ def load_start_model(
             f"{model.config.vocab_size}: they do not belong together"
         )
     return model, tokenizer, report
+
+
+def _keep_table(
+    model: RecformerForSeqRec, state: StateDict, source: str, item_names: Sequence[str]
+) -> str:
+    """Give the model the item table of a state dict, where it is of these items; says why not."""
+    tables = [key for key in state if plain_name(key) == ITEM_TABLE]
+    if not tables:
+        return ""
+    table, why = state[tables[0]], ""
+    names = Path(source) / ITEM_FILE
+    if table.shape != (len(item_names), model.config.hidden_size):
+        why = f"it is {tuple(table.shape)}, the data have {len(item_names)} items"
+    elif names.is_file() and _names_by_id(names) != list(item_names):
+        why = f"{names} has other items than the data, or another order"
+    if why:
+        return f"\n  item vectors of the checkpoint are not used ({why}): encoded anew"
+    model.init_item_embedding(table.to(model.dtype))
+    return ""
+
+
+def _names_by_id(path: Path) -> list[str]:
+    """Names of `smap.json` in the order of their ids."""
+    item_ids = read_json(path)
+    return sorted(item_ids, key=item_ids.__getitem__)
+
+
+def table_hash(table: torch.Tensor) -> str:
+    """Short content hash of an item table."""
+    return hashlib.sha256(table.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def weights_hash(model: torch.nn.Module) -> str:

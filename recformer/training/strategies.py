@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
-from recformer.files import UserError
+from recformer.files import UserError, beside
 
 STRATEGIES = ("deepspeed_stage_2", "ddp", "auto")
 
@@ -36,10 +36,7 @@ class Zero2Strategy(DeepSpeedStrategy):
         self, checkpoint: dict, filepath: Any, storage_options: Any | None = None
     ) -> None:
         path = Path(self.broadcast(filepath))
-        partial, aside = path.with_name(f".{path.name}.partial"), _aside(path)
-        if self.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.barrier()
+        partial, aside = Path(self.broadcast(beside(path))), _aside(path)
         super().save_checkpoint(checkpoint, partial, storage_options)
         self.barrier()  # every process has written its part
         if self.is_global_zero:

@@ -1,4 +1,4 @@
-"""Lightning trainers: device, strategy, precision, loggers."""
+"""Lightning trainers: device, strategy, precision, processes, checkpoints, loggers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning import Callback
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from recformer.files import UserError, atomic_write
-from recformer.processes import say
+from recformer.processes import group, join, rank_and_world, say
+from recformer.training.arguments import DeviceArguments
 
 # Warnings that a user of ours can do nothing about, and need not.
 NOISE = (
@@ -28,7 +33,58 @@ NOISE = (
     r"It is recommended to use .*sync_dist=True",  # figures of the evaluator are gathered already
     r"Since DeepSpeed handles gradient clipping internally",  # and `LitWrapper` leaves it to it
     r".*does not have many workers which may be a bottleneck",
+    r"The `srun` command is available on your system but is not used",  # the run starts its own
+    r"Checkpoint directory .* exists and is not empty",  # a run that goes on
 )
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a run computes.
+
+    Attributes:
+        accelerator, devices: Lightning's.
+        precision: Lightning's name.
+    """
+
+    accelerator: str
+    devices: list[int] | int
+    precision: str
+
+    @classmethod
+    def of(cls, args: DeviceArguments) -> Compute:
+        """From flags; finds this process's place among those of the run (`processes.join`).
+
+        Raises:
+            UserError: a GPU that this machine lacks, or another number of processes was started.
+        """
+        accelerator, devices = choose_devices(args.device, args.num_processes)
+        num_processes = devices if isinstance(devices, int) else len(devices)
+        join(num_processes, accelerator == "cuda")
+        precision = half_precision(accelerator) if args.fp16 else "32-true"
+        return cls(accelerator, devices, precision)
+
+    @property
+    def num_processes(self) -> int:
+        return self.devices if isinstance(self.devices, int) else len(self.devices)
+
+
+class RunEnvironment(LightningEnvironment):
+    """Ranks from `recformer.processes`, whatever variables of SLURM or others are set.
+
+    Lightning's own environments guess from variables, and under SLURM install handlers that write
+    `hpc_ckpt_*.ckpt`, which every later fit and test would load in place of the model given.
+    """
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return group().external or group().rank > 0 or rank_and_world()[1] > 1
+
+    def local_rank(self) -> int:
+        return group().rank
+
+    def node_rank(self) -> int:
+        return 0
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -44,6 +100,39 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, handle)
             except RuntimeError as error:  # what torch's zip writer makes of a full disk
                 raise OSError(f"could not write {path}: {error}") from error
+
+
+class Keeper(ModelCheckpoint):
+    """Checkpoints of a folder that may be moved, renamed or mounted elsewhere.
+
+    Lightning keeps absolute paths, and forgets the best score where they are others. Without a
+    monitored metric each checkpoint replaces the one before, whatever it is worth.
+    """
+
+    def __init__(self, folder: Path, name: str, monitor: str | None = None, **options: Any) -> None:
+        options = {"mode": "max", "enable_version_counter": False} | options
+        super().__init__(folder, name, monitor, auto_insert_metric_name=False, **options)
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = Path(state[key]).name
+        kept = {Path(path).name: score for path, score in state["best_k_models"].items()}
+        return state | {"best_k_models": kept, "dirpath": ""}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(name: str) -> str:  # older checkpoints hold whole paths
+            return str(Path(str(self.dirpath)) / Path(name).name) if name else ""
+
+        state = dict(state_dict) | {"dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = here(state[key])
+        state["best_k_models"] = {here(path): v for path, v in state["best_k_models"].items()}
+        super().load_state_dict(state)
 
 
 def cpu_has_bfloat16() -> bool:
@@ -136,8 +225,10 @@ def build_trainer(
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     on_screen = sys.stdout.isatty()
-    return lightning.Trainer(
-        default_root_dir=output_dir,
+    rank_zero_only.rank = group().rank  # Lightning's is a guess from variables, made at import
+    trainer = lightning.Trainer(
+        # A folder that is never made: Lightning looks for requeue files of SLURM there.
+        default_root_dir=output_dir / "lightning",
         max_epochs=max_epochs,
         accelerator=accelerator,
         devices=devices,
@@ -145,7 +236,7 @@ def build_trainer(
         precision=precision,  # type: ignore[arg-type]
         callbacks=[*callbacks, *([TQDMProgressBar(refresh_rate=10)] if on_screen else [])],
         enable_progress_bar=on_screen,  # a log file wants lines, not bars
-        plugins=[WholeFileCheckpointIO()],
+        plugins=[WholeFileCheckpointIO(), RunEnvironment()],
         check_val_every_n_epoch=validate_every,
         val_check_interval=validate_every_batches,
         accumulate_grad_batches=accumulate,
@@ -157,3 +248,26 @@ def build_trainer(
         enable_model_summary=False,
         log_every_n_steps=10,
     )
+    # Its handler of SIGTERM waits for the end of the batch, then exits with status 0.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
+
+
+@contextmanager
+def whole_group(trainer: lightning.Trainer) -> Iterator[None]:
+    """Where the block fails, processes that this one started end with it."""
+    try:
+        yield
+    except BaseException:
+        for child in _children(trainer):
+            child.kill()
+        raise
+
+
+_started: list[Any] = []
+
+
+def _children(trainer: lightning.Trainer) -> list[Any]:
+    """Processes that this trainer or one before it started."""
+    _started.extend(getattr(trainer.strategy.launcher, "procs", ()))
+    return _started

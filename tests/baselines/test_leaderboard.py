@@ -20,20 +20,32 @@ from recformer.files import UserError, read_json
 
 
 def write_run(
-    folder: Path, above: list[int], evaluations: tuple[str, ...] = ("trained",), **rule
+    folder: Path,
+    above: list[int],
+    evaluations: tuple[str, ...] = ("trained",),
+    slices: dict | None = None,
+    **rule,
 ) -> None:
     evaluator = Evaluator((10, 50))
     count = len(above)
     ranks = TargetRanks(np.array(above), np.zeros(count, int), np.full(count, 100))
     evaluator.update(torch.arange(count), torch.arange(count), ranks)
-    part = {"num_users": 2, "NDCG@10": 0.25}
+    if slices is None:
+        slices = {"cold target": {"num_users": 2, "NDCG@10": 0.25}}
+    figures = {name: {"test": {"slices": {}}} for name in evaluations}
+    figures[evaluations[-1]] = {"test": {"slices": slices}}
     metrics = {
         "split_hash": "abc",
         "ties": "expected",
         "filter_seen": False,
-        "evaluations": {name: {"test": {"slices": {}}} for name in evaluations},
-        "test": {"slices": {"cold target": part}},
-        "stages": {"training": {"rows": [{"seconds": 40.0}, {"seconds": 50.0}]}},
+        "evaluations": figures,
+        "stages": {
+            "training": {
+                "best": 0.5,
+                "rows": [{"seconds": 40.0}, {"seconds": 50.0}],
+                "seconds": 90.0,
+            }
+        },
         "parameters": 1234,
         "seconds_a_user": 0.002,
     }
@@ -91,8 +103,8 @@ def test_runs_of_other_users_never_share_a_table(tmp_path):
 
 def test_names_of_folders_and_cut_offs_of_runs_are_free(tmp_path):
     folder = tmp_path / "a=b:c"
-    slices = {"slices": {"cold target": {"num_users": 2, "NDCG@5": 0.25}}}
-    write_run(folder / "lr=0.1:x", [0, 1], test=slices)
+    slices = {"cold target": {"num_users": 2, "NDCG@5": 0.25}}
+    write_run(folder / "lr=0.1:x", [0, 1], slices=slices)
     (row,) = [row_of(*run) for run in find_runs(folder)]
     assert row.run.name == "lr=0.1:x"
     assert row.slices == {}
@@ -111,7 +123,7 @@ def test_slices_of_runs_without_any_come_from_the_data(tmp_path):
         dataset={},
     )
     folder = ProcessedFolder.load(path)
-    write_run(tmp_path / "run", [0, 1], test={}, split_hash=folder.split_hash)
+    write_run(tmp_path / "run", [0, 1], slices={}, split_hash=folder.split_hash)
     (place,) = find_runs(tmp_path)
     assert row_of(*place).slices == {}
     found = row_of(*place, folder).slices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_after_a_kill_only_the_rest_is_encoded(
     assert encoded(capsys) == 16  # of 24, in blocks of 8
     write_catalogue(tmp_path / "data", [*TITLES, "red tent"])
     for path in (tmp_path / "data" / "vectors").glob("*/*"):
-        path.unlink()
+        shutil.rmtree(path)
     main(whole)  # never cut off: the same bits
     assert encoded(capsys) == 24
     resumed, uncut = (np.load(tmp_path / d / "item_vectors.npy") for d in ("out", "whole"))
@@ -153,7 +154,7 @@ def test_two_processes_give_the_bits_of_one(
     main(flags)
     one = np.load(tmp_path / "out" / "item_vectors.npy")
     for path in (tmp_path / "data" / "vectors").glob("*/*"):
-        path.unlink()
+        shutil.rmtree(path)
     # The launcher starts the second process by the command of the first.
     (tmp_path / "small_blocks.py").write_text(
         "from recformer.data import item_vectors\nitem_vectors.BLOCK_SIZE = 8\n"

@@ -1,0 +1,195 @@
+"""The output folder of a run, whatever is trained: claimed, gone on with, or refused.
+
+`run.json` holds the settings that figures depend on. A folder that holds another run, or files of
+which nothing says of which run they are, is refused or, with `--overwrite_output_dir`, cleared:
+files of two runs never lie side by side. The first process decides, the others follow.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recformer.files import UserError, check_torch_file, read_json, remove_leftovers, write_json
+from recformer.processes import agreed, is_first, keeps
+
+# None of these flags changes a figure, wherever a run has them.
+IGNORED = frozenset(
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "wandb",
+        "dataloader_num_workers",
+        "preprocessing_num_workers",
+    }
+)
+
+RUN_FILE = "run.json"
+CLEARING = "clearing"  # in run.json while files of the run before are removed
+
+# Seconds that a run waits for another one in its folder, which may be dying.
+PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that is this run's; `claim` gives it.
+
+    No other process gets it until this one ends, or the end of a `with` block of it.
+
+    Attributes:
+        path: the folder.
+        goes_on: this very run was here before.
+    """
+
+    path: Path
+    goes_on: bool
+
+    @classmethod
+    def claim(
+        cls,
+        path: str | os.PathLike,
+        settings: Mapping[str, Any],
+        written: Sequence[str],
+        overwrite: bool = False,
+    ) -> RunFolder:
+        """Take a folder for a run, or go on there.
+
+        Args:
+            path: made if missing.
+            settings: everything that figures depend on, as JSON has it; `IGNORED` is left out.
+            written: names within the folder that a run of this kind leaves.
+            overwrite: clear a folder of another run.
+
+        Raises:
+            UserError: it holds another run, or files of an unknown one, and may not be
+                overwritten; or another process is at work there.
+        """
+        path = Path(path)
+        settings = {name: value for name, value in settings.items() if name not in IGNORED}
+        outcome: bool | Exception = True
+        if is_first():
+            try:
+                outcome = _claim(path, settings, written, overwrite)
+            except (UserError, OSError) as error:  # the others must not wait for this one
+                outcome = error
+        outcome = agreed(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        keeps(f"{path} keeps what is done, and the same command goes on there")
+        return cls(path, outcome)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other processes work here."""
+        descriptor = _held.pop(os.path.realpath(self.path), None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def has(self, *names: str) -> bool:
+        """Whether this very run left all of these here."""
+        return self.goes_on and all((self.path / name).exists() for name in names)
+
+
+def checked(path: Path) -> Path:
+    """A checkpoint of this run that is read back, verified.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        UserError: it is damaged.
+    """
+    try:
+        check_torch_file(path)
+    except (UserError, FileNotFoundError) as error:
+        advice = f"{error}; remove {path.parent}, and the same command trains that part again"
+        raise type(error)(advice) from error
+    return path
+
+
+def _claim(path: Path, settings: dict[str, Any], written: Sequence[str], overwrite: bool) -> bool:
+    path.mkdir(parents=True, exist_ok=True)
+    _hold(path)
+    remove_leftovers(path, deep=True)
+    run_file = path / RUN_FILE
+    before, other, clearing = None, "", False
+    present = [name for name in dict.fromkeys(written) if os.path.lexists(path / name)]
+    if run_file.exists():
+        before = _read_settings(run_file)
+        if before is None:
+            other = f"has a damaged {RUN_FILE}"
+        else:
+            clearing = before.pop(CLEARING, False)
+            different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
+            other = f"holds another run (different: {', '.join(different)})" if different else ""
+    elif present:
+        other = f"has {', '.join(present)} and no {RUN_FILE} that says of which run"
+    if other and not overwrite:
+        raise UserError(
+            f"{path} {other}; choose another --output_dir, or give --overwrite_output_dir"
+        )
+    if (other or clearing) and present:
+        write_json(run_file, settings | {CLEARING: True}, indent=1)
+        for name in present:
+            place = path / name
+            shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
+    if other or clearing or before is None:
+        write_json(run_file, settings, indent=1)
+        return False
+    return True
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    try:
+        value = read_json(path)
+    except UserError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+_held: dict[str, int] = {}
+
+
+def _hold(path: Path) -> None:
+    """Lock a folder.
+
+    Raises:
+        UserError: another process has it.
+    """
+    name = os.path.realpath(path)
+    if name in _held:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(descriptor)
+                raise UserError(
+                    f"another process is at work in {path}: wait for its end, or choose another "
+                    "--output_dir"
+                ) from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            break
+    _held[name] = descriptor
+
+
+def _let_go() -> None:
+    """In a forked child, which must not hold a lock longer than its parent lives."""
+    for descriptor in _held.values():
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
