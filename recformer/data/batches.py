@@ -101,3 +101,9 @@ class PairBatch(LabelledBatch):
     user_ids: Tensor
     mlm_a: tuple[Tensor, Tensor] | None = None
     mlm_b: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the encoder, masked copies included."""
+        sides = ((self.a, self.mlm_a), (self.b, self.mlm_b))
+        return sum(side.num_tokens * (1 if mlm is None else 2) for side, mlm in sides)

@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
+from recformer.data.batches import PairBatch
 from recformer.files import atomic_write
 from recformer.processes import say
 
@@ -156,11 +157,14 @@ class StepHistory(Callback):
             self._started = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PairBatch,
+        batch_idx: int,
     ) -> None:
-        # What goes through the encoder, masked copies included.
-        for side, masked in ((batch.a, batch.mlm_a), (batch.b, batch.mlm_b)):
-            self._tokens += side.num_tokens * (1 + (masked is not None))
+        self._tokens += batch.num_tokens
         self._batches += 1
         metrics = trainer.callback_metrics
         for name in LOSSES:

@@ -103,6 +103,7 @@ def test_batches_move_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [moved.labels, moved.history.input_ids, moved.user_ids, *moved.seen]
     assert [tensor.device.type for tensor in devices] == ["meta"] * 5
     pairs = PairBatch(TARGETS, packed(), packed(), TARGETS, TARGETS, mlm_b=SEEN).to("meta")
+    assert pairs.num_tokens == 9  # side b twice
     assert pairs.mlm_a is None
     assert pairs.mlm_b is not None
     assert pairs.mlm_b[0].device.type == pairs.b.cu_seqlens.device.type == "meta"
