@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ HEAD_DEFAULTS = {
 }
 
 
+# Of the head where few users give few optimizer steps.
+LEAST_BATCH = 16
+BATCHES_OF_FEW_USERS = 32
+
+
 @dataclass
 class FinetuneArguments(RunArguments, ModelArguments):
     """Finetune Recformer on a processed folder and evaluate it by full ranking."""
@@ -86,6 +91,11 @@ class FinetuneArguments(RunArguments, ModelArguments):
     )
     recency: bool = flag(True, "head: newer items of the history weigh more")
     history_term: bool = flag(True, "head: items of the history have a score of their own")
+    least_steps: int = flag(
+        150,
+        "head: with few users, whose optimizer steps would be fewer, batches are smaller and "
+        "epochs more than told; 0: as told",
+    )
     spare_unbought: bool = flag(True, "head: items that nobody bought are no negatives")
     pretrain_ckpt: str | None = flag(
         None,
@@ -132,6 +142,8 @@ class FinetuneArguments(RunArguments, ModelArguments):
         super().check()
         self.head_options()
         foreign = [f.name for f in fields(HeadOptions) if getattr(self, f.name) != f.default]
+        if self.least_steps != FinetuneArguments.least_steps:
+            foreign.append("least_steps")
         if self.method == "published" and foreign:
             raise UserError(f"--{foreign[0]} is a flag of --method head")
         if self.method == "head":
@@ -186,6 +198,7 @@ class Run:
         )
         if self.folder.num_without_metadata:
             say(f"{self.folder.num_without_metadata:,} items have no metadata: empty sentences")
+        args = self.args = self._fitted(args)
         seed_everything(args.seed, verbose=False)
         self.model, self.tokenizer = self._load_model()
         most = self.model.config.max_attr_num
@@ -252,6 +265,10 @@ class Run:
         if args.fix_word_embedding:
             model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
         return model, tokenizer
+
+    def _fitted(self, args: FinetuneArguments) -> FinetuneArguments:
+        """The flags, made to fit the data."""
+        return args
 
     def _collators(self) -> tuple[Callable, Callable]:
         config = self.model.config
@@ -321,6 +338,23 @@ class HeadRun(Run):
         model = RecformerForCatalogue(config)
         model.longformer.load_state_dict(start.longformer.state_dict())
         return model, tokenizer
+
+    def _fitted(self, args: FinetuneArguments) -> FinetuneArguments:
+        users = int((self.folder.train.lengths >= 2).sum())
+
+        def steps_an_epoch(batch_size: int) -> int:
+            return max(1, users // (batch_size * args.gradient_accumulation_steps))
+
+        if args.num_train_epochs * steps_an_epoch(args.batch_size) >= args.least_steps:
+            return args
+        batch_size = min(args.batch_size, max(LEAST_BATCH, users // BATCHES_OF_FEW_USERS))
+        epochs = -(-args.least_steps // steps_an_epoch(batch_size))
+        epochs = max(args.num_train_epochs, epochs)
+        say(
+            f"{users:,} users to train on: batches of {batch_size} and {epochs} epochs, for "
+            f"{args.least_steps} optimizer steps (--least_steps)"
+        )
+        return replace(args, batch_size=batch_size, num_train_epochs=epochs)
 
     def _collators(self) -> tuple[Callable, Callable]:
         length = self.args.max_history

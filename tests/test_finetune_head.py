@@ -33,6 +33,7 @@ def head_arguments(shop: Path, output_dir: Path, **settings) -> FinetuneArgument
         "verbose": 1,
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-2,
+        "least_steps": 0,
     }
     return arguments(shop, output_dir, **own | settings)
 
@@ -155,7 +156,8 @@ def test_two_processes_train_as_one(shop, tmp_path) -> None:
         for name, value in vars(head_arguments(shop, tmp_path / "two", **settings)).items()
         if name in ("data_path", "tokenizer_name", "output_dir", "config_overrides", "method",
                     "max_token_num", "num_train_epochs", "verbose", "learning_rate",
-                    "warmup_steps", "bag_size", "offset_dropout", "gradient_accumulation_steps")
+                    "warmup_steps", "bag_size", "offset_dropout", "gradient_accumulation_steps",
+                    "least_steps")
     ]  # fmt: skip
     command = [sys.executable, "-m", "recformer.finetune", *flags, "--from_scratch"]
     command += ["--batch_size=4", "--num_processes=2", "--metric_ks", "5", "10"]
@@ -167,3 +169,13 @@ def test_two_processes_train_as_one(shop, tmp_path) -> None:
         for metric in ("NDCG@10", "MRR"):
             found = two["evaluations"][name]["test"][metric]
             assert found == pytest.approx(expected["test"][metric], abs=2e-3), (name, metric)
+
+
+def test_few_users_get_smaller_batches_and_more_epochs(shop, tmp_path, capsys) -> None:
+    this = entry.HeadRun(head_arguments(shop, tmp_path, batch_size=128, least_steps=10))
+    assert (this.args.batch_size, this.args.num_train_epochs) == (16, 6)  # 40 users: 2 an epoch
+    assert "batches of 16 and 6 epochs, for 10 optimizer steps" in capsys.readouterr().out
+    told = entry.HeadRun(head_arguments(shop, tmp_path / "b", batch_size=8, least_steps=30))
+    assert (told.args.batch_size, told.args.num_train_epochs) == (8, 6)  # 30 steps: enough
+    with pytest.raises(UserError, match="--least_steps is a flag of --method head"):
+        arguments(shop, tmp_path, least_steps=3).check()
