@@ -80,7 +80,7 @@ def test_a_window_may_be_one_number_or_one_per_layer() -> None:
         ({"attention_window": 7}, "even, got 7"),
         ({"attention_window": 0}, "positive and even, got 0"),
         ({"attention_window": [8] * 5}, "5 entries for 12 layers"),
-        ({"pooler_type": "mean"}, "'cls' or 'avg', got 'mean'"),
+        ({"pooler_type": "mean"}, "'avg' or 'avg_published', got 'mean'"),
         ({"hidden_size": 100}, "100 is not a multiple of num_attention_heads 12"),
         ({"temp": 0.0}, "temp must be above 0"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be from 0 to below 1"),
