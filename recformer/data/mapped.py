@@ -82,6 +82,8 @@ def open_mapped(
         }
     except (FileNotFoundError, UserError, ValueError, KeyError, TypeError) as error:
         raise DamagedStoreError(f"{folder}: no valid {HEADER} ({error})") from error
+    if verify:  # once a run; who built this store last may have died before
+        remove_leftovers(folder.parent)
     if key is not None and found != key:
         raise DamagedStoreError(f"{folder}: {HEADER} has the key {found}")
     arrays = {}

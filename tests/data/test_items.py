@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -374,3 +375,17 @@ def test_real_catalogue(real_data: Path, tmp_path: Path) -> None:
     store = TokenizedItems.open_or_build(items, tokenizer, tmp_path)
     assert contents(store) == [tuple(entry["encoded"]) for entry in golden["items"]]
     assert store.input_ids.dtype == np.uint16
+
+
+def test_what_a_dead_build_left_goes_when_the_store_is_opened(
+    tokenizer: RecformerTokenizer, tmp_path: Path
+) -> None:
+    items = [{"title": "red lamp"}]
+    TokenizedItems.open_or_build(items, tokenizer, tmp_path)
+    left = tmp_path / ".tokenized_items-x.0123456789abcdef.partial"
+    left.mkdir()
+    (left / "input_ids.bin").write_bytes(b"half")
+    old = time.time() - 7200
+    os.utime(left, (old, old))
+    TokenizedItems.open_or_build(items, tokenizer, tmp_path)  # built already
+    assert not left.exists()
