@@ -416,7 +416,9 @@ def readme(machine: Machine, clone: Path) -> None:
                 made.add(name)
         command = text
         if block.language == "python":
-            program = machine.folder / f"line_{block.line}.py"
+            # Not beside the checkout: its folder is called recformer, as the package is.
+            program = machine.folder / "snippets" / f"line_{block.line}.py"
+            program.parent.mkdir(exist_ok=True)
             program.write_text(text)
             command = f"python {shlex.quote(str(program))}"
         machine.step(f"README, {block.name}", command, prints=block.prints)
