@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from recformer.models.catalogue import RecformerForCatalogue, token_bags
 from recformer.training.item_encoder import catalogue_vectors, encode_items
 
 
-class ExtraFigures(Callback):
+class ExtraFigures(Callback, ABC):
     """A callback that has figures of its own for an evaluation, beside those of ranks."""
 
+    @abstractmethod
     def figures(self, trainer: Trainer) -> dict[str, Any]:
         """What it adds to the figures of the split that `trainer` has just tested."""
-        raise NotImplementedError
 
 
 class ItemTable(Callback):
