@@ -25,15 +25,17 @@ class ItemSequences(Batch):
         items: int64 (T,), oldest first; N (the number of items) stands for a hidden item.
         offsets: int64 (B+1,); sequence b is `items[offsets[b]:offsets[b + 1]]`.
         predict: int64 (P,), places in `items` whose hidden state predicts an item.
+        features: what is known of each place beside its item, tensors (T, ...); None: nothing.
     """
 
     items: Tensor
     offsets: Tensor
     predict: Tensor
+    features: tuple[Tensor, ...] | None = None
 
     @classmethod
     def of(cls, items: np.ndarray, offsets: np.ndarray, predict: np.ndarray) -> ItemSequences:
-        return cls(*(torch.from_numpy(array) for array in (items, offsets, predict)))
+        return cls(torch.from_numpy(items), torch.from_numpy(offsets), torch.from_numpy(predict))
 
 
 def lay_out(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

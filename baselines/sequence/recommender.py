@@ -90,6 +90,8 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         objective: the loss.
         outputs: item vectors that predictions are scored with; None: `inputs`.
         similar_items: int64 (N, hard_negatives), for the objective that wants them.
+        input_features: makes input vectors (T, D) of item vectors (T, D) and the features of their
+            places, `ItemSequences.features`; None: the network reads the item vectors.
     """
 
     similar_items: Tensor
@@ -102,10 +104,12 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         hidden_size: int,
         outputs: ItemTable | None = None,
         similar_items: Tensor | None = None,
+        input_features: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.inputs = inputs
+        self.input_features = input_features
         self.outputs = outputs
         self.objective = objective
         if network.bidirectional:
@@ -121,15 +125,22 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         """The items that predictions are scored with."""
         return self.inputs if self.outputs is None else self.outputs
 
+    def embed(self, sequences: ItemSequences) -> Tensor:
+        """Input vectors (T, D) of the network: those of the items, with their features.
+
+        A hidden item has one vector of its own, whatever its features.
+        """
+        items, num_items = sequences.items, self.inputs.num_items
+        vectors = self.inputs(items.clamp(max=num_items - 1))
+        if self.input_features is not None:
+            vectors = self.input_features(vectors, sequences.features)
+        if self.network.bidirectional:
+            vectors = torch.where((items == num_items)[:, None], self.hidden_item, vectors)
+        return vectors
+
     def predictions(self, sequences: ItemSequences) -> Tensor:
         """Hidden states (P, D) at `sequences.predict`."""
-        items, num_items = sequences.items, self.inputs.num_items
-        if self.network.bidirectional:
-            vectors = self.inputs(items.clamp(max=num_items - 1))
-            vectors = torch.where((items == num_items)[:, None], self.hidden_item, vectors)
-        else:
-            vectors = self.inputs(items)
-        return self.network(vectors, sequences.offsets)[sequences.predict]
+        return self.network(self.embed(sequences), sequences.offsets)[sequences.predict]
 
     def training_loss(self, batch: TrainBatch[ItemSequences]) -> Tensor:
         """Mean loss of the predictions of a batch; with several processes, of all their batches."""

@@ -20,6 +20,7 @@ from baselines.semantic_ids.ids import SemanticIds
 from baselines.sequence.collators import (
     CausalCollator,
     ItemHistoryCollator,
+    ItemSequences,
     MaskedCollator,
     met_before,
 )
@@ -200,6 +201,27 @@ def test_architectures_that_do_not_fit_are_refused_by_name():
     ):
         with pytest.raises(UserError, match=message):
             HuggingFaceNetwork(arch, objective, **sizes)
+
+
+class Added(torch.nn.Module):
+    """The one feature, times two, added to the item vectors."""
+
+    def forward(self, vectors, features):
+        (feature,) = features
+        return vectors + 2 * feature[:, None]
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "bert masked"])
+def test_features_of_the_places_reach_all_but_hidden_items(kind):
+    model = made(kind)
+    model.input_features = Added()
+    items = torch.tensor([3, 5, 7 if kind == "sasrec" else N])
+    features = (torch.tensor([0.5, 0.0, 1.0]),)
+    batch = ItemSequences(items, torch.tensor([0, 3]), torch.tensor([2]), features)
+    table = model.inputs.all()
+    last = table[7] + 2 if kind == "sasrec" else model.hidden_item
+    torch.testing.assert_close(model.embed(batch), torch.stack([table[3] + 1, table[5], last]))
+    assert batch.to("cpu").features[0].tolist() == [0.5, 0.0, 1.0]
 
 
 # Item vectors
