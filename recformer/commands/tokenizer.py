@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from recformer.cli import command_parser
 from recformer.files import UserError, read_json
-from recformer.tokenization import _show, item_texts, train_tokenizer
+from recformer.tokenization import item_texts, train_tokenizer
+from recformer.tokenization.texts import show
 
 
 def _catalogue_texts(meta_files: Sequence[str]) -> Iterator[str]:
@@ -14,7 +15,7 @@ def _catalogue_texts(meta_files: Sequence[str]) -> Iterator[str]:
     for path in meta_files:
         items = read_json(path)
         if not isinstance(items, dict):
-            raise UserError(f"{path} holds {_show(items)}, expected {{asin: {{attribute: text}}}}")
+            raise UserError(f"{path} holds {show(items)}, expected {{asin: {{attribute: text}}}}")
         yield from item_texts(items.values())[0]
 
 

@@ -1,36 +1,28 @@
-"""Raw Amazon files, and other JSON lines: one JSON object a line, gzipped or not.
+"""Raw Amazon files, and other JSON lines: reviews and products out of them.
 
 Reviews hold `reviewerID`, `asin`, `unixReviewTime` (seconds; in 2023 `user_id`, `parent_asin`,
 `timestamp` in milliseconds); metadata hold `asin` (in 2023 `parent_asin`) and the attributes of a
-product. Metadata of 2014 and the Steam files are Python literals (`{u'id': u'10'}`), not JSON: a
-file is taken for one by its first line. A file that is one array of objects is read as its entries.
-Both hold many fields that nobody asked for: lines go through a typed
-parser that steps over them without building anything, so that neither time nor memory grows much
-with them. Only a line that does not fit the type is looked at again, with Python's own parser: it
-is then mended (a number as an asin, a time as text), or it is a bad line, which stops the run with
-file and line number or is left out and counted.
+product. Metadata of 2014 and the Steam files are Python literals (`{u'id': u'10'}`), not JSON.
+`recformer.preparation.json_lines` reads the lines.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
 from recformer.files import UserError
-from recformer.preparation.histories import item_name
-from recformer.preparation.lines import byte_lines, check_file
+from recformer.preparation.bad_lines import BadLineError, BadLines
+from recformer.preparation.json_lines import look_at, mend_key, mend_text, read_rows
 from recformer.preparation.splits import Interactions
 from recformer.preparation.text import OddValueError, clean_text, text_parts
 from recformer.preparation.times import NO_TIME, in_one_unit, parse_time
@@ -41,7 +33,6 @@ _FEW_TEXTS, _MANY_TEXTS = 5_000, 1_000_000
 
 _Key = Annotated[str, msgspec.Meta(min_length=1)]
 _Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-_Row = TypeVar("_Row", bound=msgspec.Struct)
 
 
 # Names that stand in no file: fields that are not read must not be found by their own.
@@ -80,83 +71,6 @@ class ReviewColumns:
 _AMAZON_2018 = ReviewColumns()
 
 
-class BadLineError(ValueError):
-    """A line that cannot be used.
-
-    Attributes:
-        reason: why, in a few words.
-        got: what stands there, where that helps.
-    """
-
-    def __init__(self, reason: str, got: Any = None) -> None:
-        super().__init__(reason)
-        self.reason, self.got = reason, got
-
-
-@dataclass
-class BadLines:
-    """What happens to lines that cannot be used: the first one ends the run, or all are counted.
-
-    Attributes:
-        skip: leave bad lines out instead of ending the run.
-        reasons: how many lines were left out for which reason.
-        first: file, line number and reason of the first few.
-    """
-
-    skip: bool = False
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: list[str] = field(default_factory=list)
-
-    def add(
-        self, path: Path, number: int, reason: str, got: Any = None, what: str = "line"
-    ) -> None:
-        """Note a bad line.
-
-        Args:
-            path: the file.
-            number: of the line, from 1.
-            reason: why it cannot be used, in a few words.
-            got: what stands there, where that helps.
-            what: "line", or "row", "entry" where the file has no lines.
-
-        Raises:
-            UserError: bad lines are not to be skipped.
-        """
-        said = reason if got is None else f"{reason}, got {_shown(got)}"
-        if not self.skip:
-            raise UserError(
-                f"{path}, {what} {number}: {said}. Mend the file, or pass --skip_bad_lines to "
-                f"leave such lines out and count them"
-            )
-        self.reasons[reason] += 1
-        if len(self.first) < 5:
-            self.first.append(f"{path.name}, {what} {number}: {said}")
-
-    def why(self) -> str:
-        """The commonest reasons and the first line, for the error where nothing is left."""
-        if not self.reasons:
-            return ""
-        counts = ", ".join(f"{number} {why}" for why, number in self.reasons.most_common(3))
-        return f" ({counts}; the first: {self.first[0]})"
-
-    def summary(self) -> dict[str, Any]:
-        """For dataset.json: how many, why, and where the first ones are."""
-        return {
-            "total": self.reasons.total(),
-            "reasons": dict(self.reasons),
-            "first": list(self.first),
-        }
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: short, and on one line."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, a list a mile deep
-        return f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 def check_raw_files(
     reviews: Sequence[str | os.PathLike], metadata: Sequence[str | os.PathLike] = ()
 ) -> None:
@@ -182,19 +96,6 @@ def check_raw_files(
                 f"{path} holds reviews, expected product metadata (asin, title, brand, …): are the "
                 f"two files swapped?"
             )
-
-
-def first_rows(path: str | os.PathLike, encoding: str | None = None) -> list[dict[str, Any]]:
-    """The objects among the first lines.
-
-    Raises:
-        UserError: the file is empty or damaged, none of its first lines is an object, or one names
-            a key twice.
-    """
-    rows = _first_rows(Path(path), encoding)
-    if not rows:
-        raise UserError(f"{path}: expected one JSON object a line, found none in its first lines")
-    return rows
 
 
 def read_reviews(
@@ -225,7 +126,7 @@ def read_reviews(
         return _mend_review(row, columns, rating, event)
 
     if columns == _AMAZON_2018 and not (rating or event):
-        return _read_rows(Path(path), Review, mend, bad_lines, encoding)
+        return read_rows(Path(path), Review, mend, bad_lines, encoding)
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [("reviewerID", _Key), ("asin", _Key)]
     fields += [("rating", float)] if rating else []
     fields += [("event", str)] if event else []
@@ -242,29 +143,7 @@ def read_reviews(
         **({"event": columns.event} if event else {}),
     }
     row_type: Any = msgspec.defstruct("Review", fields, rename=names, gc=False)
-    return _read_rows(Path(path), row_type, mend, bad_lines, encoding)
-
-
-def read_objects(
-    path: str | os.PathLike, bad_lines: BadLines, encoding: str | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and content of every line, whole: slower than a reader that knows what it looks for.
-
-    Raises:
-        UserError: the file is damaged or has no usable line, or `bad_lines` refuses one.
-    """
-    path = Path(path)
-    literal = None
-    for number, line in enumerate(_lines(path, encoding), 1):
-        if not line.strip():
-            continue
-        literal = is_literal(line) if literal is None else literal
-        try:
-            row = _parse(line, literal)
-        except BadLineError as error:
-            bad_lines.add(path, number, error.reason, error.got)
-            continue
-        yield number, row
+    return read_rows(Path(path), row_type, mend, bad_lines, encoding)
 
 
 def read_products(
@@ -293,9 +172,9 @@ def read_products(
 
     def mend(row: dict[str, Any]) -> msgspec.Struct:
         values = [mend_text(row.get(name)) for name in names.values()]
-        return row_type(_mend_key(row, key), *values)
+        return row_type(mend_key(row, key), *values)
 
-    found = _read_rows(Path(path), row_type, mend, bad_lines, encoding)
+    found = read_rows(Path(path), row_type, mend, bad_lines, encoding)
     rows = map(msgspec.structs.astuple, found)
     if key not in attributes:
         return rows
@@ -520,127 +399,8 @@ def _joined(value: Any, border: str) -> str:
     return border.join(text_parts(value))
 
 
-def _lines(path: Path, encoding: str | None, progress: bool = True) -> Iterator[bytes]:
-    """Lines of a file; the entries where it is one array."""
-    check_file(path)
-    lines = byte_lines(path, encoding, progress)
-    for line in lines:
-        start = line.lstrip(b"\xef\xbb\xbf \t\r\n")
-        if start[:1] == b"[":
-            whole = b"".join([line.removeprefix(b"\xef\xbb\xbf"), *lines])
-            try:
-                yield from map(bytes, msgspec.json.decode(whole, type=list[msgspec.Raw]))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise UserError(
-                    f"{path} begins with [ and is no JSON array ({error}): expected one JSON "
-                    f"object a line, or one array of them"
-                ) from None
-            return
-        yield line
-        if start:
-            break
-    yield from lines
-
-
-def _is_array(path: Path, encoding: str | None) -> bool:
-    for line in byte_lines(path, encoding, progress=False):
-        if start := line.lstrip(b"\xef\xbb\xbf \t\r\n"):
-            return start[:1] == b"["
-    return False
-
-
-def _read_rows(
-    path: Path,
-    row_type: type[_Row],
-    mend: Callable[[dict[str, Any]], _Row],
-    bad_lines: BadLines,
-    encoding: str | None = None,
-) -> Iterator[_Row]:
-    decode = msgspec.json.Decoder(row_type).decode
-    line_number = num_rows = 0
-    literal: bool | None = None
-    what = "line"
-    for line in _lines(path, encoding):
-        line_number += 1
-        try:
-            row = decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            if not line.strip():
-                continue
-            try:
-                if literal is None:
-                    literal = is_literal(line) and num_rows == 0
-                row = mend(_parse(line, literal))
-            except BadLineError as error:
-                if what == "line" and _is_array(path, encoding):
-                    what = "entry"
-                bad_lines.add(path, line_number, error.reason, error.got, what)
-                continue
-        num_rows += 1
-        yield row
-    if num_rows == 0:
-        found = f"{line_number} lines, none of them usable" if line_number else "an empty file"
-        raise UserError(f"{path}: expected one JSON object a line, got {found}{bad_lines.why()}")
-
-
-def _parse(line: bytes, literal: bool = False) -> dict[str, Any]:
-    """A line by Python's parser, which takes NaN, lone surrogates and raw control characters."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"), strict=False)
-    except UnicodeDecodeError:
-        raise BadLineError("not UTF-8") from None
-    except (ValueError, RecursionError):
-        if not literal:
-            raise BadLineError("not valid JSON") from None
-        row = _python_literal(line)
-    if not isinstance(row, dict):
-        raise BadLineError(f"a JSON {type(row).__name__}, expected an object")
-    return row
-
-
-def is_literal(line: bytes) -> bool:
-    """Whether a file that begins with this line holds Python dicts, as Amazon 2014's metadata.
-
-    Python 2 wrote `{u'id': u'10'}`.
-    """
-    start = line.removeprefix(b"\xef\xbb\xbf").lstrip()
-    return start.startswith((b"{'", b"{u'", b'{u"'))
-
-
-def _python_literal(line: bytes) -> Any:
-    try:
-        return ast.literal_eval(line.decode("utf-8-sig").strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise BadLineError("neither valid JSON nor a Python literal") from None
-
-
-def _mend_key(row: dict[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None or value == "":
-        raise BadLineError(f"no {name}")
-    try:
-        key = item_name(value)
-    except ValueError:  # a number of thousands of digits
-        key = None
-    if key is None:
-        raise BadLineError(f"{name} is no text", value)
-    return key
-
-
-def mend_text(value: Any) -> Any:
-    """Without lone surrogates, which no file can hold."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, list):
-        try:
-            return [mend_text(part) for part in value]
-        except RecursionError:
-            return value  # no text either, see `text_parts`
-    return value
-
-
 def _mend_review(row: dict[str, Any], columns: ReviewColumns, rating: bool, event: bool) -> Review:
-    review = Review(_mend_key(row, columns.user), _mend_key(row, columns.item), 0)
+    review = Review(mend_key(row, columns.user), mend_key(row, columns.item), 0)
     if columns.time is not None:
         value = row.get(columns.time)
         time = parse_time(value)
@@ -660,7 +420,7 @@ def _mend_review(row: dict[str, Any], columns: ReviewColumns, rating: bool, even
         if review.rating != review.rating:
             raise BadLineError(f"{columns.rating} is no number", value)
     if event and columns.event is not None:
-        review.event = _mend_key(row, columns.event)
+        review.event = mend_key(row, columns.event)
     return review
 
 
@@ -668,48 +428,10 @@ def _kinds(path: Path) -> set[str]:
     """What the first lines of a file look like: "reviews", "metadata", both or nothing known."""
     kinds = set()
     metadata = {"title", "brand", "category", "description", "price", "also_buy", "categories"}
-    for row in _first_rows(path):
+    for row in look_at(path):
         # Reviews of 2023 have a title too.
         if {"reviewerID", "unixReviewTime", "user_id"} & row.keys():
             kinds.add("reviews")
         elif metadata & row.keys():
             kinds.add("metadata")
     return kinds
-
-
-def _first_rows(path: Path, encoding: str | None = None) -> list[dict[str, Any]]:
-    lines = _lines(path, encoding, progress=False)
-    first = [line for line in islice(lines, 20) if line.strip()]
-    if not first:
-        raise UserError(f"{path} is empty, expected one JSON object a line")
-    rows = []
-    for number, line in enumerate(first, 1):
-        try:
-            rows.append(_parse(line, is_literal(first[0])))
-        except BadLineError:
-            continue  # whether bad lines matter is decided when the file is read
-        twice = _twice(line)
-        if twice is not None:
-            raise UserError(
-                f"{path} has {twice!r} twice in line {number}: which of the two is meant, it does "
-                f"not say"
-            )
-    return rows
-
-
-def _twice(line: bytes) -> str | None:
-    """A key that stands twice in an object of a line of JSON, if any."""
-    found: list[str] = []
-
-    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(entries)
-        names = [name for name, _ in entries]
-        # The outermost object comes last; what stands inside of one is read by nobody.
-        found[:] = [name for name in row if names.count(name) > 1] if len(names) > len(row) else []
-        return row
-
-    try:
-        json.loads(line.decode("utf-8-sig"), strict=False, object_pairs_hook=pairs)
-    except ValueError:
-        return None  # a Python literal
-    return found[0] if found else None

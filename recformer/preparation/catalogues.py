@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 
 from recformer.files import UserError
-from recformer.preparation import amazon
-from recformer.preparation.amazon import BadLines
+from recformer.preparation import amazon, json_lines
+from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.forms import (
     RawFile,
     id_names,
@@ -107,5 +107,5 @@ def _object_rows(source: ItemSource) -> Iterator[tuple[Any, ...]]:
             raise UserError(
                 f"{source.path} has {short(value)} of {key!r}, expected {{attribute: text}}"
             )
-        values = (amazon.mend_text(row.get(column)) for column in source.attributes.values())
+        values = (json_lines.mend_text(row.get(column)) for column in source.attributes.values())
         yield (item_name(key) or "", *values)

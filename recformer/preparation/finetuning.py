@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recformer.data.processed import write_processed
-from recformer.preparation.amazon import BadLines
+from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.options import Filters, SplitOptions, _histories, _writable_folder
 from recformer.preparation.pretraining import _DEFAULT_COLUMNS, _DEFAULT_FILTERS, _DEFAULT_SPLIT
 from recformer.preparation.splits import DROPPED

@@ -3,7 +3,7 @@
     CSV, TSV, RecBole's atomic files, text with any separator    rows by `delimited`
     `user item` a line (SASRec), `user item item …` (S3-Rec)     words
     Parquet, a file or a folder of them                          Polars
-    JSON Lines, an array of objects, Python literals             `amazon`, by line
+    JSON Lines, an array of objects, Python literals             `json_lines`
     one JSON object {id: …}                                      read whole
 
 All but Parquet may be gzipped. What a file is, its name says or else its first lines.
@@ -22,8 +22,8 @@ from typing import Any, Literal
 import polars as pl
 
 from recformer.files import UserError
-from recformer.preparation import amazon
-from recformer.preparation.amazon import BadLines
+from recformer.preparation import json_lines
+from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.columns import ITEMS, SESSIONS, USERS, Columns, plain
 from recformer.preparation.delimited import Layout, read_rows
 from recformer.preparation.lines import (
@@ -104,7 +104,7 @@ def open_file(path: Path, columns: Columns) -> RawFile:
         lists = frozenset(name for name, type_ in schema.items() if is_list(type_))
         return RawFile(path, kind, list(schema), lists)
     if kind == "json":
-        rows = amazon.first_rows(path, encoding)
+        rows = json_lines.first_rows(path, encoding)
         names = list(dict.fromkeys(name for row in rows for name in row))
         lists = frozenset(
             name for row in rows for name, value in row.items() if isinstance(value, list)
@@ -167,7 +167,7 @@ def _kind(path: Path, separator: str | None, encoding: str | None) -> tuple[Kind
 def _is_object(path: Path, lines: Sequence[str], encoding: str | None) -> bool:
     """Whether a file that begins with `{` is one object {id: …} rather than an object a line."""
     first_line = lines[0].encode("utf-8", "surrogateescape")
-    if lines[0].lstrip()[:1] == "[" or amazon.is_literal(first_line):
+    if lines[0].lstrip()[:1] == "[" or json_lines.is_literal(first_line):
         return False
     try:
         first = json.loads(lines[0])

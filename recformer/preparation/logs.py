@@ -11,8 +11,9 @@ import numpy as np
 import polars as pl
 
 from recformer.files import UserError
-from recformer.preparation import amazon, histories
-from recformer.preparation.amazon import BadLines, ReviewColumns
+from recformer.preparation import amazon, histories, json_lines
+from recformer.preparation.amazon import ReviewColumns
+from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.delimited import is_regular
 from recformer.preparation.forms import (
     FEW_NAMES,
@@ -212,7 +213,7 @@ def _json_frame(
 ) -> pl.DataFrame:
     """Lines of JSON of which each has its items as a list."""
     found: dict[str, list[Any]] = {"line": [], **{name: [] for name in wanted}}
-    for number, row in amazon.read_objects(source.path, bad_lines, source.file.encoding):
+    for number, row in json_lines.read_objects(source.path, bad_lines, source.file.encoding):
         items = row.get(source.columns.item)
         names = [histories.item_name(item) for item in items] if isinstance(items, list) else [None]
         if None in names:
@@ -338,7 +339,7 @@ def _example_rows(
     """Line, user, what came before, item."""
     file, columns = source.file, (source.columns.user, source.before or "", source.columns.item)
     if file.kind == "json":
-        for number, row in amazon.read_objects(file.path, bad_lines, file.encoding):
+        for number, row in json_lines.read_objects(file.path, bad_lines, file.encoding):
             user, before, item = (row.get(column) for column in columns)
             yield number, user, before, item
     elif file.kind == "parquet":

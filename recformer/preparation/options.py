@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recformer.files import UserError
-from recformer.preparation.amazon import BadLines
+from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.splits import (
     Histories,
     Split,

@@ -31,12 +31,12 @@ from recformer.data.processed import (
 from recformer.files import UserError, atomic_write, read_json
 from recformer.preparation.amazon import (
     DEFAULT_ATTRIBUTES,
-    BadLines,
     check_raw_files,
     read_interactions,
     read_metadata,
     read_reviews,
 )
+from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.options import Filters, SplitOptions, _histories, _writable_folder
 from recformer.preparation.splits import (
     build_histories,

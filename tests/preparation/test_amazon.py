@@ -13,13 +13,13 @@ import pytest
 from benchmarks import data_preparation
 from recformer.files import UserError
 from recformer.preparation.amazon import (
-    BadLines,
     check_raw_files,
     read_interactions,
     read_metadata,
     read_products,
     read_reviews,
 )
+from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.text import OddValueError, clean_text, text_parts
 
 

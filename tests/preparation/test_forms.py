@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from recformer.commands.process import main
 from recformer.data.processed import ProcessedFolder, read_times
 from recformer.files import UserError
-from recformer.preparation.amazon import BadLines
+from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.delimited import Layout, read_rows
 from recformer.preparation.finetuning import prepare_finetuning
 from recformer.preparation.histories import Example, rebuild, split_list

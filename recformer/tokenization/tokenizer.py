@@ -1,139 +1,41 @@
-"""Items become sentences, sentences become token ids (paper section 2.1, figure 2).
-
-An item is a dict of attributes in the order of its keys, `{"title": …, "brand": …, "category": …}`.
-Its sentence is name, value, name, value, …, every name and every value tokenised by itself, without
-a leading space and without special tokens. A user's items, newest first, behind one `<s>` are the
-input of the model.
-
-The work is done by a fast (Rust) tokenizer held inside; nothing of it or of the configuration is
-changed from here. `RecformerTokenizer.encode_items` is the quick way through for a catalogue, the
-other methods have the published signatures.
-
-`recformer tokenizer --meta_file meta_data.json --vocab_size 4096 --output_dir DIR`
-trains a small byte-level BPE on a catalogue.
-
-Shapes: N items, T tokens of all of them laid end to end.
-"""
+"""The tokenizer of item sequences."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
-from numbers import Number
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from recformer.config import RecformerConfig
-from recformer.files import (
-    UserError,
-    atomic_write,
-    read_json,
-    refuse_pointer,
-    sha256_of,
-    write_json,
+from recformer.files import UserError, sha256_of
+from recformer.tokenization.files import load_config, load_fast_tokenizer, save_tokenizer
+from recformer.tokenization.texts import (
+    LONG_TEXT,
+    WORDS_A_TOKEN,
+    Item,
+    first_words,
+    item_texts,
+    show,
 )
 
 # Token types: `<s>`, attribute name, attribute value, padding.
 CLS_TYPE, NAME_TYPE, VALUE_TYPE, PAD_TYPE = range(4)
 
-# RoBERTa's special tokens. A tokenizer trained here gives them the ids 0 to 4; RoBERTa's own
-# `<mask>` is the last of its vocabulary.
-BYTE_LEVEL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-
-# The class that transformers 4 and 5 both read as "all is in tokenizer.json".
-PLAIN_CLASS = "PreTrainedTokenizerFast"
 
 # Enters the fingerprint: raise it when the sentence of an item changes its meaning.
 SENTENCE_FORM = "item sentence 1"
 
-# Texts longer than this, in characters, are cut before they are tokenised: behind so many words
-# for every token that an attribute may have. A word makes a token or more, unless it is of
-# characters that a tokenizer leaves out, so the first tokens are the same.
-LONG_TEXT = 10_000
-WORDS_A_TOKEN = 8
 
-Item = Mapping[str, Any]
 Encoding = dict[str, list[int]]
-
-
-def item_texts(
-    items: Iterable[Item], max_attr_num: int | None = None, first_index: int = 0
-) -> tuple[list[str], list[int]]:
-    """The texts that the sentences of `items` are made of.
-
-    A value of None (or NaN) is an absent attribute, as if the key were not there. Lists are joined
-    by one space, nested ones too; numbers become their text. The empty string stays: its attribute
-    is its name alone, as published.
-
-    Args:
-        items: N dicts, attributes in order.
-        max_attr_num: attributes kept of every item; None keeps all.
-        first_index: number of the first item, for error messages.
-
-    Returns:
-        name, value, name, value, … of all items one after the other, and the number of attributes
-        of each item (N).
-
-    Raises:
-        ValueError: an item is not a dict, or a name or a value cannot be made text of.
-    """
-    texts: list[str] = []
-    counts: list[int] = []
-    for index, item in enumerate(items, first_index):
-        if not isinstance(item, Mapping):
-            raise UserError(
-                f"item {index} is {_show(item)}, expected a dict of attributes such as "
-                '{"title": "…", "brand": "…"}'
-            )
-        count = 0
-        for name, value in item.items():
-            if count == max_attr_num:
-                break
-            if type(name) is not str:
-                raise UserError(f"item {index}: attribute name {_show(name)} is not a string")
-            if type(value) is not str:
-                value = _value_text(value, name, index)
-                if value is None:
-                    continue
-            texts.append(name)
-            texts.append(value)
-            count += 1
-        counts.append(count)
-    return texts, counts
-
-
-def _first_words(text: str, most: int) -> str:
-    """`text` up to the end of word number `most`; words are what blanks divide."""
-    words = text.split(None, most)
-    return text[: len(text) - len(words[most])].rstrip() if len(words) > most else text
-
-
-def _value_text(value: Any, name: str, index: int) -> str | None:
-    """The text of an attribute's value, None where it is absent."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Number):
-        # NaN is what data frames make of a missing value.
-        return str(value) if value == value else None
-    if isinstance(value, (list, tuple)):
-        parts = (_value_text(part, name, index) for part in value)
-        return " ".join(part for part in parts if part is not None)
-    raise UserError(
-        f"item {index}: the value of {name!r} is {_show(value)}, expected a string, a number, "
-        "a list of them, or None"
-    )
 
 
 def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> npt.NDArray[np.int64]:
@@ -215,8 +117,8 @@ class RecformerTokenizer:
                 nothing about items.
         """
         source = os.fspath(pretrained_model_name_or_path)
-        tokenizer = _load_fast_tokenizer(source, **kwargs)
-        return cls(tokenizer, _load_config(source, **kwargs) if config is None else config)
+        tokenizer = load_fast_tokenizer(source, **kwargs)
+        return cls(tokenizer, load_config(source, **kwargs) if config is None else config)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write an ordinary tokenizer folder, which AutoTokenizer of transformers reads as well.
@@ -224,7 +126,7 @@ class RecformerTokenizer:
         Files: tokenizer.json, tokenizer_config.json, special_tokens_map.json. The configuration is
         the model's to save.
         """
-        _save_tokenizer(
+        save_tokenizer(
             self._backend, self.special_tokens, self.split_special_tokens, save_directory
         )
 
@@ -305,7 +207,7 @@ class RecformerTokenizer:
         """
         texts, counts = item_texts(items, self.config.max_attr_num)
         most = WORDS_A_TOKEN * self.config.max_attr_length
-        texts = [text if len(text) <= LONG_TEXT else _first_words(text, most) for text in texts]
+        texts = [text if len(text) <= LONG_TEXT else first_words(text, most) for text in texts]
         index: dict[str, int] = {}
         text_ids = np.fromiter(
             (index.setdefault(text, len(index)) for text in texts), np.int64, len(texts)
@@ -476,14 +378,9 @@ class RecformerTokenizer:
         return dict(inputs)
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '…'} ({type(value).__name__})"
-
-
 def _check_sequence(items: Any) -> None:
     if not isinstance(items, (list, tuple)):
-        raise UserError(f"got {_show(items)}, expected a list of items (dicts), oldest first")
+        raise UserError(f"got {show(items)}, expected a list of items (dicts), oldest first")
     if not items:
         raise UserError("got an empty sequence, expected at least one item")
 
@@ -493,7 +390,7 @@ def _check_batch(item_batch: Any) -> None:
     for row, items in enumerate(item_batch):
         if not isinstance(items, (list, tuple)) or not items:
             raise UserError(
-                f"sequence {row} of the batch is {_show(items)}, expected a list of items with at "
+                f"sequence {row} of the batch is {show(items)}, expected a list of items with at "
                 "least one of them"
             )
 
@@ -502,184 +399,6 @@ def _check_pair(pair: Any) -> tuple[Sequence[int], Sequence[int]]:
     if isinstance(pair, (list, tuple)) and len(pair) == 2 and len(pair[0]) == len(pair[1]):
         return pair[0], pair[1]
     raise UserError(
-        f"got {_show(pair)}, expected a pair [input_ids, token_type_ids] of one length "
+        f"got {show(pair)}, expected a pair [input_ids, token_type_ids] of one length "
         "(encode_item=False takes items that are encoded already)"
     )
-
-
-def _load_fast_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a folder or hub id, by what the folder holds."""
-    folder = Path(source)
-    load: Any = AutoTokenizer.from_pretrained
-    if folder.is_dir():
-        refuse_pointer(folder)
-        held = {path.name for path in folder.iterdir()}
-        # AutoTokenizer cannot tell what bare vocabulary files belong to.
-        if not held & {"tokenizer.json", "tokenizer_config.json"}:
-            if {"vocab.json", "merges.txt"} <= held:
-                load = _load_bare_roberta
-            elif "vocab.txt" in held:
-                load = BertTokenizerFast.from_pretrained
-            else:
-                raise FileNotFoundError(
-                    f"{source} has no tokenizer: expected tokenizer.json, or vocab.json and "
-                    "merges.txt (RoBERTa, Longformer), or vocab.txt (BERT)"
-                )
-        elif _is_plain(folder):
-            # Straight to it: AutoTokenizer would look at config.json first, and warn of its type.
-            load = PreTrainedTokenizerFast.from_pretrained
-    elif folder.is_file():
-        raise NotADirectoryError(f"{source} is a file, expected the folder of a tokenizer")
-    elif source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source!r} does not exist, expected the folder of a tokenizer")
-    try:
-        return load(source, **kwargs)
-    except Exception as error:  # a damaged file is a plain Exception when Rust reads it
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"no tokenizer could be loaded from {source!r}, which must be a folder here or a model "
-            f"of the hub: {reason}"
-        ) from error
-
-
-def _is_plain(folder: Path) -> bool:
-    """Whether tokenizer.json says it all, as in the folders written here."""
-    described = folder / "tokenizer_config.json"
-    if not described.is_file() or not (folder / "tokenizer.json").is_file():
-        return False
-    values = read_json(described)
-    return isinstance(values, dict) and values.get("tokenizer_class") == PLAIN_CLASS
-
-
-def _load_bare_roberta(
-    source: str, split_special_tokens: bool = False, **_: Any
-) -> PreTrainedTokenizerFast:
-    """RoBERTa's and Longformer's tokenizer from vocab.json and merges.txt.
-
-    Not through transformers, whose version 5 forgets that `<mask>` takes the space before it.
-    """
-    folder = Path(source)
-    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    missing = [token for token in BYTE_LEVEL_TOKENS if model.token_to_id(token) is None]
-    if missing:
-        raise UserError(f"vocab.json has no {', '.join(missing)}: not a RoBERTa or Longformer")
-    backend = _byte_level(model)
-    *others, mask = BYTE_LEVEL_TOKENS
-    backend.add_special_tokens(others)
-    backend.add_special_tokens([AddedToken(mask, lstrip=True, normalized=False)])
-    return _with_roles(backend, split_special_tokens)
-
-
-def _byte_level(model: models.BPE) -> Tokenizer:
-    """A byte-level tokenizer that puts no space before a text."""
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _with_roles(backend: Tokenizer, split_special_tokens: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that has RoBERTa's special tokens, framed and named as RoBERTa's."""
-    bos, pad, eos, unk, mask = BYTE_LEVEL_TOKENS
-    vocab = backend.get_vocab()
-    backend.post_processor = processors.RobertaProcessing(
-        (eos, vocab[eos]), (bos, vocab[bos]), add_prefix_space=False
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unk,
-        sep_token=eos,
-        pad_token=pad,
-        cls_token=bos,
-        mask_token=mask,
-        split_special_tokens=split_special_tokens,
-    )
-
-
-def _load_config(source: str, **kwargs: Any) -> RecformerConfig:
-    try:
-        values, _ = RecformerConfig.get_config_dict(source, **kwargs)
-    except OSError as error:
-        raise UserError(
-            f"{source} has no config.json that says how long an item may be; pass config="
-        ) from error
-    if "max_attr_num" not in values:
-        raise UserError(
-            f"the config.json in {source} is of a {values.get('model_type')!r} model and has no "
-            "max_attr_num, max_attr_length, …; pass config=RecformerConfig(…)"
-        )
-    return RecformerConfig.from_dict(values)
-
-
-def _save_tokenizer(
-    backend: Tokenizer,
-    special_tokens: Mapping[str, str],
-    split_special_tokens: bool,
-    folder: str | os.PathLike,
-) -> None:
-    """Write the tokenizer folder, in the form that both transformers 4 and 5 read."""
-    folder = Path(folder)
-    with atomic_write(folder / "tokenizer.json") as handle:
-        handle.write(backend.to_str(pretty=True))
-    # Written here and not by transformers: what 5 writes (class names, types), 4 cannot read.
-    write_json(folder / "special_tokens_map.json", dict(special_tokens), indent=2)
-    described = {
-        **special_tokens,
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": split_special_tokens,
-        "tokenizer_class": PLAIN_CLASS,
-    }
-    write_json(folder / "tokenizer_config.json", described, indent=2)
-
-
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, output_dir: str | os.PathLike | None = None
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE, the kind that RoBERTa and Longformer have.
-
-    Any text can be encoded with it. The same texts give the same tokenizer; their order does not
-    matter.
-
-    Args:
-        texts: attribute names and values of a catalogue, as they will be tokenised.
-        vocab_size: most entries of the vocabulary, special tokens and the 256 bytes included.
-            There are fewer when no pair of tokens is left that occurs twice.
-        output_dir: where to write the tokenizer folder; None does not write.
-
-    Returns:
-        The tokenizer, with `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4.
-
-    Raises:
-        ValueError: no text, or a vocabulary too small for the bytes.
-    """
-    smallest = len(BYTE_LEVEL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise UserError(
-            f"vocab_size is {vocab_size}, expected at least {smallest}: 256 bytes and "
-            f"{len(BYTE_LEVEL_TOKENS)} special tokens"
-        )
-    seen = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal seen
-        for text in texts:
-            seen += bool(text)
-            yield text
-
-    backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(BYTE_LEVEL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    backend.train_from_iterator(counted(), trainer)
-    if not seen:
-        raise UserError("no text to train a tokenizer on")
-    tokenizer = _with_roles(backend, split_special_tokens=True)
-    if output_dir is not None:
-        _save_tokenizer(backend, tokenizer.special_tokens_map, True, output_dir)
-    return tokenizer
