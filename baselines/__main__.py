@@ -32,6 +32,7 @@ from recformer.files import UserError, atomic_folder, write_checksums, write_jso
 from recformer.processes import is_first, say
 from recformer.training.experiment import Experiment
 from recformer.training.history import draw_history
+from recformer.training.seeds import run_seeds, summarize
 from recformer.training.trainer import Compute
 
 
@@ -174,6 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if known.config is not None:
         parser.set_defaults(**read_config(known.config))
     args, _ = parser.parse_args_into_dataclasses(argv)
+    if args.seeds is not None:
+        output_dir = args.output_dir or f"result/{args.model}"
+        summarize(run_seeds("baseline", argv, output_dir), output_dir)
+        return
     keep_freed_memory()
     run(args)
 

@@ -48,6 +48,7 @@ from recformer.training.arguments import ModelArguments, RunArguments, flag
 from recformer.training.callbacks import HeadTable, ItemTable
 from recformer.training.experiment import Experiment
 from recformer.training.history import draw_history
+from recformer.training.seeds import run_seeds, summarize
 from recformer.training.start import load_start_model, table_hash, weights_hash
 from recformer.training.trainer import Compute
 
@@ -439,6 +440,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if parser.parse_known_args(line)[0].method == "head":
         parser.set_defaults(**HEAD_DEFAULTS)
     (args,) = parser.parse_args_into_dataclasses(line)
+    if args.seeds is not None:
+        summarize(run_seeds("finetune", argv, args.output_dir), args.output_dir)
+        return
     keep_freed_memory()
     run(args)
 

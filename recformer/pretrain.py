@@ -35,6 +35,7 @@ from recformer.training.callbacks import EarlyStop
 from recformer.training.history import StepHistory, draw_steps
 from recformer.training.pretraining import PretrainModule
 from recformer.training.run_folder import RunFolder, checked
+from recformer.training.seeds import run_seeds, write_summary
 from recformer.training.start import load_start_model, start_tokenizer, weights_hash
 from recformer.training.strategies import STRATEGIES, build_strategy, newest_whole
 from recformer.training.trainer import (
@@ -113,6 +114,9 @@ class PretrainArguments(ModelArguments):
     dataloader_num_workers: int = flag(2, "loader processes")
     preprocessing_num_workers: int = flag(8, "threads of the tokenizer")
     seed: int = flag(42, "of weights, order, targets, masks and dropout")
+    seeds: list[int] | None = flag(
+        None, "in place of --seed: a run each in OUTPUT_DIR/seed_N, and their mean and deviation"
+    )
     overwrite_output_dir: bool = flag(False, "start anew where --output_dir holds another run")
     wandb: bool = flag(False, "log to Weights & Biases too (offline without an account)")
 
@@ -411,6 +415,12 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
     args = parse_flags("pretrain", __doc__.split("\n\n")[0], PretrainArguments, argv)
+    if args.seeds is not None:
+        folders = run_seeds("pretrain", argv, args.output_dir)
+        results = [read_checked_json(folder / "metrics.json") for folder in folders]
+        seeds, best = [r["seed"] for r in results], [r["best"] for r in results]
+        write_summary(seeds, best, args.output_dir, "best validation")
+        return
     keep_freed_memory()
     Run(args).train()
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from recformer.cli import command_parser
 from recformer.evaluation.compare import compare
-from recformer.evaluation.runs import RankedRun, cell_text
+from recformer.evaluation.runs import RankedRun
 from recformer.evaluation.statistics import LEVEL
+from recformer.evaluation.table import csv_table, latex_table, markdown_table
 from recformer.files import UserError, atomic_write, write_json
 from recformer.pictures import drawable
 
@@ -31,6 +32,48 @@ def verdict(pair: dict[str, Any], metric: str) -> str:
     return f"{said}: {pair['difference']:+.4f} {metric} {interval}, p {pair['p_holm']:.4f}"
 
 
+def figure_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table of runs."""
+    metrics = [name for name in rows[0] if name != "name"]
+    cells = [
+        [
+            row["name"],
+            *(
+                f"{row[m]['value']:.4f} [{row[m]['low']:.4f}, {row[m]['high']:.4f}]"
+                for m in metrics
+            ),
+        ]
+        for row in rows
+    ]
+    return ["", *metrics], cells
+
+
+def pair_cells(pairs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table of paired differences."""
+    cells = [
+        [
+            " - ".join(pair["runs"]),
+            f"{pair['difference']:+.4f}",
+            f"[{pair['low']:+.4f}, {pair['high']:+.4f}]",
+            f"{pair['p']:.4f}",
+            f"{pair['p_holm']:.4f}",
+        ]
+        for pair in pairs
+    ]
+    return ["pair", "difference", "95 % interval", "p", "corrected"], cells
+
+
+def captions(run: RankedRun, metric: str) -> tuple[str, str]:
+    """What stands above both tables: the rules that all runs share with `run`, and the test."""
+    rule, users = run.rule, len(run.user_ids)
+    seen = "filtered" if rule["filter_seen"] else "kept"
+    return (
+        f"Split {str(rule['split_hash'])[:12]}, {users:,} test users, full ranking, ties "
+        f"{rule['ties']}, seen items {seen}; 95 % bootstrap intervals over users",
+        f"Paired differences in {metric}; permutation test, p corrected by Holm",
+    )
+
+
 def markdown(
     rows: list[dict[str, Any]],
     pairs: list[dict[str, Any]],
@@ -38,32 +81,35 @@ def markdown(
     run: RankedRun,
     sentences: bool = False,
 ) -> str:
-    """Both tables, under the rules that all runs share with `run`; or pairs as sentences."""
-    metrics = [name for name in rows[0] if name != "name"]
-    rule, users = run.rule, len(run.user_ids)
-    seen = "filtered" if rule["filter_seen"] else "kept"
-    lines = [
-        f"Split {str(rule['split_hash'])[:12]}, {users:,} test users, full ranking, ties "
-        f"{rule['ties']}, seen items {seen}; 95 % bootstrap intervals over users",
-        "",
-    ]
-    lines += ["| |" + "|".join(metrics) + "|", "|---|" + "---|" * len(metrics)]
-    for row in rows:
-        cells = [
-            f"{row[m]['value']:.4f} [{row[m]['low']:.4f}, {row[m]['high']:.4f}]" for m in metrics
-        ]
-        lines.append(f"|{cell_text(row['name'])}|" + "|".join(cells) + "|")
-    lines += ["", f"Paired differences in {metric}; permutation test, p corrected by Holm", ""]
+    """Both tables; or the first, and pairs as sentences."""
+    above, between = captions(run, metric)
     if sentences:
-        return "\n".join([*lines, *(f"- {verdict(pair, metric)}" for pair in pairs)]) + "\n"
-    lines += ["|pair|difference|95 % interval|p|corrected|", "|---|---|---|---|---|"]
-    for pair in pairs:
-        one, other = map(cell_text, pair["runs"])
-        lines.append(
-            f"|{one} - {other}|{pair['difference']:+.4f}|[{pair['low']:+.4f}, "
-            f"{pair['high']:+.4f}]|{pair['p']:.4f}|{pair['p_holm']:.4f}|"
-        )
-    return "\n".join(lines) + "\n"
+        below = "".join(f"- {verdict(pair, metric)}\n" for pair in pairs)
+    else:
+        below = markdown_table(*pair_cells(pairs))
+    return f"{above}\n\n{markdown_table(*figure_cells(rows))}\n{between}\n\n{below}"
+
+
+def latex(
+    rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metric: str, run: RankedRun
+) -> str:
+    """Both tables, their captions as comments."""
+    above, between = captions(run, metric)
+    figures, differences = latex_table(*figure_cells(rows)), latex_table(*pair_cells(pairs))
+    return f"% {above}\n{figures}% {between}\n{differences}"
+
+
+def flat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for CSV: a column a number."""
+    found = []
+    for row in rows:
+        flat_row: dict[str, Any] = {"name": row["name"]}
+        for metric, cell in row.items():
+            if metric != "name":
+                flat_row |= {metric: cell["value"]}
+                flat_row |= {f"{metric} {end}": cell[end] for end in ("low", "high")}
+        found.append(flat_row)
+    return found
 
 
 def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
@@ -98,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutations")
     parser.add_argument(
-        "--output_dir", type=Path, help="writes comparison.md, comparison.json and comparison.png"
+        "--output_dir",
+        type=Path,
+        help="writes comparison.md, .tex, .json and .png, and both tables as CSV",
     )
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
@@ -108,8 +156,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = markdown(rows, pairs, args.metric, runs[0], sentences=args.against is not None)
     print(text, end="")
     if args.output_dir is not None:
-        with atomic_write(args.output_dir / "comparison.md") as handle:
-            handle.write(text)
+        differences = [pair | {"runs": " - ".join(pair["runs"])} for pair in pairs]
+        for name, content in (
+            ("comparison.md", text),
+            ("comparison.tex", latex(rows, pairs, args.metric, runs[0])),
+            ("comparison.csv", csv_table(flat(rows))),
+            ("differences.csv", csv_table(differences)),
+        ):
+            with atomic_write(args.output_dir / name) as handle:
+                handle.write(content)
         write_json(args.output_dir / "comparison.json", {"runs": rows, "pairs": pairs}, indent=1)
         plot(rows, args.metric, args.output_dir / "comparison.png")
-        print(f"written to {args.output_dir}: comparison.md, comparison.json, comparison.png")
+        print(f"written to {args.output_dir}: comparison.md, .tex, .csv, .json, .png, "
+              "differences.csv")  # fmt: skip

@@ -16,11 +16,6 @@ from recformer.files import UserError, read_checked_json, write_checked_json
 RULE = ("split_hash", "ties", "filter_seen")
 
 
-def cell_text(name: str) -> str:
-    """A name in a cell of a Markdown table, which a bare `|` would end."""
-    return name.replace("|", "\\|")
-
-
 METRICS_FILE = "metrics.json"
 
 # Figures of one evaluation, `recformer.evaluation.figures.detailed_figures` by split.

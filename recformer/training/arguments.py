@@ -181,6 +181,9 @@ class RunArguments(DeviceArguments, EvaluationArguments):
     verbose: int = flag(3, "epochs between validations; the last epoch is always validated")
     dataloader_num_workers: int = flag(0, "loader processes")
     seed: int = flag(42, "of weights, order, targets, dropout and sampled users")
+    seeds: list[int] | None = flag(
+        None, "in place of --seed: a run each in OUTPUT_DIR/seed_N, and their mean and deviation"
+    )
     overwrite_output_dir: bool = flag(False, "start anew where --output_dir holds another run")
     wandb: bool = flag(False, "log to Weights & Biases too (offline without an account)")
 

@@ -23,6 +23,7 @@ from recformer.processes import agreed, is_first, keeps
 IGNORED = frozenset(
     {
         "output_dir",
+        "seeds",
         "overwrite_output_dir",
         "wandb",
         "dataloader_num_workers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,15 +136,12 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(tmp_path, monkeypatch, 
     write_run(tmp_path / "popularity", [0, 1])
     commands = []
 
-    class Done:
-        returncode = 0
-
-    def pretend(command, check):
+    def pretend(command):
         commands.append(command[3:])
         write_run(Path(command[command.index("--output_dir") + 1]), [1, 0])
-        return Done
+        return 0
 
-    monkeypatch.setattr(leaderboard.subprocess, "run", pretend)
+    monkeypatch.setattr(leaderboard, "run_command", pretend)
     data = SimpleNamespace(path=Path("D"), split_hash="abc")
     monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: data)
     models = ["popularity", "cooccurrence", "sasrec", "baselines/configs/t4r.yaml"]
@@ -166,6 +164,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(tmp_path, monkeypatch, 
 
 def test_flags_without_training():
     flags = ["--decay", "0", "--num_beams=3", "--device", "-1", "--arch", "bert", "--seed", "1"]
+    assert flags_without_training("popularity", ["--seeds", "1", "2", "--fp16"]) == ["--fp16"]
     assert flags_without_training("popularity", flags) == ["--device", "-1", "--seed", "1"]
     assert flags_without_training("cooccurrence", flags) == [
         "--decay", "0", "--device", "-1", "--seed", "1"
@@ -173,13 +172,13 @@ def test_flags_without_training():
 
 
 def test_a_run_that_fails_leaves_the_others_and_their_table(tmp_path, monkeypatch, capsys):
-    def pretend(command, check):
+    def pretend(command):
         fails = "sasrec" in command
         if not fails:
             write_run(Path(command[command.index("--output_dir") + 1]), [1, 0])
-        return SimpleNamespace(returncode=-9 if fails else 0)
+        return -9 if fails else 0
 
-    monkeypatch.setattr(leaderboard.subprocess, "run", pretend)
+    monkeypatch.setattr(leaderboard, "run_command", pretend)
     data = SimpleNamespace(path=Path("D"), split_hash="abc")
     monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: data)
     arguments = [str(tmp_path), "--data_path", "D", "--models", "sasrec"]
@@ -220,6 +219,50 @@ def test_what_is_no_run_does_not_take_the_table_away(tmp_path, capsys):
     (tmp_path / "good" / "metrics.json").unlink()
     with pytest.raises(UserError, match="no run in .* could be read"):
         main([str(tmp_path)])
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path, capsys):
+    runs = {
+        "good": [0] * 8,
+        "head_s1": [0, 1] * 4,
+        "head_s2": [1, 0] * 4,
+        "head_s3": [0] * 7 + [90],
+    }
+    for seed, (name, above) in enumerate(runs.items()):
+        write_run(tmp_path / name, above, ("zero_shot", "stage1"), seed=seed)
+        settings = {"model": name[:4], "seed": seed, "weights": f"drawn {seed}", "lr": 0.1}
+        (tmp_path / name / "run.json").write_text(json.dumps(settings))
+    # Of another setting, of the same seed again, and of one that says nothing of its settings.
+    other = {"model": "head", "seed": 4, "lr": 0.2}
+    for name, settings in (("other", other), ("head_t", other | {"seed": 3, "lr": 0.1})):
+        write_run(tmp_path / name, [90] * 8, seed=settings["seed"])
+        (tmp_path / name / "run.json").write_text(json.dumps(settings))
+    write_run(tmp_path / "silent", [91] * 8)
+    write_run(tmp_path / "many" / "seed_7", [80] * 8, seed=7)
+    main([str(tmp_path)])
+    (rows,) = read_json(tmp_path / "leaderboard.json")
+    assert {row["name"]: row["seeds"] for row in rows} == {
+        "good": [0], "good, zero-shot": [0], "head (3 seeds)": [1, 2, 3], "other": [4],
+        "head, zero-shot (3 seeds)": [1, 2, 3], "head_t": [3], "silent": [], "many/seed_7": [7],
+    }  # fmt: skip
+    (head,) = [row for row in rows if row["name"] == "head (3 seeds)"]
+    second = 1 / np.log2(3)
+    values = [(1 + second) / 2, (1 + second) / 2, 7 / 8]
+    assert head["figures"]["NDCG@10"][0] == pytest.approx(np.mean(values))
+    assert head["deviation"]["NDCG@10"] == pytest.approx(np.std(values, ddof=1))
+    # Each user's mean over seeds is what is drawn anew and tested: all eight are below `good`.
+    assert head["p"] >= 2 / 2**8
+    assert f"|head (3 seeds)|{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} [" in (
+        capsys.readouterr().out
+    )
+    with (tmp_path / "leaderboard.csv").open() as handle:
+        lines = {line["name"]: line for line in csv.DictReader(handle)}
+    assert float(lines["head (3 seeds)"]["NDCG@10"]) == pytest.approx(np.mean(values))
+    assert lines["head (3 seeds)"]["seeds"] == "1 2 3"
+    latex = (tmp_path / "leaderboard.tex").read_text()
+    assert r"head (3 seeds) & " in latex
+    assert r" $\pm$ " in latex
+    assert r"many/seed\_7 & " in latex
 
 
 def test_names_with_the_signs_of_tables_and_formulas(tmp_path, capsys):

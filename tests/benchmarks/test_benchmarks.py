@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,7 +216,7 @@ def test_every_benchmark_runs(
     command.main([name, "--quick", "--threads", "1", "--json", str(path)])
     written = json.loads(path.read_text())
     assert written["machine"]["threads"] == 1
-    assert written["machine"]["torch"] == torch.__version__
+    assert written["machine"]["torch"] == version("torch")
     printed = capsys.readouterr().out
     assert written["rows"]
     for values in written["rows"]:

@@ -1,0 +1,121 @@
+"""`--seeds 1 2 3`: one run a seed, each in a folder of its own, and what they have in common.
+
+A run of seeds is the single runs `OUTPUT_DIR/seed_1`, `OUTPUT_DIR/seed_2`, …, each a command of its
+own that gives its memory back, goes on where it was cut off, and is read by every other command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recformer.evaluation.runs import METRICS_FILE, RunResult
+from recformer.evaluation.seeds import mean_and_deviation
+from recformer.evaluation.table import markdown_table
+from recformer.files import UserError, write_json
+from recformer.processes import is_first, say
+
+FOLDERS = "seed_*"
+SUMMARY = "seeds.json"
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The numbers of `--seeds`, and all other flags.
+
+    Raises:
+        UserError: `--seed` beside it, a number twice, or none.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="*")
+    parser.add_argument("--output_dir")
+    known, rest = parser.parse_known_args(argv)
+    seeds = known.seeds
+    if not seeds:
+        raise UserError("--seeds: give its numbers on the command line, e.g. --seeds 1 2 3")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: a seed stands there twice")
+    if any(word == "--seed" or word.startswith("--seed=") for word in rest):
+        raise UserError("--seed and --seeds exclude each other")
+    return seeds, rest
+
+
+def run_seeds(command: str, argv: Sequence[str] | None, output_dir: str) -> list[Path]:
+    """Run `recformer COMMAND` once a seed; what is finished is read.
+
+    Args:
+        command: of the table of `recformer.__main__`.
+        argv: its flags, `--seeds` among them; None: those of the program.
+        output_dir: holds a folder a seed.
+
+    Returns:
+        The folders, by the order of the seeds.
+
+    Raises:
+        UserError: flags that exclude each other, or a run that failed; the other seeds are run.
+    """
+    seeds, rest = split_flags(sys.argv[1:] if argv is None else argv)
+    folders = [Path(output_dir) / f"seed_{seed}" for seed in seeds]
+    failed = []
+    for seed, folder in zip(seeds, folders, strict=True):
+        say(f"== seed {seed}")
+        line = [sys.executable, "-m", "recformer", command, *rest]
+        line += ["--seed", str(seed), "--output_dir", str(folder)]
+        if run_command(line) != 0:
+            failed.append(str(seed))
+    if failed:
+        raise UserError(f"seeds {', '.join(failed)} failed, see above")
+    return folders
+
+
+def run_command(line: Sequence[str]) -> int:
+    """Exit status of a command; if this process is stopped, so is the command, which may save."""
+    with subprocess.Popen(line) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def summarize(folders: Sequence[Path], output_dir: str) -> dict[str, Any]:
+    """Mean and deviation over seeds of runs on a processed folder: their last test figures."""
+    results = [RunResult.load(folder) for folder in folders]
+    return write_summary([r.seed for r in results], [r.test for r in results], output_dir, "test")
+
+
+def write_summary(
+    seeds: Sequence[int | None],
+    figures: Sequence[Mapping[str, Any]],
+    output_dir: str,
+    users: str,
+) -> dict[str, Any]:
+    """Mean and deviation over seeds, printed and written to `seeds.json`.
+
+    Args:
+        seeds: of the runs.
+        figures: of each run; what is a number in all of them is summed up.
+        output_dir: where to.
+        users: whose figures they are, as a word.
+
+    Returns:
+        `seeds`, and by metric `mean`, `deviation` and `values`, as the file holds them.
+    """
+    names = [n for n in figures[0] if all(isinstance(f.get(n), float) for f in figures)]
+    summary: dict[str, Any] = {"seeds": list(seeds)}
+    rows = []
+    for name in names:
+        values = [each[name] for each in figures]
+        mean, deviation = mean_and_deviation(values)
+        summary[name] = {"mean": mean, "deviation": deviation, "values": values}
+        rows.append([name, f"{mean:.4f}", f"{deviation:.4f}", *(f"{x:.4f}" for x in values)])
+    if is_first():
+        write_json(Path(output_dir) / SUMMARY, summary, indent=1)
+        heads = [users, "mean", "deviation", *(f"seed {seed}" for seed in seeds)]
+        print("\n" + markdown_table(heads, rows), end="")
+        print(f"written to {output_dir}: {SUMMARY}, and {METRICS_FILE} in a folder a seed")
+    return summary
