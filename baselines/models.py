@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -21,14 +23,24 @@ from baselines.generative.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
 from baselines.generative.recommender import CodeHistoryCollator, CodeRecommender
 from baselines.generative.tiger import Tiger, TigerTrainCollator
 from baselines.semantic_ids.ids import SemanticIds
-from baselines.sequence.collators import CausalCollator, ItemHistoryCollator, MaskedCollator
+from baselines.sequence.collators import (
+    CausalCollator,
+    ItemHistoryCollator,
+    MaskedCollator,
+    PermutedCollator,
+)
+from baselines.sequence.gru import GRU4Rec
 from baselines.sequence.huggingface import HuggingFaceNetwork
 from baselines.sequence.item_table import ItemTable, nearest_items
+from baselines.sequence.permuted import PermutedNetwork
 from baselines.sequence.published import load_published
 from baselines.sequence.recommender import Objective, SequenceNetwork, SequenceRecommender
+from baselines.sequence.replaced import ReplacedItemRecommender
 from baselines.sequence.sasrec import SASRec
 from baselines.settings import (
+    AttentionSettings,
     GenerativeSettings,
+    Gru4RecSettings,
     SasrecSettings,
     SequenceSettings,
     Settings,
@@ -96,15 +108,6 @@ def _build_sequence(settings: SequenceSettings, folder: ProcessedFolder) -> Buil
     if settings.semantic_ids is not None:
         ids = SemanticIds.load(settings.semantic_ids, folder.asins)
         codes, codes_hash = ids.codes, _hash(ids)
-    sizes = (
-        settings.hidden_size, settings.num_layers, settings.num_heads, settings.max_length,
-        settings.dropout,
-    )  # fmt: skip
-    network: SequenceNetwork
-    if isinstance(settings, TransformerSettings):
-        network = HuggingFaceNetwork(settings.arch, settings.objective, *sizes)
-    else:
-        network = SASRec(*sizes)
 
     def table() -> ItemTable:
         return ItemTable(
@@ -121,22 +124,59 @@ def _build_sequence(settings: SequenceSettings, folder: ProcessedFolder) -> Buil
             )
         assert vectors is not None
         similar = torch.from_numpy(nearest_items(vectors, settings.hard_negatives))
-    recommender = SequenceRecommender(
-        network,
+    counts = None
+    if settings.negative_power or settings.logq:
+        counts = torch.from_numpy(np.bincount(folder.train.items, minlength=folder.num_items))
+        if (counts > 0).sum() < 2:
+            raise UserError(f"{folder.path}: two items must occur in training to sample by counts")
+    objective = settings.objective if isinstance(settings, TransformerSettings) else "clm"
+    kind: type[SequenceRecommender] = SequenceRecommender
+    more: dict[str, Any] = {}
+    if isinstance(settings, TransformerSettings) and objective == "rtd":
+        kind = ReplacedItemRecommender
+        more = {
+            "discriminator_weight": settings.discriminator_weight,
+            "discriminator": _network(settings) if settings.separate_discriminator else None,
+        }
+    recommender = kind(
+        _network(settings),
         table(),
         Objective.of(settings),
         settings.hidden_size,
         table() if settings.separate_outputs else None,
         similar,
+        counts,
+        **more,
     )
     if isinstance(settings, SasrecSettings) and settings.from_published:
         load_published(recommender, settings.from_published, folder.asins)
     length = settings.max_length
-    if isinstance(settings, TransformerSettings) and network.bidirectional:
-        masked = MaskedCollator(length, folder.num_items, settings.mask_probability)
-        hidden_last = ItemHistoryCollator(length, folder.num_items)
-        return Built(recommender, masked, hidden_last, codes_hash)
-    return Built(recommender, CausalCollator(length), ItemHistoryCollator(length), codes_hash)
+    if objective == "clm":
+        return Built(recommender, CausalCollator(length), ItemHistoryCollator(length), codes_hash)
+    assert isinstance(settings, TransformerSettings)
+    collator: Callable
+    if objective == "plm":
+        collator = PermutedCollator(length, settings.mask_probability, settings.max_span)
+    else:
+        collator = MaskedCollator(length, folder.num_items, settings.mask_probability)
+    hidden_last = ItemHistoryCollator(length, folder.num_items)
+    return Built(recommender, collator, hidden_last, codes_hash)
+
+
+def _network(settings: SequenceSettings) -> SequenceNetwork:
+    if isinstance(settings, Gru4RecSettings):
+        return GRU4Rec(settings.hidden_size, settings.num_layers, settings.dropout)
+    assert isinstance(settings, AttentionSettings)
+    sizes = (
+        settings.hidden_size, settings.num_layers, settings.num_heads, settings.max_length,
+        settings.dropout,
+    )  # fmt: skip
+    if not isinstance(settings, TransformerSettings):
+        return SASRec(*sizes)
+    width = settings.feed_forward_size
+    if settings.objective == "plm":
+        return PermutedNetwork(settings.arch, *sizes, width)
+    return HuggingFaceNetwork(settings.arch, settings.objective, *sizes, width)
 
 
 def _build_generative(model: str, settings: GenerativeSettings, folder: ProcessedFolder) -> Built:

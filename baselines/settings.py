@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from baselines.sequence.item_table import KINDS
+from baselines.sequence.objectives import check_goes_with, objective_named
 from recformer.files import UserError
 from recformer.training.arguments import flag
 
-LOSSES = ("softmax", "sampled_softmax", "bce", "gbce", "in_batch")
+LOSSES = ("softmax", "sampled_softmax", "bce", "gbce", "bpr_max", "top1_max", "in_batch")
+SOFTMAXES = ("softmax", "sampled_softmax", "in_batch")
 WEIGHTINGS = ("tfidf", "bm25")
 
 
@@ -92,16 +94,26 @@ class NetworkSettings(Settings):
     """Settings that every trained model has."""
 
     hidden_size: int = flag(128, "size of item vectors and hidden states")
-    num_layers: int = flag(2, "transformer layers")
-    num_heads: int = flag(2, "attention heads; of tiger 64 wide each")
+    num_layers: int = flag(2, "transformer or recurrent layers")
     dropout: float = flag(0.2, "of embeddings, attention and feed-forward layers")
     max_length: int = flag(50, "newest items read of a sequence")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "hidden_size", "num_layers", "num_heads")
+        _at_least(self, 1, "hidden_size", "num_layers")
         _at_least(self, 2, "max_length")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout}: must be from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class AttentionSettings(NetworkSettings):
+    """Settings of models with attention."""
+
+    num_heads: int = flag(2, "attention heads; of tiger 64 wide each")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "num_heads")
 
     def check_heads(self) -> None:
         """Refuse heads that do not share the hidden states evenly."""
@@ -117,9 +129,21 @@ class SequenceSettings(NetworkSettings):
 
     loss: str = flag(
         "softmax",
-        "softmax, sampled_softmax, bce, gbce, or in_batch: softmax over the batch's targets",
+        "softmax, sampled_softmax, bce, gbce, bpr_max, top1_max, or in_batch: softmax over the "
+        "batch's targets",
     )
-    num_negatives: int = flag(256, "items sampled a prediction, uniformly")
+    num_negatives: int = flag(256, "items sampled a prediction")
+    negative_power: float = flag(
+        0.0,
+        "items are sampled in proportion to their training interactions to this power, 0 for "
+        "uniformly; not with gbce",
+    )
+    logq: bool = flag(
+        False,
+        "sampled_softmax and in_batch: scores of negatives less the log of how often they are "
+        "expected among the candidates",
+    )
+    label_smoothing: float = flag(0.0, "share of the target spread over all candidates, softmaxes")
     gbce_t: float = flag(0.75, "calibration t of gBCE, 0 to 1")
     temperature: float = flag(1.0, "scores are divided by it")
     cosine: bool = flag(False, "scores are cosines, not dot products")
@@ -146,7 +170,6 @@ class SequenceSettings(NetworkSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_heads()
         _at_least(self, 1, "projection_layers", "num_negatives")
         _at_least(self, 0, "hard_negatives")
         _one_of(self, "loss", LOSSES)
@@ -167,13 +190,37 @@ class SequenceSettings(NetworkSettings):
             raise UserError(f"--history_term goes with --loss softmax, not {self.loss}")
         if self.hard_negatives and self.loss != "in_batch":
             raise UserError(f"--hard_negatives goes with --loss in_batch, not {self.loss}")
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        if not 0 <= self.negative_power < float("inf"):
+            raise UserError(f"--negative_power {self.negative_power}: must be at least 0")
+        samples = [loss for loss in LOSSES if loss not in ("softmax", "in_batch", "gbce")]
+        if self.negative_power and self.loss not in samples:
+            raise UserError(
+                f"--negative_power goes with --loss {', '.join(samples)}, not {self.loss}"
+            )
+        if self.logq and self.loss not in ("sampled_softmax", "in_batch"):
+            raise UserError(f"--logq goes with --loss sampled_softmax or in_batch, not {self.loss}")
+        if self.logq and self.hard_negatives:
+            raise UserError("--logq does not go with --hard_negatives: they are not sampled")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--label_smoothing {self.label_smoothing}: must be from 0 to below 1")
+        if self.label_smoothing and (self.loss not in SOFTMAXES or self.history_term):
+            raise UserError(
+                f"--label_smoothing goes with --loss {', '.join(SOFTMAXES)} without --history_term"
+            )
 
 
 @dataclass(frozen=True)
-class SasrecSettings(SequenceSettings):
+class SasrecSettings(AttentionSettings, SequenceSettings):
     """Settings of SASRec."""
 
     from_published: str | None = flag(None, "weights of a published gSASRec file to start from")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_heads()
 
 
 @dataclass(frozen=True)
@@ -185,22 +232,47 @@ class GsasrecSettings(SasrecSettings):
 
 
 @dataclass(frozen=True)
-class TransformerSettings(SequenceSettings):
+class Gru4RecSettings(SequenceSettings):
+    """Settings of GRU4Rec."""
+
+    num_layers: int = 1
+
+
+@dataclass(frozen=True)
+class TransformerSettings(AttentionSettings, SequenceSettings):
     """Settings of any transformer of Hugging Face."""
 
     arch: str = flag("gpt2", "model type of transformers")
-    objective: str = flag("causal", "causal or masked")
-    mask_probability: float = flag(0.2, "masked: share of hidden items")
+    objective: str = flag(
+        "clm",
+        "clm (causal), mlm (masked), plm (permuted: XLNet) or rtd (replaced items: ELECTRA)",
+    )
+    mask_probability: float = flag(0.2, "mlm, plm and rtd: share of hidden items")
+    max_span: int = flag(5, "plm: items of a span that is hidden, at most")
+    discriminator_weight: float = flag(
+        1.0, "rtd: weight of the discriminator's loss beside the generator's, 50 in ELECTRA"
+    )
+    separate_discriminator: bool = flag(
+        False, "rtd: the discriminator is a network of its own, not the generator's"
+    )
+    feed_forward_size: int = flag(0, "width of feed-forward layers, 0 for 4 x hidden_size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of(self, "objective", ("causal", "masked"))
-        if self.history_term and self.objective == "masked":
-            raise UserError(
-                "--history_term goes with --objective causal: masked items have no past"
-            )
+        self.check_heads()
+        # Runs and configurations of before have the earlier names.
+        object.__setattr__(self, "objective", objective_named(self.objective))
+        check_goes_with(self.arch, self.objective)
+        if self.history_term and self.objective != "clm":
+            raise UserError("--history_term goes with --objective clm: hidden items have no past")
         if not 0 < self.mask_probability <= 1:
             raise UserError(f"--mask_probability {self.mask_probability}: must be in (0, 1]")
+        _at_least(self, 1, "max_span")
+        _at_least(self, 0, "feed_forward_size")
+        if not 0 <= self.discriminator_weight < float("inf"):
+            raise UserError(f"--discriminator_weight {self.discriminator_weight}: at least 0")
+        if self.separate_discriminator and self.objective != "rtd":
+            raise UserError("--separate_discriminator goes with --objective rtd")
 
 
 @dataclass(frozen=True)
@@ -208,11 +280,11 @@ class Bert4RecSettings(TransformerSettings):
     """Settings of BERT4Rec."""
 
     arch: str = "bert"
-    objective: str = "masked"
+    objective: str = "mlm"
 
 
 @dataclass(frozen=True)
-class GenerativeSettings(NetworkSettings):
+class GenerativeSettings(AttentionSettings):
     """Settings of models that write items code by code."""
 
     num_layers: int = 4
@@ -254,6 +326,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "cooccurrence": CooccurrenceSettings,
     "sasrec": SasrecSettings,
     "gsasrec": GsasrecSettings,
+    "gru4rec": Gru4RecSettings,
     "bert4rec": Bert4RecSettings,
     "transformer": TransformerSettings,
     "tiger": TigerSettings,

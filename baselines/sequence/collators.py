@@ -1,4 +1,4 @@
-"""Batches of item id sequences, laid end to end, and the collators of both training objectives.
+"""Batches of item id sequences, laid end to end, and the collators of the training objectives.
 
 Shapes: B sequences, T items of all sequences, P predictions, L longest sequence, N items.
 """
@@ -6,7 +6,7 @@ Shapes: B sequences, T items of all sequences, P predictions, L longest sequence
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -26,12 +26,15 @@ class ItemSequences(Batch):
         offsets: int64 (B+1,); sequence b is `items[offsets[b]:offsets[b + 1]]`.
         predict: int64 (P,), places in `items` whose hidden state predicts an item.
         features: what is known of each place beside its item, tensors (T, ...); None: nothing.
+        order: int64 (T,), who sees whom where items are predicted in a random order, see
+            `baselines.sequence.permuted`; None: no such order.
     """
 
     items: Tensor
     offsets: Tensor
     predict: Tensor
     features: tuple[Tensor, ...] | None = None
+    order: Tensor | None = None
 
     @classmethod
     def of(cls, items: np.ndarray, offsets: np.ndarray, predict: np.ndarray) -> ItemSequences:
@@ -118,6 +121,50 @@ class MaskedCollator:
         items[hidden] = self.num_items
         history = ItemSequences.of(items, offsets, np.flatnonzero(hidden))
         return TrainBatch(torch.from_numpy(labels), history)
+
+
+class PermutedCollator:
+    """Spans of items are predicted in a random order (XLNet, section 2.3; `permuted.py`).
+
+    From the oldest item on, a span of 1 to `max_span` items is drawn, at a random place of a
+    stretch that is 1 / `mask_probability` times as long; then the next stretch begins. Where no
+    span falls into the sequence the last item is predicted, which evaluation asks for. Draws depend
+    on the example's seed alone.
+
+    Args:
+        max_length: newest items read.
+        mask_probability: share of predicted items.
+        max_span: longest span.
+    """
+
+    def __init__(self, max_length: int, mask_probability: float, max_span: int) -> None:
+        self.max_length = max_length
+        self.mask_probability = mask_probability
+        self.max_span = max_span
+
+    def __call__(self, examples: Sequence[TrainExample]) -> TrainBatch[ItemSequences]:
+        items, offsets = lay_out([example.items[-self.max_length :] for example in examples])
+        order = np.zeros(len(items), dtype=np.int64)
+        for (start, stop), example in zip(pairwise(offsets), examples, strict=True):
+            generator = np.random.default_rng(example.seed)
+            predicted = self._spans(stop - start, generator)
+            order[start + predicted] = generator.permutation(len(predicted)) + 1
+        predict = np.flatnonzero(order)
+        labels = torch.from_numpy(items[predict])
+        history = ItemSequences.of(items, offsets, predict)
+        return TrainBatch(labels, replace(history, order=torch.from_numpy(order)))
+
+    def _spans(self, length: int, generator: np.random.Generator) -> np.ndarray:
+        predicted = np.zeros(length, dtype=bool)
+        begin = 0
+        while begin < length:
+            span = int(generator.integers(1, self.max_span + 1))
+            stretch = int(span / self.mask_probability)
+            first = begin + int(generator.integers(stretch - span + 1))
+            predicted[first : first + span] = True
+            begin += stretch
+        predicted[-1] |= not predicted.any()
+        return np.flatnonzero(predicted)
 
 
 class ItemHistoryCollator:

@@ -2,9 +2,10 @@
 
 BERT4Rec (Sun et al., CIKM 2019) is `bert` that fills in hidden items; GPT-2 over items predicts the
 next one (Transformers4Rec, RecSys 2021). The architecture is built from its configuration class,
-with random weights.
+with random weights. `objectives.py` says which objectives it may have. Transformer-XL, which
+Transformers4Rec has too, is in no supported release of transformers; XLNet has its attention.
 
-Shapes: B sequences, T items laid end to end, L longest sequence, D hidden.
+Shapes: B sequences, T items laid end to end, G sequences of a group of L places, D hidden.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from baselines.sequence.collators import places
+from baselines.sequence.collators import ItemSequences
+from baselines.sequence.objectives import check_goes_with, objective_named
+from baselines.sequence.padding import by_groups
 from baselines.sequence.recommender import SequenceNetwork
 from recformer.files import UserError
 
-OBJECTIVES = ("causal", "masked")
 # What families call the size of their feed-forward layers.
 FEED_FORWARD = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_inner", "hidden_dim")
 
@@ -30,10 +32,10 @@ class HuggingFaceNetwork(SequenceNetwork):
 
     Args:
         arch: model type, e.g. `gpt2` or `bert`; it must take `inputs_embeds`.
-        objective: `causal`, the next item from the ones before it; `masked`, hidden items from both
-            sides.
+        objective: one of `baselines.sequence.objectives.OBJECTIVES`.
         hidden_size, num_layers, num_heads, dropout: of the configuration.
         max_length: longest sequence.
+        feed_forward_size: width of the feed-forward layers, 0 for 4 x `hidden_size`.
 
     Raises:
         UserError: an architecture that does not exist, takes no vectors, or looks the wrong way.
@@ -48,11 +50,12 @@ class HuggingFaceNetwork(SequenceNetwork):
         num_heads: int,
         max_length: int,
         dropout: float,
+        feed_forward_size: int = 0,
     ) -> None:
         super().__init__()
-        if objective not in OBJECTIVES:
-            raise UserError(f"--objective {objective}: expected {' or '.join(OBJECTIVES)}")
-        self.bidirectional = objective == "masked"
+        objective = objective_named(objective)
+        check_goes_with(arch, objective)
+        self.bidirectional = objective != "clm"
         try:
             config = AutoConfig.for_model(arch)
         except ValueError:
@@ -64,14 +67,17 @@ class HuggingFaceNetwork(SequenceNetwork):
             "num_hidden_layers": num_layers,
             "num_attention_heads": num_heads,
             "num_key_value_heads": num_heads,
-            **dict.fromkeys(FEED_FORWARD, 4 * hidden_size),
+            **dict.fromkeys(FEED_FORWARD, feed_forward_size or 4 * hidden_size),
+            "n_inner": feed_forward_size or None,
             "embedding_size": hidden_size,
             "word_embed_proj_dim": hidden_size,
             "head_dim": hidden_size // num_heads,
             "d_head": hidden_size // num_heads,
             "max_position_embeddings": max_length + 8,  # some families start after the padding id
             "is_decoder": not self.bidirectional,
+            "attn_type": "bi" if self.bidirectional else "uni",
             "use_cache": False,
+            "use_mems_eval": False,
             # The table of words is not used.
             "vocab_size": 2,
             "pad_token_id": 0,
@@ -82,6 +88,8 @@ class HuggingFaceNetwork(SequenceNetwork):
             for name in list(config.to_dict()):
                 if "drop" in name and isinstance(getattr(config, name), float):
                     wanted[name] = dropout
+                if getattr(config, name, None) == "gelu_new":
+                    wanted[name] = "gelu_pytorch_tanh"  # the same function, in one kernel
             for name, value in wanted.items():
                 if hasattr(config, name):
                     # XLNet knows no longest sequence; Falcon makes head_dim of the others
@@ -97,13 +105,12 @@ class HuggingFaceNetwork(SequenceNetwork):
 
     def forward(self, vectors: Tensor, offsets: Tensor) -> Tensor:
         """Hidden states (T, D) of vectors (T, D), as `SASRec.forward`."""
-        row, column, lengths = places(offsets)
-        longest = int(lengths.max())
-        padded = vectors.new_zeros(len(lengths), longest, vectors.shape[1])  # (B, L, D)
-        padded[row, column] = vectors
-        mask = torch.arange(longest, device=vectors.device) < lengths[:, None]
-        hidden = self.model(inputs_embeds=padded, attention_mask=mask.long())[0]
-        return hidden[row, column]
+        return by_groups(vectors, offsets, self._padded)
+
+    def _padded(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        # Padding stands behind: who looks back only needs no mask against it.
+        needed = self.bidirectional and not bool(mask.all())
+        return self.model(inputs_embeds=vectors, attention_mask=mask.long() if needed else None)[0]
 
     @torch.no_grad()
     def _check(self, arch: str, hidden_size: int) -> None:
@@ -120,15 +127,16 @@ class HuggingFaceNetwork(SequenceNetwork):
         if sees_future != self.bidirectional:
             raise UserError(
                 f"--arch {arch} looks {'both ways' if sees_future else 'back only'}: "
-                f"--objective {'masked' if sees_future else 'causal'} is for it"
+                f"--objective {'mlm or rtd' if sees_future else 'clm'} is for it"
             )
 
     def _freeze_unused(self, hidden_size: int) -> None:
         """The table of words, poolers and the like: no gradient reaches them, which several
         processes would wait for, and they are no parameters of this model."""
         parameters = list(self.parameters())
+        sequences = ItemSequences(torch.arange(2), torch.tensor([0, 2]), torch.tensor([1]))
         with torch.enable_grad():
-            hidden = self(torch.ones(2, hidden_size), torch.tensor([0, 2]))
+            hidden = self.predictions(torch.ones(2, hidden_size), sequences)
             gradients = torch.autograd.grad(hidden.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)

@@ -14,6 +14,13 @@ from torch.nn import functional as F
 
 from baselines.sequence.collators import ItemSequences, met_before
 from baselines.sequence.item_table import ItemTable
+from baselines.sequence.losses import (
+    ItemSampler,
+    bpr_max_loss,
+    log_expected_count,
+    log_inclusion,
+    top1_max_loss,
+)
 from baselines.settings import SequenceSettings
 from recformer.data.batches import TrainBatch
 from recformer.evaluation.additions import Additions
@@ -35,14 +42,19 @@ class Objective:
     Attributes:
         loss: `softmax` over all items; `sampled_softmax` over the target and sampled items; `bce`,
             binary cross-entropy with sampled items; `gbce`, its generalised form (gSASRec);
-            `in_batch`, softmax over the items that are targets somewhere in the batch (InfoNCE).
-        num_negatives: sampled items a prediction, uniform, never its target.
+            `bpr_max` and `top1_max`, ranking losses over sampled items (GRU4Rec); `in_batch`,
+            softmax over the items that are targets somewhere in the batch (InfoNCE).
+        num_negatives: sampled items a prediction, never its target.
         calibration: t of gBCE.
         temperature: scores are divided by it.
         cosine: scores are cosines, not dot products.
         hard_negatives: with `in_batch`: this many items whose texts are most like the target's are
             candidates too.
         history_term: items that stand before a prediction have a score of their own.
+        negative_power: items are sampled in proportion to their interactions to this power.
+        logq: scores of sampled items are corrected by how likely they are sampled.
+        label_smoothing: e of the targets (1 - e) one-hot + e / candidates (Szegedy et al., CVPR
+            2016, section 7), with a softmax.
     """
 
     loss: str = SequenceSettings.loss
@@ -52,6 +64,9 @@ class Objective:
     cosine: bool = SequenceSettings.cosine
     hard_negatives: int = SequenceSettings.hard_negatives
     history_term: bool = SequenceSettings.history_term
+    negative_power: float = SequenceSettings.negative_power
+    logq: bool = SequenceSettings.logq
+    label_smoothing: float = SequenceSettings.label_smoothing
 
     @classmethod
     def of(cls, settings: SequenceSettings) -> Objective:
@@ -64,6 +79,9 @@ class Objective:
             settings.cosine,
             settings.hard_negatives,
             settings.history_term,
+            settings.negative_power,
+            settings.logq,
+            settings.label_smoothing,
         )
 
 
@@ -71,14 +89,20 @@ class SequenceNetwork(nn.Module, ABC):
     """The network inside a `SequenceRecommender`.
 
     Attributes:
-        bidirectional: whether it is trained to fill in hidden items.
+        bidirectional: whether it is trained to fill in items, from both sides.
+        hides_items: whether these have a vector of their own in place of the item's.
     """
 
     bidirectional: bool
+    hides_items: bool = True
 
     @abstractmethod
     def forward(self, vectors: Tensor, offsets: Tensor) -> Tensor:
         """Hidden states (T, D) of item vectors (T, D), sequences beginning at offsets (B+1,)."""
+
+    def predictions(self, vectors: Tensor, sequences: ItemSequences) -> Tensor:
+        """Hidden states (P, D) at `sequences.predict`, of vectors (T, D)."""
+        return self(vectors, sequences.offsets)[sequences.predict]
 
 
 class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
@@ -90,11 +114,13 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         objective: the loss.
         outputs: item vectors that predictions are scored with; None: `inputs`.
         similar_items: int64 (N, hard_negatives), for the objective that wants them.
+        item_counts: (N,) training interactions, for the objectives that sample by them.
         input_features: makes input vectors (T, D) of item vectors (T, D) and the features of their
             places, `ItemSequences.features`; None: the network reads the item vectors.
     """
 
     similar_items: Tensor
+    item_shares: Tensor
 
     def __init__(
         self,
@@ -104,6 +130,7 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         hidden_size: int,
         outputs: ItemTable | None = None,
         similar_items: Tensor | None = None,
+        item_counts: Tensor | None = None,
         input_features: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -112,13 +139,20 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         self.input_features = input_features
         self.outputs = outputs
         self.objective = objective
-        if network.bidirectional:
+        if network.bidirectional and network.hides_items:
             self.hidden_item = nn.Parameter(torch.randn(hidden_size) * 0.02)
         if objective.history_term:
             self.history_factor = nn.Parameter(torch.tensor(0.5))
             self.history_bias = nn.Parameter(torch.zeros(()))
         if similar_items is not None:
             self.register_buffer("similar_items", similar_items, persistent=False)
+        if objective.negative_power:
+            assert item_counts is not None
+            self.sampler = ItemSampler(item_counts, objective.negative_power)
+        if objective.logq and objective.loss == "in_batch":
+            assert item_counts is not None
+            shares = item_counts / item_counts.sum()
+            self.register_buffer("item_shares", shares, persistent=False)
 
     @property
     def scored(self) -> ItemTable:
@@ -134,15 +168,15 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         vectors = self.inputs(items.clamp(max=num_items - 1))
         if self.input_features is not None:
             vectors = self.input_features(vectors, sequences.features)
-        if self.network.bidirectional:
+        if self.network.bidirectional and self.network.hides_items:
             vectors = torch.where((items == num_items)[:, None], self.hidden_item, vectors)
         return vectors
 
     def predictions(self, sequences: ItemSequences) -> Tensor:
         """Hidden states (P, D) at `sequences.predict`."""
-        return self.network(self.embed(sequences), sequences.offsets)[sequences.predict]
+        return self.network.predictions(self.embed(sequences), sequences)
 
-    def training_loss(self, batch: TrainBatch[ItemSequences]) -> Tensor:
+    def training_loss(self, batch: TrainBatch[ItemSequences]) -> Tensor | dict[str, Tensor]:
         """Mean loss of the predictions of a batch; with several processes, of all their batches."""
         labels = batch.labels
         users = self.predictions(batch.history)
@@ -171,9 +205,7 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         """
         objective, scored = self.objective, self.scored
         if objective.loss == "softmax":
-            return full_softmax_loss(
-                users, scored.all(), labels, objective.temperature, cosine=objective.cosine
-            )
+            return self._softmax_loss(users, labels)
         if objective.loss == "in_batch":
             return self._in_batch_loss(users, labels)
         if negatives is None:
@@ -185,18 +217,54 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         else:
             table = scored.all()
         scores = candidate_scores(*self._sides(users, table), candidates)
+        positive, others = scores[:, 0], scores[:, 1:]
         if objective.loss == "sampled_softmax":
-            return F.cross_entropy(scores, torch.zeros_like(labels))
+            if objective.logq and self._sampled:
+                scores = torch.cat([scores[:, :1], others - self._logq(labels, negatives)], dim=1)
+            truth = torch.zeros_like(labels)
+            return F.cross_entropy(scores, truth, label_smoothing=objective.label_smoothing)
+        if objective.loss == "bpr_max":
+            return bpr_max_loss(positive, others)
+        if objective.loss == "top1_max":
+            return top1_max_loss(positive, others)
         calibration = objective.calibration if objective.loss == "gbce" else 0.0
-        return gbce_loss(scores[:, 0], scores[:, 1:], scored.num_items, calibration)
+        return gbce_loss(positive, others, scored.num_items, calibration)
+
+    @property
+    def _sampled(self) -> bool:
+        """Whether negatives are drawn at all: of a small catalogue they are all other items."""
+        return self.objective.num_negatives < self.scored.num_items - 1
 
     def _negatives(self, labels: Tensor) -> Tensor:
         """Items (P, K) sampled for labels (P,); each other item once where there are no more."""
         count, others = self.objective.num_negatives, self.scored.num_items - 1
-        if count < others:
+        if self._sampled and self.objective.negative_power:
+            return self.sampler(labels, count)
+        if self._sampled:
             return sample_negatives(labels, others + 1, count)
         every = torch.arange(others, device=labels.device)
         return every + (every >= labels[:, None])
+
+    def _logq(self, labels: Tensor, negatives: Tensor) -> Tensor:
+        """What the correction takes off the scores of negatives (P, K)."""
+        if self.objective.negative_power:
+            probability = self.sampler.log_probability(labels, negatives)
+        else:
+            probability = torch.full_like(negatives, self.scored.num_items - 1).float().log().neg()
+        return log_expected_count(probability, negatives.shape[1])
+
+    def _softmax_loss(self, users: Tensor, labels: Tensor) -> Tensor:
+        objective, table = self.objective, self.scored.all()
+        loss = full_softmax_loss(
+            users, table, labels, objective.temperature, cosine=objective.cosine
+        )
+        if objective.label_smoothing:
+            # Mean over candidates of their cross-entropies, less the target's: the sum of
+            # exponentials is the same, so that only mean scores are needed.
+            users, table = self._sides(users, table)
+            target = (users * table[labels]).sum(dim=1)
+            loss = loss + objective.label_smoothing * (target - users @ table.mean(dim=0)).mean()
+        return loss
 
     def _sides(self, users: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides of the scores, so that their products are the scores."""
@@ -210,14 +278,19 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         if self.objective.hard_negatives:
             pool = torch.cat([labels, self.similar_items[labels].flatten()])
         ids, places = pool.unique(return_inverse=True)
+        places = places[: len(labels)]
         objective = self.objective
-        return full_softmax_loss(
-            users,
-            self.scored(ids),
-            places[: len(labels)],
-            objective.temperature,
-            cosine=objective.cosine,
-        )
+        if not (objective.logq or objective.label_smoothing):
+            return full_softmax_loss(
+                users, self.scored(ids), places, objective.temperature, cosine=objective.cosine
+            )
+        users, table = self._sides(users, self.scored(ids))
+        scores = users @ table.T
+        if objective.logq:
+            corrected = scores - log_inclusion(self.item_shares[ids], max(1, len(labels) - 1))
+            target = F.one_hot(places, len(ids)).bool()
+            scores = torch.where(target, scores, corrected)
+        return F.cross_entropy(scores, places, label_smoothing=objective.label_smoothing)
 
     def user_vectors(self, history: ItemSequences) -> Tensor:
         """The predictions (B, D) of histories."""

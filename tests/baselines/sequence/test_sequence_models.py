@@ -17,6 +17,7 @@ from baselines import models
 from baselines.__main__ import main, run
 from baselines.arguments import BaselineArguments, read_config
 from baselines.semantic_ids.ids import SemanticIds
+from baselines.sequence import padding
 from baselines.sequence.collators import (
     CausalCollator,
     ItemHistoryCollator,
@@ -24,6 +25,7 @@ from baselines.sequence.collators import (
     MaskedCollator,
     met_before,
 )
+from baselines.sequence.gru import GRU4Rec
 from baselines.sequence.huggingface import HuggingFaceNetwork
 from baselines.sequence.item_table import ItemTable, nearest_items
 from baselines.sequence.recommender import Objective, SequenceRecommender
@@ -43,13 +45,15 @@ def network(kind: str, **sizes) -> torch.nn.Module:
     torch.manual_seed(1)
     if kind == "sasrec":
         return SASRec(dropout=0.0, **sizes)
+    if kind == "gru4rec":
+        return GRU4Rec(D, 2, 0.0)
     arch, objective = kind.split()
     return HuggingFaceNetwork(arch, objective, dropout=0.0, **sizes)
 
 
 NETWORKS = (
-    "sasrec", "gpt2 causal", "bert causal", "bert masked", "llama causal", "xlnet masked",
-    "opt causal", "falcon causal",
+    "sasrec", "gru4rec", "gpt2 clm", "bert causal", "bert masked", "electra clm", "electra mlm",
+    "albert mlm", "modernbert mlm", "llama clm", "xlnet clm", "xlnet mlm", "opt clm", "falcon clm",
 )  # fmt: skip
 
 
@@ -149,10 +153,17 @@ def test_golden_gsasrec():
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_neighbours_in_the_batch_change_nothing(kind):
+def test_neighbours_in_the_batch_change_nothing(kind, monkeypatch):
     model = network(kind).eval()
     vectors = torch.randn(11, D)
     together = model(vectors, torch.tensor([0, 3, 4, 11]))
+    monkeypatch.setitem(padding.CALL_COST, "cpu", 0)  # each length becomes a group
+    assert [g.mask.shape for g in padding.length_groups(torch.tensor([0, 3, 4, 11]))] == [
+        (1, 1), (1, 3), (1, 7)
+    ]  # fmt: skip
+    torch.testing.assert_close(
+        model(vectors, torch.tensor([0, 3, 4, 11])), together, atol=1e-5, rtol=1e-5
+    )
     alone = [model(vectors[a:b], torch.tensor([0, b - a])) for a, b in ((0, 3), (3, 4), (4, 11))]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
@@ -193,8 +204,11 @@ def test_architectures_that_do_not_fit_are_refused_by_name():
     sizes = {"hidden_size": D, "num_layers": 1, "num_heads": 2, "max_length": 8, "dropout": 0.0}
     for arch, objective, message in (
         ("nothing", "causal", "no model type"),
-        ("gpt2", "masked", "looks back only"),
-        ("gpt2", "sideways", "expected causal or masked"),
+        ("transfo-xl", "clm", "no model type"),  # in no supported release
+        ("gpt2", "masked", "but with clm; --objective mlm goes with --arch bert, electra"),
+        ("opt", "mlm", "looks back only: --objective clm is for it"),
+        ("deberta", "clm", "looks both ways: --objective mlm or rtd"),
+        ("gpt2", "sideways", "expected one of clm, mlm, plm, rtd"),
         ("resnet", "causal", "--arch resnet"),
         ("levit", "masked", "--arch levit"),
         ("longformer", "masked", "--arch longformer takes no item vectors"),
@@ -474,10 +488,16 @@ LONGER = {
 }  # fmt: skip  # a sixth of the labels
 MODELS: dict[str, dict] = {
     "sasrec": {},
-    "sasrec sampled": {"model": "sasrec", "loss": "sampled_softmax", "num_negatives": 3},
+    "sasrec sampled": {
+        "model": "sasrec", "loss": "sampled_softmax", "num_negatives": 3, "negative_power": 0.75,
+        "logq": True, "label_smoothing": 0.05,
+    },
+    "gru4rec": {"num_heads": None, "loss": "bpr_max", "num_negatives": 3, "negative_power": 0.75},
     "gsasrec": {"num_negatives": 4},
     "bert4rec": LONGER,
     "transformer": {},
+    "xlnet plm": {"model": "transformer", "arch": "xlnet", "objective": "plm"} | LONGER,
+    "electra rtd": {"model": "transformer", "arch": "electra", "objective": "rtd"} | LONGER,
     "sasrec frozen": {"model": "sasrec", "items": "frozen"},
     "sasrec init": {
         "model": "sasrec", "items": "init", "cosine": True, "temperature": 0.2,
