@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from baselines.text_vectors import text_vectors
 from baselines.untrained.base import Baseline, Untrained
 from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
+from baselines.untrained.session_neighbours import SessionNeighbours
 from baselines.untrained.text_neighbours import TextNeighbours
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, check_folder, read_json, sha256_of
@@ -59,6 +61,8 @@ UNTRAINED: dict[str, Callable[..., Baseline]] = {
     "popularity": Popularity,
     "text_neighbours": TextNeighbours,
     "cooccurrence": Cooccurrence,
+    "sknn": SessionNeighbours,
+    "vsknn": partial(SessionNeighbours, weighted=True),
 }
 
 GENERATE: dict[str, type[CodeRecommender]] = {"tiger": Tiger, "gpt2_codes": Gpt2Codes}

@@ -90,6 +90,16 @@ class TextNeighboursSettings(CooccurrenceSettings):
 
 
 @dataclass(frozen=True)
+class SknnSettings(Settings):
+    """Settings of session kNN, S-KNN and V-SKNN."""
+
+    neighbours: int = flag(100, "training sequences most like the history that count")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "neighbours")
+
+
+@dataclass(frozen=True)
 class NetworkSettings(Settings):
     """Settings that every trained model has."""
 
@@ -324,6 +334,8 @@ SETTINGS: dict[str, type[Settings]] = {
     "popularity": PopularitySettings,
     "text_neighbours": TextNeighboursSettings,
     "cooccurrence": CooccurrenceSettings,
+    "sknn": SknnSettings,
+    "vsknn": SknnSettings,
     "sasrec": SasrecSettings,
     "gsasrec": GsasrecSettings,
     "gru4rec": Gru4RecSettings,

@@ -17,6 +17,7 @@ from baselines.settings import settings_of
 from baselines.untrained import base, text_neighbours
 from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
+from baselines.untrained.session_neighbours import SessionNeighbours
 from baselines.untrained.text_neighbours import TextNeighbours, word_vectors
 from recformer.data.collators import EvalExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
@@ -298,3 +299,59 @@ def test_bm25_by_hand() -> None:
     assert rows[0] == pytest.approx(expected / np.linalg.norm(expected))
     with pytest.raises(UserError, match="--weighting idf"):
         TextNeighbours(None, weighting="idf")
+
+
+@pytest.fixture
+def sessions(tmp_path: Path) -> ProcessedFolder:
+    train = [[0, 1, 2], [1, 3, 1], [2, 3, 4], []]
+    return write_folder(tmp_path, [None] * 6, train, [[], [], [], [1]], [[], [], [], [2, 0]])
+
+
+def test_session_neighbours_by_hand(sessions: ProcessedFolder) -> None:
+    examples = sessions.eval_examples("test")
+    assert examples.histories[0].tolist() == [1, 2]
+    a, b, c = 2 / np.sqrt(2 * 3), 1 / np.sqrt(2 * 2), 1 / np.sqrt(2 * 3)
+    scores = SessionNeighbours(sessions).scores(examples)(slice(0, 1))
+    assert scores[0] == pytest.approx([a, a + b, a + c, b + c, c, 0])
+    nearest = SessionNeighbours(sessions, neighbours=1).scores(examples)(slice(0, 1))
+    assert nearest[0] == pytest.approx([a, a, a, 0, 0, 0])
+    # Items 1 and 2 weigh 1/2 and 1: the sequences 3/2, 1/2 and 1.
+    model = SessionNeighbours(sessions, neighbours=2, weighted=True)
+    assert model.scores(examples)(slice(0, 1))[0] == pytest.approx([1.5, 1.5, 2.5, 1, 1, 0])
+    ranks = model.rank(examples)  # item 0 is below 2 and beside 1
+    assert counts(ranks) == ([1], [1], [6])
+    with pytest.raises(UserError, match="--neighbours 0"):
+        SessionNeighbours(sessions, neighbours=0)
+
+
+def test_session_neighbours_are_those_of_loops_over_sets(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    lists = [generator.integers(30, size=n).tolist() for n in generator.integers(1, 9, size=40)]
+    folder = write_folder(tmp_path, [None] * 30, lists, [[1]] * 40, [[2]] * 40)
+    examples = folder.eval_examples("test")
+    for weighted in (False, True):
+        model = SessionNeighbours(folder, neighbours=7, weighted=weighted)
+        found = model.scores(examples)(slice(0, 40))
+        for user, row in enumerate(found):
+            history = examples.histories[user].tolist()
+            weight = {item: (place + 1) / len(history) for place, item in enumerate(history)}
+            alike = []
+            for other in map(set, lists):
+                both = set(history) & other
+                cosine = len(both) / np.sqrt(len(set(history)) * len(other))
+                alike.append(sum(weight[i] for i in both) if weighted else cosine)
+            expected = np.zeros(30)
+            for other in sorted(range(40), key=lambda n: (-round(alike[n], 12), n))[:7]:
+                expected[list(set(lists[other]))] += alike[other]
+            assert row == pytest.approx(expected)
+
+
+def test_session_neighbours_keep_the_contract(sessions: ProcessedFolder) -> None:
+    built = build("vsknn", settings_of("vsknn", {"neighbours": 2}), sessions)
+    batch = built.eval_collator([EvalExample(0, np.array([1, 2]), 0)])
+    users = built.model.read(batch.history, batch.seen)
+    assert built.model.recommend(users, 4, False).tolist() == [[2, 0, 1, 3]]
+    assert built.model.recommend(users, 4, True).tolist() == [[0, 3, 4, 5]]
+    assert counts(built.model.rank(users, batch.labels, True)) == ([0], [0], [4])
+    among = built.model.rank_among(users, batch.labels, np.array([[2, 3]]))
+    assert counts(among) == ([1], [0], [3])

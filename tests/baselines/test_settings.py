@@ -37,6 +37,8 @@ def test_defaults_are_the_published_and_the_saved_ones() -> None:
             "decay": 0.6, "history_factor": 1.0, "text_encoder": None, "weighting": "tfidf"
         },
         "cooccurrence": {"decay": 0.6, "history_factor": 1.0},
+        "sknn": {"neighbours": 100},
+        "vsknn": {"neighbours": 100},
         "sasrec": sequence | heads | {"from_published": None},
         "gsasrec": sequence
         | heads
@@ -104,6 +106,7 @@ def test_models_made_by_hand_have_the_same_defaults() -> None:
         ("gsasrec", {"label_smoothing": 0.1}, "--label_smoothing goes with --loss softmax"),
         ("bert4rec", {"separate_discriminator": True}, "goes with --objective rtd"),
         ("bert4rec", {"mask_probability": 0}, r"--mask_probability 0: must be in \(0, 1\]"),
+        ("vsknn", {"neighbours": 0}, "--neighbours 0: must be at least 1"),
         ("sasrec", {"temperature": 0}, "--temperature 0: must be above 0"),
         ("sasrec", {"gbce_t": 2}, "--gbce_t 2: must be from 0 to 1"),
         ("sasrec", {"num_negatives": 0}, "--num_negatives 0: must be at least 1"),

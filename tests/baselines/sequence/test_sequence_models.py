@@ -594,7 +594,7 @@ def test_the_largest_cut_off_tells_how_many_items_are_generated(
     assert "--num_beams 5 or --exact_rank gives them in full" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["popularity", "text_neighbours", "cooccurrence"])
+@pytest.mark.parametrize("name", ["popularity", "text_neighbours", "cooccurrence", "sknn", "vsknn"])
 def test_models_without_training_go_the_same_way(data, tmp_path, name):
     result = run(
         BaselineArguments(data_path=str(data), output_dir=str(tmp_path), model=name, device=[-1])
