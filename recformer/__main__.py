@@ -47,6 +47,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "judging": {
         "compare": ("recformer.commands.compare", "paired tests of two or more runs"),
         "leaderboard": ("baselines.leaderboard", "all runs of a folder in one table"),
+        "reproduce": ("baselines.reproduce", "make the numbers of a published table again"),
     },
     "using": {
         "recommend": ("recformer.commands.recommend", "items for the histories in a file"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from baselines import leaderboard
-from baselines.leaderboard import find_runs, flags_without_training, main, markdown, row_of, tables
+from baselines.leaderboard import flags_without_training, main, markdown
+from baselines.rows import find_runs, row_of, tables
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.ranks import TargetRanks

@@ -1,0 +1,158 @@
+"""`recformer reproduce`: what is run, what is kept, and when a row counts as reproduced."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from baselines import reproduce
+from baselines.reproduce import FOLDER, Experiment, main, words
+from recformer.__main__ import COMMANDS
+from recformer.files import UserError, read_json
+
+CLICKS = "user,item,time\n" + "".join(
+    f"u{user},i{(user + step) % 5},{step}\n" for user in range(6) for step in range(5)
+)
+ITEMS = "item,title\n" + "".join(f"i{item},product {item}\n" for item in range(5))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with raw files and an experiment; commands run in this process."""
+    raw = tmp_path / "raw files" / "deep"
+    raw.mkdir(parents=True)
+    (raw / "clicks.csv").write_text(CLICKS)
+    (raw / "items.csv").write_text(ITEMS)
+    content = {
+        "title": "Six users",
+        "hardware": "any",
+        "data": {
+            "shop": {
+                "process": {"file_path": "clicks.csv", "meta_file_path": "items.csv"},
+                "sha256": {"clicks.csv": hashlib.sha256(CLICKS.encode()).hexdigest()},
+                "minutes": 0.5,
+            }
+        },
+        "run": {"data": "shop", "command": "baseline", "tolerance": 0.00005, "minutes": 2},
+        "runs": {
+            # Every user's fifth item follows: of five items, four in the history and kept.
+            "popularity": {"flags": {"model": "popularity"}, "expected": {"Recall@10": 1.0}},
+            "sasrec": {
+                "flags": {"model": "sasrec", "hidden_size": 8, "num_heads": 1, "device": -1,
+                          "num_train_epochs": 1},
+                "seeds": [1, 2], "expected": {"Recall@10": 1.0},
+            },
+        },
+    }  # fmt: skip
+    (tmp_path / "shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    tables = {name: entry[0] for group in COMMANDS.values() for name, entry in group.items()}
+
+    def in_this_process(line: list[str]) -> int:
+        from importlib import import_module
+
+        command, flags = line[line.index("recformer") + 1], line[line.index("recformer") + 2 :]
+        ran.append(command)
+        import_module(tables[command]).main(flags)
+        return 0
+
+    ran: list[str] = []
+    monkeypatch.setattr(reproduce, "run_command", in_this_process)
+    monkeypatch.setattr("recformer.training.seeds.run_command", in_this_process)
+    monkeypatch.setattr(reproduce, "ran", ran, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_table_is_made_once_and_judged(place, capsys):
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out"]
+    main([*flags, "--dry_run"])
+    said = capsys.readouterr().out
+    assert "|data shop|process|0.5|" in said
+    assert "|all|any|6.5|" in said
+    assert not Path("out").exists()
+    main(flags)
+    assert reproduce.ran == ["process", "baseline", "baseline", "baseline", "baseline"]
+    content = read_json("out/reproduction.json")
+    assert [(row["name"], row["verdict"]) for row in content["rows"]] == [
+        ("popularity", "reproduced"), ("sasrec", "reproduced"),
+    ]  # fmt: skip
+    assert content["rows"][1]["seeds"] == [1, 2]
+    assert content["rows"][1]["figures"]["Recall@10"][0] == 1
+    assert Path("out/reproduction.md").read_text() in capsys.readouterr().out
+    # Again: nothing is run, and the dry run says so.
+    reproduce.ran.clear()
+    main(flags)
+    assert reproduce.ran == []
+    capsys.readouterr()
+    main([*flags, "--dry_run"])
+    assert "|all|any|0.0|" in capsys.readouterr().out
+
+
+def test_a_row_that_differs_fails_and_is_named(place):
+    text = Path("shop.yaml").read_text().replace("Recall@10: 1.0", "Recall@10: 0.5", 1)
+    Path("shop.yaml").write_text(text)
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "popularity"]
+    with pytest.raises(UserError, match="not as expected: popularity"):
+        main(flags)
+    (row,) = read_json("out/reproduction.json")["rows"]
+    assert row["verdict"] == "differs: Recall@10 +0.5000"
+    with pytest.raises(UserError, match="--only other: expected of popularity, sasrec"):
+        main([*flags[:-1], "other"])
+
+
+def test_changed_flags_do_not_report_the_run_before(place):
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "sasrec"]
+    main(flags)
+    text = Path("shop.yaml").read_text()
+    Path("shop.yaml").write_text(text.replace("num_train_epochs: 1", "num_train_epochs: 2"))
+    with pytest.raises(UserError, match=r"holds another run \(different: num_train_epochs\)"):
+        main(flags)
+
+
+def test_raw_files_must_be_there_and_right(place):
+    flags = ["shop.yaml", "--output_dir", "out"]
+    with pytest.raises(FileNotFoundError, match="clicks.csv of shop is in no folder of --raw"):
+        main([*flags, "--dry_run"])
+    (place / "raw files" / "deep" / "clicks.csv").write_text(CLICKS + "u7,i1,9\n")
+    with pytest.raises(UserError, match="is not the file that shop was made of"):
+        main([*flags, "--raw", "raw files"])
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("data: shop", "data: other", "no data 'other'"),
+        ("command: baseline", "command: rm", "command 'rm', expected baseline, finetune"),
+        ("Recall@10: 1.0", "Recall@7: 1.0", r"expected \['Recall@7'\]"),
+        ("title:", "titel:", "is no experiment"),
+        ("title:", "title: [", "is no YAML"),
+    ],
+)
+def test_files_of_another_form_are_refused(place, old, new, said):
+    Path("shop.yaml").write_text(Path("shop.yaml").read_text().replace(old, new))
+    with pytest.raises(UserError, match=said):
+        Experiment.load("shop.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_of_the_package_has_flags_that_exist(path):
+    from baselines.arguments import BaselineArguments
+    from recformer.finetune import FinetuneArguments
+
+    experiment = Experiment.load(path.stem)
+    for run in experiment.runs:
+        known = FinetuneArguments if run.command == "finetune" else BaselineArguments
+        assert set(run.flags) <= set(known.__dataclass_fields__), run.name
+    with pytest.raises(FileNotFoundError, match="no such experiment; there are .*sample"):
+        Experiment.load("none")
+
+
+def test_flags_as_words():
+    flags = {"model": "sasrec", "fp16": True, "metric_ks": [5, 10], "cosine": "true"}
+    assert words(flags) == [
+        "--model", "sasrec", "--fp16", "--metric_ks", "5", "10", "--cosine", "true"
+    ]  # fmt: skip
