@@ -22,7 +22,7 @@ elif [ $# -gt 0 ]; then
     echo "error: quickstart.sh takes no arguments, got: $*; see --help" >&2
     exit 2
 fi
-use_environment
+use_environment serve # for the page that the last line names
 
 OUTPUT_DIR=${OUTPUT_DIR:-quickstart_run}
 SEED=${SEED:-0}
@@ -70,3 +70,8 @@ echo "== test users of $SAMPLE_TARGET, every item ranked"
     "Recformer, finetuned=$OUTPUT_DIR/recformer" \
     "Recformer with a head=$OUTPUT_DIR/head"
 echo "The best model is in $OUTPUT_DIR/recformer/best_model, its curves in $OUTPUT_DIR/recformer/curves.png."
+cat <<END
+To try both on a page, http://127.0.0.1:8000, in this checkout:
+    $PYTHON -m recformer serve $OUTPUT_DIR/head/best_model \\
+        --beside $OUTPUT_DIR/recformer/best_model --data_path $SAMPLE_DATA
+END

@@ -51,6 +51,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "using": {
         "recommend": ("recformer.commands.recommend", "items for the histories in a file"),
+        "serve": ("recformer.commands.serve", "recommendations over HTTP, and a page to try them"),
         "encode": ("recformer.commands.encode", "vectors of a whole catalogue"),
         "benchmark": ("recformer.commands.benchmark", "speed and memory against named peers"),
     },

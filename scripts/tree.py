@@ -27,6 +27,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("recformer.checkpoints",),
     ("recformer.training",),
     ("recformer.pretrain", "recformer.finetune", "recformer.recommendation"),
+    ("recformer.serving",),
     ("recformer.commands",),
     ("recformer.__main__", *DOORS),
     ("baselines",),

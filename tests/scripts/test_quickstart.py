@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import requests
 
 
 @pytest.mark.slow
@@ -25,3 +27,18 @@ def test_quickstart_twice(repository, tmp_path):
     tables = [output[output.index("test users of Cycling") :] for output in outputs]
     assert tables[0] == tables[1]
     assert "epoch" not in outputs[1]  # the second run trains nothing
+    command = outputs[1].split("in this checkout:\n", 1)[1].replace("\\\n", " ")
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {command.strip()} --port 0 --database {tmp_path}/serve.sqlite3"],
+        cwd=repository, stdout=subprocess.PIPE, text=True,
+    ) as service:  # fmt: skip
+        try:
+            said = service.stdout.readline()
+            address = re.search(r"http://\S+", said)
+            assert address, said
+            facts = requests.get(f"{address[0]}/v1/facts", timeout=60).json()
+        finally:
+            service.terminate()
+    assert [model["method"] for model in facts["models"]] == ["head", "published"]
+    assert facts["test_users"] > 0
+    assert service.returncode == 0

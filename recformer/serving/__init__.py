@@ -1,0 +1,1 @@
+"""A catalogue over HTTP: Gorse's REST API, ours beside it, and one page"""

@@ -1,0 +1,253 @@
+"""A model that is being served: its catalogue with what came over HTTP, its thread, its search."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from recformer.data.items import ItemsInMemory
+from recformer.files import UserError
+from recformer.recommendation import CatalogueRecommender, HistoryItem, Recommended
+from recformer.serving.batching import ModelThread
+from recformer.serving.items import Shape
+from recformer.serving.metrics import Metrics
+from recformer.serving.search import TextSearch
+from recformer.serving.store import ItemRow
+from recformer.tokenization import Item
+
+# Up to so many items are left out of a longer answer; more of them narrow the candidates.
+FEW_LEFT_OUT = 256
+# Newest entries of a history that are left out, one at a time, to say what carries a score.
+REASONS_TRIED = 20
+# Items encoded at a time, between which requests are answered.
+AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What all questions of one batch have in common."""
+
+    filter_seen: bool = False
+    allowed: tuple[str, ...] | None = None
+    blocked: tuple[str, ...] = ()
+    where: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One history to be answered."""
+
+    history: Sequence[HistoryItem]
+    k: int
+    left_out: frozenset[str] = frozenset()
+
+
+class Served:
+    """One loaded model; changes and questions go through its thread.
+
+    Args:
+        folder: of the model.
+        name: "main" or "beside".
+        meta_file: as `CatalogueRecommender.load` has it.
+        most: questions in a batch.
+        metrics: counts batches.
+
+    Attributes:
+        recommender: the model with its catalogue.
+        base: attributes by name of the folder's own catalogue.
+        shape: which attributes items have.
+        version: raised by every change.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        metrics: Metrics,
+        meta_file: Path | None = None,
+        most: int = 64,
+    ) -> None:
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(
+                f"{folder} has no model.safetensors: the server opens no pickled weights; name the "
+                "best_model folder of `recformer finetune`, or convert the checkpoint first"
+            )
+        self.folder, self.name, self.metrics = folder, name, metrics
+        self.recommender = CatalogueRecommender.load(folder, meta_file)
+        self.base: dict[str, Any] = dict(self.recommender._texts)
+        self._names = sorted(self.base)
+        self.shape = Shape.of(self.base)
+        self.search = TextSearch({n: self._words(item) for n, item in self.base.items()})
+        self.hidden: frozenset[str] = frozenset()
+        self.version = 0
+        self.loaded_at = time.time()
+        self.thread: ModelThread[Filters, Question, Recommended]
+        self.thread = ModelThread(self._answers, most, name)
+        metrics.catalogue.labels(name).set(len(self.recommender))
+
+    def _words(self, attributes: Mapping[str, Any]) -> str:
+        values = [attributes.get(self.shape.title), attributes.get("brand")]
+        return " ".join(str(value) for value in values if value)
+
+    # --- changes ------------------------------------------------------------------------------
+
+    def apply(self, rows: Sequence[ItemRow]) -> None:
+        """Take changed items over; of an item without text those of the folder hold."""
+        for start in range(0, len(rows), AT_ONCE):
+            part = rows[start : start + AT_ONCE]
+            self.thread.run(lambda part=part: self._apply(part))  # type: ignore[misc]
+
+    def effective(self, row: ItemRow) -> dict[str, Any]:
+        """The attributes an item has from now on; none where it is not offered."""
+        if row.deleted:
+            return {}
+        attributes = self.shape.attributes(row)
+        if attributes:
+            store = ItemsInMemory.of([attributes], self.recommender.tokenizer)
+            if not store.lengths[0]:
+                attributes = {}
+        return attributes or self.base.get(row.item_id, {})
+
+    def _apply(self, rows: Sequence[ItemRow]) -> None:
+        wanted = {row.item_id: self.effective(row) for row in rows}
+        texts = {name: item for name, item in wanted.items() if item}
+        gone = [name for name, item in wanted.items() if not item and name in self.recommender]
+        if gone:
+            self.recommender.remove_items(gone)
+            self.search.remove(gone)
+        new = {name: item for name, item in texts.items() if name not in self.recommender}
+        if new:
+            self.recommender.add_items(new)
+        changed = {name: item for name, item in texts.items() if name not in new}
+        if changed:
+            self.recommender.update_items(changed)
+        self.search.put({name: self._words(item) for name, item in texts.items()})
+        names = set(wanted)
+        hidden = {row.item_id for row in rows if row.is_hidden and wanted[row.item_id]}
+        self.hidden = frozenset((self.hidden - names) | hidden)
+        self.version += 1
+        self.metrics.catalogue.labels(self.name).set(len(self.recommender))
+
+    # --- questions ----------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """The end of the folder's path, for people."""
+        return "/".join(self.folder.absolute().parts[-2:])
+
+    @property
+    def method(self) -> str:
+        """Of finetuning."""
+        headed = getattr(self.recommender.model.config, "head", None) is not None
+        return "head" if headed else "published"
+
+    def names_after(self, cursor: str) -> Iterator[str]:
+        """Names of the folder's own items behind `cursor`, ascending."""
+        start = bisect_right(self._names, cursor)
+        return (self._names[place] for place in range(start, len(self._names)))
+
+    def in_categories(self, categories: Sequence[str]) -> Filters | None:
+        """Filters of what is in all of some categories; None where nothing is."""
+        wanted = {each for each in categories if each}
+        if not wanted:
+            return Filters()
+        if len(wanted) == 1 and self.shape.category in self.shape.names:
+            return Filters(where=((self.shape.category, tuple(wanted)),))
+        found = []
+        for name, item in list(self.recommender._texts.items()):
+            value = item.get(self.shape.category)
+            if wanted <= set(value if isinstance(value, list) else [value]):
+                found.append(name)
+        return Filters(allowed=tuple(found)) if found else None
+
+    def attributes(self, name: str) -> Item | None:
+        """Of an item of the catalogue as it is now."""
+        return self.recommender._texts.get(name)
+
+    def recommend(self, question: Question, filters: Filters) -> Recommended:
+        """As `CatalogueRecommender.recommend`, of one history; hidden items are not offered."""
+        if filters.allowed is not None:
+            known = [name for name in filters.allowed if name in self.recommender]
+            if not known:
+                raise UserError(
+                    f"none of the {len(filters.allowed)} allowed items is in the catalogue"
+                )
+        answer = self.thread.ask(filters, question)
+        if answer.fallback:
+            self.metrics.fallbacks.labels(self.name, answer.fallback).inc()
+        return answer
+
+    def similar(self, item: HistoryItem, k: int, filters: Filters) -> Recommended:
+        """As `CatalogueRecommender.similar_items`; hidden items are not offered."""
+        hidden = self.hidden
+        found = self.thread.run(
+            lambda: self.recommender.similar_items(
+                item,
+                k + len(hidden),
+                allowed=filters.allowed,
+                blocked=filters.blocked,
+                where=dict(filters.where),
+            )
+        )
+        return _without(found, hidden, k)
+
+    def reasons(
+        self, history: Sequence[HistoryItem], items: Sequence[str]
+    ) -> dict[str, tuple[int, float]]:
+        """For each item the place in the history of what carries most of its score, and how much.
+
+        What an entry carries is what the score loses without it; only the newest entries are tried.
+        All shortened histories are read in one batch, whatever the number of items.
+        """
+        known = [name for name in items if name in self.recommender]
+        tried = range(max(0, len(history) - REASONS_TRIED), len(history))
+        if not known or len(history) < 2:
+            return {name: (0, 0.0) for name in known if history}
+        shorter = [[*history[:place], *history[place + 1 :]] for place in tried]
+
+        def scores() -> list[dict[str, float]]:
+            answers = self.recommender.recommend([history, *shorter], len(known), allowed=known)
+            return [dict(zip(answer.items, answer.scores, strict=True)) for answer in answers]
+
+        whole, *without = self.thread.run(scores)
+        found = {}
+        for name in known:
+            carried = [whole[name] - each.get(name, 0.0) for each in without]
+            best = max(range(len(carried)), key=carried.__getitem__)
+            found[name] = (tried[best], carried[best])
+        return found
+
+    def _answers(self, filters: Filters, questions: list[Question]) -> list[Recommended]:
+        start = time.perf_counter()
+        hidden = self.hidden
+        many = len(hidden) > FEW_LEFT_OUT
+        blocked = (*filters.blocked, *hidden) if many else filters.blocked
+        left_out = [question.left_out | (frozenset() if many else hidden) for question in questions]
+        answers = self.recommender.recommend(
+            [question.history for question in questions],
+            max(question.k + len(names) for question, names in zip(questions, left_out)),
+            filters.filter_seen,
+            allowed=filters.allowed,
+            blocked=blocked,
+            where=dict(filters.where),
+        )
+        self.metrics.batches.labels(self.name).observe(len(questions))
+        self.metrics.computing.labels(self.name).observe(time.perf_counter() - start)
+        return [
+            _without(answer, names, question.k)
+            for answer, names, question in zip(answers, left_out, questions, strict=True)
+        ]
+
+
+def _without(answer: Recommended, names: frozenset[str], k: int) -> Recommended:
+    """The first k of an answer, some items left out."""
+    kept = [place for place, name in enumerate(answer.items) if name not in names][:k]
+    return replace(
+        answer,
+        items=[answer.items[place] for place in kept],
+        scores=[answer.scores[place] for place in kept],
+    )
