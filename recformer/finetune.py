@@ -98,6 +98,11 @@ class FinetuneArguments(RunArguments, ModelArguments):
         "epochs more than told; 0: as told",
     )
     spare_unbought: bool = flag(True, "head: items that nobody bought are no negatives")
+    spare_rare: int = flag(
+        HeadOptions.spare_rare,
+        "head: items of fewer training interactions, c, count as sqrt(c / spare_rare) of a "
+        "negative, more of which helps rare items and costs frequent ones; 0: all alike",
+    )
     pretrain_ckpt: str | None = flag(
         None,
         "start weights: a released or converted .bin file, a folder written by save_pretrained, or "
@@ -368,8 +373,8 @@ class HeadRun(Run):
         return self.experiment.train(stage, PATIENCE[stage], [self._head_table()], best_before)
 
     def _head_table(self) -> HeadTable:
-        bought = np.bincount(self.folder.train.items, minlength=self.folder.num_items) > 0
-        return HeadTable(self.store, bought, self.vectors_dir)
+        interactions = np.bincount(self.folder.train.items, minlength=self.folder.num_items)
+        return HeadTable(self.store, interactions, self.vectors_dir)
 
     def save_best(self, test: Mapping[str, Any]) -> None:
         self.model.cpu().refresh_table()

@@ -325,7 +325,7 @@ def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = RecformerTokenizer.from_pretrained(path, config)
     store = ItemsInMemory.of([TEXTS[name] for name in NAMES], tokenizer)
     vectors, bags = encode_items(model.longformer, store), token_bags(store)
-    model.head.fit(vectors, bags, torch.arange(8) != 5)
+    model.head.fit(vectors, bags, (torch.arange(8) != 5).long())
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name in ("offset", "log_recency", "history_bias"):

@@ -11,7 +11,8 @@ first (docs/method.md has the reasons):
 
 n(.) divides by the length. Trained by the softmax over all items that were ever bought, every item
 of a user's history being a target behind those before it. Items that nobody bought are no
-negatives: they keep their place among texts, and the offsets cannot push them away.
+negatives, and items bought c < 20 times count as sqrt(c / 20) of one: they are seldom or never a
+target, and would otherwise be pushed away from where their texts put them.
 
 Shapes: N items, M any items, H encoder, G bag, D = H + G, V vocabulary, S tokens of all bags,
 P histories, W items of all histories, U distinct items of all histories.
@@ -60,6 +61,8 @@ class HeadOptions:
         recency: newer items weigh more; otherwise all alike.
         history_term: items of the history have a score of their own.
         spare_unbought: items that nobody bought are no negatives.
+        spare_rare: items of c training interactions, fewer than these, count as
+            sqrt(c / spare_rare) of a negative; 0 or 1: all alike.
     """
 
     max_history: int = 20
@@ -70,6 +73,7 @@ class HeadOptions:
     recency: bool = True
     history_term: bool = True
     spare_unbought: bool = True
+    spare_rare: int = 20
 
     def __post_init__(self) -> None:
         if self.max_history < 1:
@@ -78,6 +82,8 @@ class HeadOptions:
             raise UserError(f"bag_size is {self.bag_size}, expected 0 or more")
         if not 0 <= self.offset_dropout < 1:
             raise UserError(f"offset_dropout is {self.offset_dropout}, expected from 0 to below 1")
+        if self.spare_rare < 0:
+            raise UserError(f"spare_rare is {self.spare_rare}, expected 0 or more")
 
     @classmethod
     def of(cls, config: RecformerConfig) -> HeadOptions:
@@ -180,15 +186,16 @@ class CatalogueHead(nn.Module):
         if options.history_term:
             self.history_factor = nn.Parameter(torch.tensor(FIRST_FACTOR))
             self.history_bias = nn.Parameter(torch.zeros(AGES))
+        self._log_weights: Tensor | None = None  # (N,) of items as negatives; for training alone
 
     @torch.no_grad()
-    def fit(self, vectors: Tensor, bags: TokenBags, bought: Tensor) -> None:
-        """Take from a catalogue what is not trained: whitening, rarity of tokens, who was bought.
+    def fit(self, vectors: Tensor, bags: TokenBags, interactions: Tensor) -> None:
+        """Take from a catalogue what is not trained: whitening, rarity of tokens, what was bought.
 
         Args:
             vectors: (N, H) of the encoder.
             bags: of the N items.
-            bought: (N,) bool, items that a training sequence holds.
+            interactions: (N,) int, of each item in training sequences.
         """
         if self.options.whiten:
             mean, matrix = whitening(vectors)
@@ -197,7 +204,12 @@ class CatalogueHead(nn.Module):
         if self.options.bag_size:
             found = torch.bincount(bags.tokens, minlength=len(self.idf)).float()
             self.idf.copy_(torch.log((1 + len(bags)) / (1 + found)) + 1)  # smooth, as scikit-learn
-        self.bought.copy_(bought)
+        self.bought.copy_(interactions > 0)
+        rare = max(self.options.spare_rare, 1)
+        weights = (interactions.clamp(min=1, max=rare) / rare).sqrt()
+        if self.options.spare_unbought:
+            weights = weights * self.bought
+        self._log_weights = weights.log()  # -inf: no negative
 
     def text_vectors(self, vectors: Tensor, bags: TokenBags) -> Tensor:
         """(M, D) of length 1, from the encoder's vectors (M, H) and the token bags of any items."""
@@ -241,7 +253,13 @@ class CatalogueHead(nn.Module):
         return (self.history_factor - 1) * cosines + self.history_bias[newest.clamp(max=AGES - 1)]
 
     def loss(self, histories: Histories, labels: Tensor, table: Tensor) -> Tensor:
-        """Mean cross-entropy of the labels (P,) among all items (N, D), a float32 scalar."""
+        """Mean cross-entropy of the labels (P,) among all items (N, D), a float32 scalar.
+
+        Raises:
+            UserError: `fit` was not called.
+        """
+        if self._log_weights is None:
+            raise UserError("it is not known how often items were bought: call fit first")
 
         def rescored(cosines: Tensor, places: Tensor) -> Tensor:
             return cosines + self._addition(cosines, histories.newest[places])
@@ -253,7 +271,7 @@ class CatalogueHead(nn.Module):
             (histories.rows, histories.distinct),
             rescored,
             scale=torch.exp(-self.log_temperature),
-            candidates=self.bought if self.options.spare_unbought else None,
+            log_weights=self._log_weights.to(table.device),
         )
 
 

@@ -94,7 +94,7 @@ def softmax_loss_with_terms(
     pairs: tuple[Tensor, Tensor],
     rescored: Callable[[Tensor, Tensor], Tensor],
     scale: Tensor | float,
-    candidates: Tensor | None = None,
+    log_weights: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of targets among all items, where some pairs have a score of their own.
 
@@ -108,7 +108,8 @@ def softmax_loss_with_terms(
         pairs: (rows, items), both (U,), each pair once: those of another score.
         rescored: products (V,) of some pairs and their places (V,) among `pairs` -> their scores.
         scale: all scores are multiplied by it.
-        candidates: bool (N,), the items that are compared, every label among them; None: all.
+        log_weights: (N,), added to the scores: how much of a negative each item is; -inf: none, and
+            no label. None: all alike.
     """
     step = max(1, CHUNK_ELEMENTS // len(table))
 
@@ -117,8 +118,8 @@ def softmax_loss_with_terms(
         inside = ((pairs[0] >= first) & (pairs[0] < first + step)).nonzero()[:, 0]
         own = pairs[0][inside] - first, pairs[1][inside]
         scores = scores.index_put(own, rescored(scores[own], inside)) * scale
-        if candidates is not None:
-            scores = scores.masked_fill(~candidates, -math.inf)
+        if log_weights is not None:
+            scores = scores + log_weights
         return F.cross_entropy(scores, labels[first : first + step], reduction="sum")
 
     if step >= len(labels):

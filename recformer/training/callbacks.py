@@ -69,14 +69,14 @@ class HeadTable(Callback):
 
     Args:
         store: the tokenised items.
-        bought: (N,) bool, items that a training sequence holds.
+        interactions: (N,) int64, of each item in training sequences.
         vectors_dir: where stores of the encoder's vectors are kept.
     """
 
     def __init__(
-        self, store: TokenizedItems, bought: np.ndarray, vectors_dir: str | os.PathLike
+        self, store: TokenizedItems, interactions: np.ndarray, vectors_dir: str | os.PathLike
     ) -> None:
-        self.store, self.bought, self.vectors_dir = store, bought, vectors_dir
+        self.store, self.interactions, self.vectors_dir = store, interactions, vectors_dir
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: RecformerForCatalogue = pl_module.model
@@ -92,7 +92,7 @@ class HeadTable(Callback):
         encoded = torch.from_numpy(np.array(vectors)).to(model.device)
         bags = token_bags(self.store).to(model.device)
         model.set_catalogue(encoded, bags)
-        model.head.fit(encoded, bags, torch.from_numpy(self.bought).to(model.device))
+        model.head.fit(encoded, bags, torch.from_numpy(self.interactions).to(model.device))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.model.refresh_table()

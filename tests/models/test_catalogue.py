@@ -25,6 +25,7 @@ from recformer.models.catalogue import (
 from tests.tiny import tiny_config
 
 N, H, G = 7, 16, 6
+INTERACTIONS = torch.tensor([30, 5, 20, 0, 1, 2, 0])
 TOKENS = [[3, 4], [3], [5, 6, 7], [], [8], [4, 4], [9, 3]]
 
 
@@ -46,8 +47,7 @@ def model(seed: int = 0, **given) -> RecformerForCatalogue:
     made = RecformerForCatalogue(config).eval()
     encoded = torch.randn(N, H)
     made.set_catalogue(encoded, bags())
-    bought = torch.tensor([True, True, True, False, True, True, False])
-    made.head.fit(encoded, bags(), bought)
+    made.head.fit(encoded, bags(), INTERACTIONS)
     made.refresh_table()
     return made
 
@@ -165,15 +165,21 @@ def test_ranks_are_those_of_the_equations(given) -> None:
 
 def loss_by_hand(made: RecformerForCatalogue, history: list[int], label: int) -> float:
     scores = scores_by_hand(made, history) / made.head.log_temperature.double().exp()
-    if made.head.options.spare_unbought:
-        scores = scores[made.head.bought | (torch.arange(N) == label)]
-        label = int((made.head.bought[:label]).sum())
-    return float(F.cross_entropy(scores[None], torch.tensor([label])))
+    options = made.head.options
+    total = 0.0
+    for item, count in enumerate(INTERACTIONS.tolist()):
+        weight = 0.0 if options.spare_unbought and count == 0 else 1.0
+        if count < options.spare_rare:
+            weight *= math.sqrt(max(count, 1) / options.spare_rare)
+        total += weight * math.exp(scores[item])
+        if item == label:
+            target = weight * math.exp(scores[item])
+    return math.log(total / target)
 
 
-@pytest.mark.parametrize("spare", [True, False])
-def test_the_loss_is_that_of_the_equations_in_parts_too(spare, monkeypatch) -> None:
-    made = model(spare_unbought=spare)
+@pytest.mark.parametrize(("unbought", "rare"), [(True, 20), (True, 0), (False, 20), (False, 1)])
+def test_the_loss_is_that_of_the_equations_in_parts_too(unbought, rare, monkeypatch) -> None:
+    made = model(spare_unbought=unbought, spare_rare=rare)
     histories = [[0, 1], [2], [4, 5, 4, 0, 1]]
     labels = torch.tensor([2, 4, 5])
     with torch.no_grad():
@@ -222,12 +228,16 @@ def test_a_saved_folder_ranks_alike_without_texts(tmp_path) -> None:
     assert (found.above == expected.above).all()
     with pytest.raises(UserError, match="set_catalogue"):
         loaded.refresh_table()
+    with pytest.raises(UserError, match="call fit first"):
+        loaded.head.loss(batch.history, batch.labels, loaded.item_vectors())
     with pytest.raises(UserError, match="--method head"):
         RecformerForSeqRec.from_pretrained(tmp_path)
 
 
 def test_options_are_checked_and_a_foreign_configuration_is_refused() -> None:
-    for wrong in ({"max_history": 0}, {"bag_size": -1}, {"offset_dropout": 1.0}):
+    for wrong in (
+        {"max_history": 0}, {"bag_size": -1}, {"offset_dropout": 1.0}, {"spare_rare": -1}
+    ):  # fmt: skip
         with pytest.raises(UserError, match=next(iter(wrong))):
             HeadOptions(**wrong)
     with pytest.raises(UserError, match="has no head"):
