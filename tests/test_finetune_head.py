@@ -17,6 +17,7 @@ from recformer.data.histories import HistoryEvalCollator
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, read_json
 from recformer.finetune import FinetuneArguments, main, run
+from recformer.models import RecformerForSeqRec
 from recformer.models.catalogue import RecformerForCatalogue
 from recformer.training.lit import LitWrapper, parameter_groups
 from tests import test_finetune
@@ -179,3 +180,30 @@ def test_few_users_get_smaller_batches_and_more_epochs(shop, tmp_path, capsys) -
     assert (told.args.batch_size, told.args.num_train_epochs) == (8, 6)  # 30 steps: enough
     with pytest.raises(UserError, match="--least_steps is a flag of --method head"):
         arguments(shop, tmp_path, least_steps=3).check()
+
+
+def test_it_starts_from_every_kind_of_checkpoint(shop, tmp_path) -> None:
+    published = arguments(
+        shop, tmp_path / "published", num_train_epochs=1, stages="1", ckpt="finetuned.bin"
+    )
+    run(published)
+    finetuned = tmp_path / "published" / "finetuned"
+    expected = RecformerForSeqRec.from_pretrained(finetuned).longformer
+    pretrained = tmp_path / "pretrained"  # a folder of the encoder alone, as `convert` writes it
+    expected.save_pretrained(pretrained)
+    starts = [
+        {"pretrain_ckpt": str(finetuned)},
+        {"pretrain_ckpt": f"{finetuned}.bin", "model_name_or_path": str(finetuned)},
+        {"pretrain_ckpt": str(pretrained)},
+    ]
+    results = []
+    for number, start in enumerate(starts):
+        given = {"from_scratch": False, "config_overrides": None, "num_train_epochs": 2} | start
+        this = entry.HeadRun(head_arguments(shop, tmp_path / str(number), **given))
+        for name, tensor in this.model.longformer.state_dict().items():
+            assert torch.equal(tensor, expected.state_dict()[name]), (start, name)
+        results.append(run(this.args))
+    for result in results[1:]:
+        assert figures(result) == figures(results[0])
+    test = results[0]["evaluations"]
+    assert test["head"]["test"]["NDCG@10"] > test["zero_shot"]["test"]["NDCG@10"]
