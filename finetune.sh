@@ -56,8 +56,12 @@ if [ -n "$sample" ]; then
     echo "**** NO PUBLISHED FILES (finetune_data/Scientific, pretrain_ckpt/seqrec_pretrain_ckpt.bin):"
     echo "**** finetuning a SMALL RANDOM MODEL on the bundled SAMPLE; set DATA_PATH and PRETRAIN_CKPT"
     prepare_sample quickstart_run "${SEED:-0}"
-    settings=("${SMALL_FINETUNING[@]}")
-    if [ "$METHOD" = head ]; then settings=("${SMALL_HEAD[@]}"); fi
+    settings=("${SMALL_FINETUNING[@]}" --num_train_epochs 4)
+    if [ "$METHOD" = head ]; then
+        settings=("${SMALL_HEAD[@]}")
+    else
+        echo "**** (4 epochs a stage; quickstart.sh trains it to its end)"
+    fi
     cd "$START"
     exec "$PYTHON" -m recformer.finetune --data_path "$RECFORMER_ROOT/$SAMPLE_DATA" \
         --tokenizer_name "$RECFORMER_ROOT/$SAMPLE_TOKENIZER" "${SMALL_MODEL[@]}" \

@@ -56,6 +56,7 @@ use_environment $extra
 if [ -n "$sample" ]; then
     echo "**** NO PUBLISHED FILES (pretrain_data/train.json, longformer_ckpt/longformer-base-4096.bin):"
     echo "**** pretraining a SMALL RANDOM MODEL on the bundled SAMPLE; set DATA_PATH and MODEL"
+    echo "**** (2 epochs; quickstart.sh trains it to its end)"
     prepare_sample quickstart_run "${SEED:-0}"
     cd "$START"
     exec "$PYTHON" -m recformer.pretrain \
@@ -64,7 +65,7 @@ if [ -n "$sample" ]; then
         --item_attr_file "$RECFORMER_ROOT/$SAMPLE_PRETRAIN_DATA/meta_data.json" \
         --tokenizer_name "$RECFORMER_ROOT/$SAMPLE_TOKENIZER" \
         "${SMALL_MODEL[@]}" "${SMALL_PRETRAINING[@]}" \
-        ${NUM_TRAIN_EPOCHS:+--num_train_epochs "$NUM_TRAIN_EPOCHS"} \
+        --num_train_epochs "${NUM_TRAIN_EPOCHS:-2}" \
         ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} \
         ${GRADIENT_ACCUMULATION_STEPS:+--gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"} \
         ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} \

@@ -1,6 +1,6 @@
 """Train and evaluate a baseline on a processed folder, as Recformer is.
 
-`python -m baselines --model sasrec --data_path FOLDER --output_dir DIR`
+`recformer baseline --model sasrec --data_path FOLDER --output_dir DIR`
 
 The same command again continues a run that was cut off, and prints the results of a finished one.
 `--config FILE` reads flags from a YAML file (`baselines/configs/`); flags given beside it win.
@@ -8,6 +8,8 @@ The same command again continues a run that was cut off, and prints the results 
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,7 +33,7 @@ from recformer.evaluation.runs import RunResult, StageResult
 from recformer.files import UserError, atomic_folder, write_checksums, write_json
 from recformer.processes import is_first, say
 from recformer.training.experiment import Experiment
-from recformer.training.history import draw_history
+from recformer.training.history import plot_history
 from recformer.training.seeds import run_seeds, summarize
 from recformer.training.trainer import Compute
 
@@ -119,7 +121,7 @@ def train_and_evaluate(
     folder: ProcessedFolder,
     started: float,
 ) -> RunResult:
-    """What `run` does where nothing is finished; `started` is when, by the monotonic clock."""
+    """Do what is left of `run`, which began at `started` by the monotonic clock."""
     trains = built.train_collator is not None and not args.evaluate_only
     stages: dict[str, StageResult] = {}
     name = "published" if args.evaluate_only else "untrained"
@@ -143,7 +145,7 @@ def train_and_evaluate(
             best_model = experiment.output_dir / "best_model"
             save_best(best_model, built, args.model, settings, folder)
             rows = {stage: entry.rows for stage, entry in stages.items()}
-            draw_history(rows, experiment.output_dir / "curves.png", args.metric)
+            plot_history(rows, experiment.output_dir / "curves.png", args.metric)
         result.save(experiment.output_dir)
     return result
 
@@ -169,15 +171,19 @@ def save_best(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
     parser = flags_parser("baseline", __doc__, BaselineArguments)
-    parser.add_argument("--config", help="YAML file of flags; those given on the line win")
-    argv = with_protocol(argv, "evaluation")
-    known, _ = parser.parse_known_args(argv)
+    parser.add_argument(
+        "--config", help="YAML file of flags; a flag given on the line wins", metavar="FILE"
+    )
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--config")
+    known, line = finder.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     if known.config is not None:
-        parser.set_defaults(**read_config(known.config))
-    args, _ = parser.parse_args_into_dataclasses(argv)
+        line = [*read_config(known.config), *line]  # of a flag given twice the later one counts
+    line = with_protocol(line, "evaluation")
+    args, _ = parser.parse_args_into_dataclasses(line)
     if args.seeds is not None:
         output_dir = args.output_dir or f"result/{args.model}"
-        summarize(run_seeds("baseline", argv, output_dir), output_dir)
+        summarize(run_seeds("baseline", line, output_dir), output_dir)
         return
     keep_freed_memory()
     run(args)

@@ -1,4 +1,4 @@
-"""Flags of `python -m baselines`: those of a run, and those of every model's settings."""
+"""Flags of `recformer baseline`: those of a run, and those of every model's settings."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ BaselineArguments: type[BaselineRunArguments] = make_dataclass(
 )
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """Flags of a YAML file, checked.
+def read_config(path: str) -> list[str]:
+    """Flags of a YAML file as words of a command line, which are parsed and checked like any.
+
+    A flag whose value is null is left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -63,5 +65,9 @@ def read_config(path: str) -> dict[str, Any]:
         raise UserError(f"{path} holds no mapping of flags to values")
     unknown = sorted(set(values) - {field.name for field in fields(BaselineArguments)})
     if unknown:
-        raise UserError(f"{path}: {unknown[0]} is no flag of python -m baselines")
-    return values
+        raise UserError(f"{path}: {unknown[0]} is no flag of recformer baseline")
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words

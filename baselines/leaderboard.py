@@ -1,10 +1,10 @@
 """All runs of a folder in one table: figures, intervals, paired tests, slices, cost.
 
-`python -m baselines.leaderboard FOLDER` collects every run under FOLDER: output folders of
-`python -m baselines` and of `recformer.finetune` (its last evaluation; zero-shot as a row of its
+`recformer leaderboard FOLDER` collects every run under FOLDER: output folders of
+`recformer baseline` and of `recformer finetune` (its last evaluation; zero-shot as a row of its
 own). With `--data_path` and `--models` it first runs those that are not there yet, each into
 FOLDER/NAME; a model is a name (`sasrec`) or a file of flags (`baselines/configs/t4r.yaml`). Further
-flags go to `python -m baselines`; untrained models get none of the trained models' settings. If a
+flags go to `recformer baseline`; untrained models get none of the trained models' settings. If a
 run fails, the others go on, the table is written, and the exit status is 1. `--data_path` also
 gives slices to runs that were written before there were any.
 
@@ -34,7 +34,7 @@ from recformer.training.seeds import run_command
 
 
 def caption(group: Sequence[Row], metric: str = METRICS[0]) -> str:
-    """What all rows of a table share, and how it is to be read."""
+    """Rules that all rows of a table share, and a legend."""
     rule = group[0].run.rule
     seen = "filtered" if rule["filter_seen"] else "kept"
     several = "; ±: standard deviation over seeds" if any(row.deviation for row in group) else ""
@@ -195,14 +195,16 @@ def flags_without_training(name: str, flags: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, run what is missing, print, write and draw."""
     parser = command_parser("leaderboard", __doc__)
-    parser.add_argument("folder", type=Path, help="holds the runs; the table is written there")
-    parser.add_argument("--data_path", help="processed folder of the runs")
+    parser.add_argument("folder", type=Path, help="folder of the runs, where the table is written")
+    parser.add_argument("--data_path", help="processed folder to run models on")
     parser.add_argument("--models", nargs="+", default=[], help="names or YAML files to run")
     args, flags = parser.parse_known_args(argv)
     if args.models and not args.data_path:
         raise UserError("--models needs --data_path, the processed folder to run them on")
     if flags and not args.models:
         raise UserError(f"{flags[0]}: flags of models need --models")
+    if own := [flag for flag in flags if flag.partition("=")[0] in ("--output_dir", "--config")]:
+        raise UserError(f"{own[0]}: each model has a folder of its own in {args.folder}")
     data = ProcessedFolder.load(args.data_path) if args.data_path else None
     failed = [] if data is None else run_models(args.folder, data, args.models, flags)
     failure = f"{', '.join(failed)} failed, see above"

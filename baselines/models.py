@@ -45,11 +45,12 @@ from baselines.settings import (
     SasrecSettings,
     SequenceSettings,
     Settings,
+    TigerSettings,
     TransformerSettings,
     settings_of,
 )
 from baselines.text_vectors import text_vectors
-from baselines.untrained.base import Baseline, Untrained
+from baselines.untrained.base import Untrained
 from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
 from baselines.untrained.session_neighbours import SessionNeighbours
@@ -57,7 +58,7 @@ from baselines.untrained.text_neighbours import TextNeighbours
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, check_folder, read_json, sha256_of
 
-UNTRAINED: dict[str, Callable[..., Baseline]] = {
+UNTRAINED: dict[str, Callable[..., Untrained]] = {
     "popularity": Popularity,
     "text_neighbours": TextNeighbours,
     "cooccurrence": Cooccurrence,
@@ -97,10 +98,10 @@ def build(model: str, settings: Settings, folder: ProcessedFolder) -> Built:
             do not fit the data.
     """
     if model in UNTRAINED:
-        baseline = Untrained(UNTRAINED[model](folder, **settings.as_dict()))
-        return Built(baseline, None, ItemHistoryCollator(sys.maxsize))  # all of it
+        untrained = UNTRAINED[model](folder, settings)
+        return Built(untrained, None, ItemHistoryCollator(sys.maxsize))  # all of the history
     if isinstance(settings, GenerativeSettings):
-        return _build_generative(model, settings, folder)
+        return _build_generative(settings, folder)
     assert isinstance(settings, SequenceSettings)
     return _build_sequence(settings, folder)
 
@@ -183,22 +184,17 @@ def _network(settings: SequenceSettings) -> SequenceNetwork:
     return HuggingFaceNetwork(settings.arch, settings.objective, *sizes, width)
 
 
-def _build_generative(model: str, settings: GenerativeSettings, folder: ProcessedFolder) -> Built:
+def _build_generative(settings: GenerativeSettings, folder: ProcessedFolder) -> Built:
     assert settings.semantic_ids is not None  # `settings_of` refused it
     ids = SemanticIds.load(settings.semantic_ids, folder.asins)
     length = settings.max_length
     collator = CodeHistoryCollator(length)
-    if model == "tiger":
-        tiger = Tiger(
-            ids.codes, ids.codebook_size, settings.num_beams, settings.exact_rank,
-            settings.hidden_size, settings.num_layers, settings.num_heads, settings.dropout,
-        )  # fmt: skip
-        return Built(tiger, TigerTrainCollator(length), collator, _hash(ids))
-    gpt2 = Gpt2Codes(
-        ids.codes, ids.codebook_size, settings.num_beams, settings.exact_rank,
-        settings.hidden_size, settings.num_layers, settings.num_heads, settings.dropout, length,
-    )  # fmt: skip
-    return Built(gpt2, Gpt2CodesTrainCollator(length), collator, _hash(ids))
+    network: CodeRecommender
+    if isinstance(settings, TigerSettings):
+        network = Tiger(ids.codes, ids.codebook_size, settings)
+        return Built(network, TigerTrainCollator(length), collator, _hash(ids))
+    network = Gpt2Codes(ids.codes, ids.codebook_size, settings)
+    return Built(network, Gpt2CodesTrainCollator(length), collator, _hash(ids))
 
 
 def _hash(ids: SemanticIds) -> str:

@@ -175,7 +175,7 @@ class SequenceSettings(NetworkSettings):
     )
     projection_layers: int = flag(2, "linear layers from text to item vectors")
     semantic_ids: str | None = flag(
-        None, "file of python -m baselines.semantic_ids, for --items codes, tiger and gpt2_codes"
+        None, "file of recformer semantic-ids, for --items codes, tiger and gpt2_codes"
     )
 
     def __post_init__(self) -> None:
@@ -366,8 +366,7 @@ def settings_of(model: str, given: Mapping[str, Any]) -> Settings:
     settings = SETTINGS[model](**given)
     if isinstance(settings, GenerativeSettings) and settings.semantic_ids is None:
         raise UserError(
-            f"--model {model} needs --semantic_ids FILE, as python -m baselines.semantic_ids "
-            "writes it"
+            f"--model {model} needs --semantic_ids FILE, as `recformer semantic-ids` writes it"
         )
     return settings
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from baselines.generative.recommender import CodeHistoryCollator, Generated
 from baselines.generative.tiger import Tiger
+from baselines.settings import TigerSettings
 from benchmarks.measure import Work, header, line, row, run_alone, seconds_of, synchronize
 from recformer.data.collators import EvalExample
 
@@ -49,7 +50,7 @@ def build(
     torch.manual_seed(0)
     draw = np.random.default_rng(0)
     codes = draw.integers(0, CODEBOOK_SIZE, (num_items, len(CODEBOOK_SIZE)))
-    model = Tiger(codes, CODEBOOK_SIZE, num_beams).eval()
+    model = Tiger(codes, CODEBOOK_SIZE, TigerSettings(num_beams=num_beams)).eval()
     examples = [
         EvalExample(user, draw.integers(num_items, size=draw.integers(3, MAX_ITEMS + 1)), 0)
         for user in range(users)

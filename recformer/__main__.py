@@ -1,8 +1,7 @@
-"""The command `recformer`: the table of what can be typed.
+"""The command `recformer`: the table of its commands.
 
-`recformer COMMAND --help` says what a command does; each is one file of `recformer/commands`, but
-for the two trainings, `recformer/pretrain.py` and `recformer/finetune.py`, and what the baselines
-bring.
+`recformer COMMAND --help` describes a command. Each is one file of `recformer/commands`, but for
+`recformer/pretrain.py`, `recformer/finetune.py` and those of the baselines.
 """
 
 from __future__ import annotations
@@ -19,41 +18,59 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
         "process": (
             "recformer.commands.process",
-            "interactions and items become a processed folder",
+            "turn interactions and items into a processed folder",
         ),
         "process-pretraining": (
             "recformer.commands.process_pretraining",
-            "sources of any form become the files to pretrain on",
+            "turn sources of any form into the files to pretrain on",
         ),
-        "audit": ("recformer.commands.audit", "what in the data can spoil an evaluation"),
+        "audit": (
+            "recformer.commands.audit",
+            "list flaws of the data that can spoil an evaluation",
+        ),
         "download": ("recformer.commands.download", "fetch a public data set"),
-        "sample": ("recformer.commands.sample", "write the generated sample in the raw form"),
+        "sample": (
+            "recformer.commands.sample",
+            "write a generated sample in the raw form of Amazon's files",
+        ),
         "tokenizer": ("recformer.commands.tokenizer", "train a small tokenizer on a catalogue"),
     },
     "pretraining": {
-        "pretrain": ("recformer.pretrain", "item-item contrast and masked language modelling"),
-        "convert": ("recformer.commands.convert", "a training checkpoint becomes released files"),
+        "pretrain": (
+            "recformer.pretrain",
+            "pretrain by item-item contrast and masked language modelling",
+        ),
+        "convert": ("recformer.commands.convert", "turn a training checkpoint into released files"),
         "start-weights": (
             "recformer.commands.start_weights",
-            "a language model becomes the start of pretraining",
+            "turn a language model into the start weights of pretraining",
         ),
-        "inspect": ("recformer.commands.inspect", "say what a checkpoint is"),
+        "inspect": ("recformer.commands.inspect", "describe a checkpoint"),
     },
-    "training on a catalogue": {
-        "finetune": ("recformer.finetune", "two-stage finetuning and evaluation"),
+    "training and evaluation on a catalogue": {
+        "finetune": ("recformer.finetune", "finetune on a processed folder and evaluate"),
         "baseline": ("baselines.__main__", "train and evaluate a baseline"),
-        "semantic-ids": ("baselines.semantic_ids.__main__", "codes of items from their texts"),
+        "semantic-ids": ("baselines.semantic_ids.__main__", "make codes of items from their texts"),
     },
-    "judging": {
-        "compare": ("recformer.commands.compare", "paired tests of two or more runs"),
-        "leaderboard": ("baselines.leaderboard", "all runs of a folder in one table"),
+    "comparing": {
+        "compare": ("recformer.commands.compare", "test two or more runs against each other"),
+        "leaderboard": ("baselines.leaderboard", "put all runs of a folder into one table"),
         "reproduce": ("baselines.reproduce", "make the numbers of a published table again"),
     },
     "using": {
-        "recommend": ("recformer.commands.recommend", "items for the histories in a file"),
-        "serve": ("recformer.commands.serve", "recommendations over HTTP, and a page to try them"),
-        "encode": ("recformer.commands.encode", "vectors of a whole catalogue"),
-        "benchmark": ("recformer.commands.benchmark", "speed and memory against named peers"),
+        "recommend": (
+            "recformer.commands.recommend",
+            "recommend items for the histories in a file",
+        ),
+        "serve": (
+            "recformer.commands.serve",
+            "answer requests for recommendations over HTTP, with a page to try them",
+        ),
+        "encode": ("recformer.commands.encode", "write the vectors of a whole catalogue"),
+        "benchmark": (
+            "recformer.commands.benchmark",
+            "measure speed and memory against named peers",
+        ),
     },
 }
 
@@ -93,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run() -> None:
-    """What the installed command `recformer` calls."""
+    """Run the installed command `recformer`."""
     exit_with_message(main)
 
 

@@ -65,17 +65,55 @@ def add_message_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def command_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Each flag under one spelling and with its default; line breaks of the description are kept.
+
+    transformers' parser takes `--data-path` beside `--data_path`, and `--no_whiten` with the help
+    of `--whiten`.
+    """
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds: dict[Any, str] = {int: "N", float: "X"}
+        return kinds.get(action.type, action.dest.rpartition("_")[2].upper())
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        first = action.option_strings[0]
+        other_spelling = first.replace("_", "-")
+        names = [first, *(o for o in action.option_strings[1:] if o != other_spelling)]
+        if action.nargs == 0 or isinstance(action.const, bool):  # `--fp16` means `--fp16 True`
+            return ", ".join(names)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(names)} {values}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        name = action.option_strings[0] if action.option_strings else ""
+        if isinstance(action, argparse._StoreFalseAction) and name.startswith("--no_"):
+            return f"switch --{name.removeprefix('--no_')} off"
+        if default is True:
+            return f"{text} (default: on)"
+        none = default is None or default is False or default == argparse.SUPPRESS
+        if none or default in ("", []) or "default:" in text:
+            return text
+        values = default if isinstance(default, list) else [default]
+        shown = " ".join(map(str, values)).replace("%", "%%")
+        return f"{text} (default: {shown})"
+
+
+def command_parser(
+    command: str, description: str | None, program: str | None = None
+) -> argparse.ArgumentParser:
     """The parser of `recformer COMMAND`.
 
     Args:
         command: its name in the table of `recformer.__main__`.
         description: docstring of the module; line breaks are kept.
+        program: name in the usage line, where it is not `recformer COMMAND`.
     """
     parser = argparse.ArgumentParser(
-        prog=f"recformer {command}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program or f"recformer {command}", description=description, formatter_class=_Help
     )
     add_message_flags(parser)
     return parser
@@ -84,13 +122,20 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
 def flags_parser(command: str, description: str | None, flags: type) -> Any:
     """The parser of a command whose flags are the fields of a dataclass."""
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     parser = HfArgumentParser(
-        flags,
-        prog=f"recformer {command}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        flags, prog=f"recformer {command}", description=description, formatter_class=_Help
     )
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # a field `bool | None`
+            action.nargs, action.const = "?", True
+    required = [
+        f"{action.option_strings[0]} {action.dest.rpartition('_')[2].upper()}"
+        for action in parser._actions
+        if action.required
+    ]
+    parser.usage = " ".join([parser.prog, *required, "[flags]"])
     add_message_flags(parser)
     return parser
 

@@ -47,7 +47,7 @@ from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, RunArguments, flag
 from recformer.training.callbacks import HeadTable, ItemTable
 from recformer.training.experiment import Experiment
-from recformer.training.history import draw_history
+from recformer.training.history import plot_history
 from recformer.training.seeds import run_seeds, summarize
 from recformer.training.start import load_start_model, table_hash, weights_hash
 from recformer.training.trainer import Compute
@@ -83,7 +83,10 @@ class FinetuneArguments(RunArguments, ModelArguments):
         + ", ".join(f"{name} {value}" for name, value in HEAD_DEFAULTS.items()),
         choices=list(METHODS),
     )
-    max_history: int = flag(HeadOptions.max_history, "head: newest items read of a history")
+    max_history: int = flag(
+        HeadOptions.max_history,
+        "head: newest items read of a history, whatever --max_item_embeddings is",
+    )
     whiten: bool = flag(True, "head: decorrelate the encoder's vectors over the catalogue")
     bag_size: int = flag(HeadOptions.bag_size, "head: size of the trained token bag; 0: none")
     offsets: bool = flag(True, "head: learn an offset an item")
@@ -159,6 +162,8 @@ class FinetuneArguments(RunArguments, ModelArguments):
                 raise UserError("--method head trains on all items: leave out the sample size")
             if self.fix_word_embedding:
                 raise UserError("--method head trains no encoder: leave --fix_word_embedding out")
+            if self.temp is not None:
+                raise UserError("--method head learns its temperature: leave --temp out")
         if self.preprocessing_num_workers < 1:
             raise UserError(
                 f"--preprocessing_num_workers {self.preprocessing_num_workers}: must be at least 1"
@@ -401,7 +406,7 @@ def run(args: FinetuneArguments) -> dict[str, Any]:
 
 
 def train_and_evaluate(this: Run, started: float) -> RunResult:
-    """What `run` does where nothing is finished; `started` is when, by the monotonic clock."""
+    """Do what is left of `run`, which began at `started` by the monotonic clock."""
     args = this.args
     evaluations = {"zero_shot": this.evaluate("zero_shot")}
     stages: dict[str, StageResult] = {}
@@ -428,7 +433,7 @@ def train_and_evaluate(this: Run, started: float) -> RunResult:
     if is_first():
         if not args.zero_shot:
             this.save_best(result.test)
-            draw_history(
+            plot_history(
                 {name: stage.rows for name, stage in stages.items()},
                 this.output_dir / "curves.png",
                 args.metric,

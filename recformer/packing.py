@@ -50,10 +50,12 @@ class PackedTokens:
 
     @property
     def batch_size(self) -> int:
+        """B."""
         return self.cu_seqlens.numel() - 1
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return self.input_ids.numel()
 
     @property
@@ -83,9 +85,11 @@ class PackedTokens:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
+        """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedTokens:
+        """The same batch in pinned memory; called by loaders."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     @staticmethod

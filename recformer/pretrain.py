@@ -1,12 +1,12 @@
 """Pretraining of Recformer: item-item contrast and masked language modelling (paper, section 2.3).
 
-`python -m recformer.pretrain --train_file train.json --dev_file dev.json \\
+`recformer pretrain --train_file train.json --dev_file dev.json \\
      --item_attr_file meta_data.json --model_name_or_path MODEL --output_dir DIR`
 
 `--output_dir` then holds `start/` (weights, configuration and tokenizer that it started from),
-`checkpoints/`, `history.csv`, `curves.png` and `metrics.json`. `convert_pretrain_ckpt.py` makes a
-model for finetuning of it. The same command again goes on with a run that was cut off (`--ckpt
-last` insists on it), and prints the results of a finished one.
+`checkpoints/`, `history.csv`, `curves.png` and `metrics.json`. `recformer convert` turns a
+checkpoint into a model for finetuning. The same command again continues a run that was cut off
+(`--ckpt last` insists on it), and prints the results of a finished one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from recformer.processes import is_first, join, say
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.arguments import ModelArguments, flag
 from recformer.training.callbacks import EarlyStop
-from recformer.training.history import StepHistory, draw_steps
+from recformer.training.history import StepHistory, plot_steps
 from recformer.training.pretraining import PretrainModule
 from recformer.training.run_folder import RunFolder, checked
 from recformer.training.seeds import run_seeds, write_summary
@@ -59,39 +59,45 @@ class PretrainArguments(ModelArguments):
 
     train_file: str = flag("pretrain_data/train.json", "sequences to train on")
     dev_file: str = flag("pretrain_data/dev.json", "sequences of the held-out category")
-    item_attr_file: str = flag("pretrain_data/meta_data.json", "asin -> attributes, of both")
-    output_dir: str = flag("result/recformer_pretraining", "everything written goes there")
+    item_attr_file: str = flag(
+        "pretrain_data/meta_data.json", "attributes of all items: {asin: {attribute: text}}"
+    )
+    output_dir: str = flag("result/recformer_pretraining", "folder for all output")
     model_name_or_path: str = flag(
         "allenai/longformer-base-4096",
         "folder or hub id of the language model: configuration and tokenizer, and start weights "
         "where --longformer_ckpt is not set (Longformer, RoBERTa or BERT family, or a Recformer)",
     )
     longformer_ckpt: str | None = flag(
-        None, "start weights written by save_longformer_ckpt.py; unset: those of the language model"
+        None,
+        "start weights that `recformer start-weights` wrote; unset: those of the language model",
     )
     tokenizer_name: str | None = flag(
         None, "folder or hub id of the tokenizer, where it is not with --model_name_or_path"
     )
-    from_scratch: bool = flag(False, "random weights instead")
+    from_scratch: bool = flag(False, "random weights instead of a language model's")
     ckpt: str | None = flag(
         None,
         "checkpoint to go on from: 'last' for the newest one of --output_dir, or the path of one; "
         "unset: the newest one, if --output_dir holds this very run",
     )
-    num_train_epochs: int = flag(10, "epochs")
-    batch_size: int = flag(2, "pairs a process and batch; of validation too")
+    num_train_epochs: int = flag(10, "epochs to train")
+    batch_size: int = flag(2, "pairs in a batch of one process, in validation too")
     max_tokens_per_batch: int | None = flag(
         None,
         "train on batches of about so many tokens a process instead of --batch_size pairs, pairs "
         "of similar length together (both sides count, masked copies do not)",
     )
-    gradient_accumulation_steps: int = flag(8, "batches an optimizer step")
+    gradient_accumulation_steps: int = flag(8, "batches per optimizer step")
     learning_rate: float = flag(5e-5, "peak learning rate of AdamW")
-    weight_decay: float = flag(0.0, "of AdamW; none on biases and LayerNorm")
+    weight_decay: float = flag(0.0, "weight decay of AdamW; none on biases and LayerNorm")
     warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 for no clipping")
-    mlm_probability: float = flag(0.15, "share of the tokens that is masked, in whole words")
-    mlm_weight: float | None = flag(None, "of either MLM loss beside the contrastive one (0.1)")
+    mlm_probability: float = flag(0.15, "share of masked tokens, in whole words")
+    mlm_weight: float | None = flag(
+        None,
+        "weight of either MLM loss beside the contrastive one; unset: the configuration's (0.1)",
+    )
     fix_word_embedding: bool = flag(False, "do not train the word embeddings")
     ablation: str | None = flag(
         None,
@@ -113,7 +119,7 @@ class PretrainArguments(ModelArguments):
     )
     dataloader_num_workers: int = flag(2, "loader processes")
     preprocessing_num_workers: int = flag(8, "threads of the tokenizer")
-    seed: int = flag(42, "of weights, order, targets, masks and dropout")
+    seed: int = flag(42, "seed of weights, order, targets, masks and dropout")
     seeds: list[int] | None = flag(
         None, "in place of --seed: a run each in OUTPUT_DIR/seed_N, and their mean and deviation"
     )
@@ -395,7 +401,7 @@ class Run:
             "seed": args.seed,
         }
         if is_first():
-            draw_steps(history.rows, self.output_dir / "curves.png", METRIC)
+            plot_steps(history.rows, self.output_dir / "curves.png", METRIC)
             write_checked_json(metrics, result)
             self._report(result)
         return result
@@ -409,12 +415,12 @@ class Run:
             f"{self.output_dir}: checkpoints, history.csv, curves.png, metrics.json"
         )
         checkpoint = self.output_dir / "checkpoints" / result["best_checkpoint"]
-        print(f"next: python convert_pretrain_ckpt.py --checkpoint {checkpoint}")
+        print(f"next: recformer convert --checkpoint {checkpoint}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    args = parse_flags("pretrain", __doc__.split("\n\n")[0], PretrainArguments, argv)
+    args = parse_flags("pretrain", __doc__, PretrainArguments, argv)
     if args.seeds is not None:
         folders = run_seeds("pretrain", argv, args.output_dir)
         results = [read_checked_json(folder / "metrics.json") for folder in folders]

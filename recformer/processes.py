@@ -1,4 +1,4 @@
-"""Which process this is, of how many, who prints; and signals that end a run.
+"""Place of this process among those of a run, the one that prints, and signals that end a run.
 
 A run's processes are on one machine. They are started by the run itself (`--num_processes 2`), by
 `torchrun`, or by `srun`; `join` finds out which, once, before anything is written.
@@ -86,7 +86,7 @@ def join(num_processes: int, cuda: bool = False) -> Group:
 
 
 def _started_by(num_processes: int) -> tuple[str, int, int]:
-    """Who started the processes, empty where nobody did yet, and this one's rank and world."""
+    """Starter of the processes, empty where there is none yet; rank and world of this one."""
     env = os.environ
     if env.get(PARENT) == str(os.getppid()) and "LOCAL_RANK" in env:
         return "this run", int(env["LOCAL_RANK"]), num_processes
@@ -156,7 +156,7 @@ _keeps = ""
 
 
 def keeps(text: str) -> None:
-    """What is said behind the name of the signal when this process is stopped from here on."""
+    """Set the advice that is printed when a signal stops this process."""
     global _keeps
     _keeps = text
 

@@ -43,6 +43,16 @@ sys.path.insert(0, str(ROOT))  # run by name, only this folder is looked in
 from scripts.fresh_fixtures import FIXTURES, shop  # noqa: E402
 
 MINUTES = 15  # what all of it may take on two cores that do nothing else
+# Seconds of a core that a step takes, by a part of its name; the table marks one that takes half as
+# much again. Other work on the machine hardly changes them. Steps of a few seconds are not listed.
+EXPECTED = {
+    "quickstart.sh": 500,
+    "python3 -m venv": 40,
+    "lightning_run.sh": 170,
+    "MODEL=sentence-transformers": 45,
+    "--help of": 130,
+    "wheel: install": 90,
+}
 STEP_SECONDS = 1800  # a step that hangs is ended
 LAST_LINES = 40
 
@@ -306,10 +316,15 @@ def readme(machine: Machine, clone: Path) -> None:
             program.write_text(text)
             command = f"python {shlex.quote(str(program))}"
         machine.step(f"README, {block.name}", command, prints=block.prints)
-    if commands := [
-        f"{command} --help >help || {{ cat help; false; }}" for command in scripts(page)
-    ]:
-        machine.step(f"README, --help of {len(commands)} commands", "\n".join(commands))
+    if commands := scripts(page):
+        machine.step(f"README, --help of {len(commands)} commands", _help_of(commands))
+
+
+def _help_of(commands: Sequence[str]) -> str:
+    """Ask every command for its help, two at a time; the output of one that fails is printed."""
+    words = " ".join(shlex.quote(f"{command} --help") for command in commands)
+    each = 'said=$(bash -c "$1" 2>&1 </dev/null) || { echo "$said"; exit 1; }'
+    return f"printf '%s\\0' {words} | xargs -0 -n 1 -P 2 bash -c {shlex.quote(each)} _"
 
 
 WHEEL = """
@@ -393,10 +408,15 @@ def run(folder: Path, *, show: bool) -> int:
     except StepFailed as failed:
         failure = failed
     minutes = (time.monotonic() - begun) / 60
-    print(f"\nseconds   of cores  step ({os.cpu_count()} cores, Python {sys.version.split()[0]})")
+    print(
+        f"\nseconds   of cores  expected  step ({os.cpu_count()} cores, {sys.version.split()[0]})"
+    )
     for name, (seconds, cores) in machine.seconds.items():
-        print(f"{seconds:7.1f}  {cores:9.1f}  {name}")
-    print(f"{60 * minutes:7.1f}  {'':9}  all: {minutes:.1f} minutes")
+        usual = next((value for part, value in EXPECTED.items() if part in name), None)
+        said = f"{'' if usual is None else usual:>8}"
+        slow = "  <- slower than it was" if usual is not None and cores > 1.5 * usual else ""
+        print(f"{seconds:7.1f}  {cores:9.1f}  {said}  {name}{slow}")
+    print(f"{60 * minutes:7.1f}  {'':9}  {'':8}  all: {minutes:.1f} minutes")
     if minutes > MINUTES:
         print(f"warning: more than the {MINUTES} minutes that two idle cores should need")
     if failure is not None:

@@ -1,15 +1,17 @@
-"""Freed memory stays with the process."""
+"""Help of commands, their bars, and freed memory that stays with the process."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from recformer import cli
+from recformer.training.arguments import flag
 
 SCRIPT = """
 import resource
@@ -26,6 +28,50 @@ set_up = keep_freed_memory()
 kept = [page_faults() for _ in range(3)][-1]
 print(left if set_up else 0, kept)
 """
+
+
+@dataclass
+class SomeFlags:
+    """Flags of every kind."""
+
+    data_path: str = flag("data/Shop", "processed folder")
+    max_token_num: int | None = flag(None, "most tokens")
+    share: float = flag(0.5, "of 100 %% of them")
+    ties: str = flag("expected", "rank of ties", choices=["expected", "optimistic"])
+    metric_ks: list[int] = flag([10, 50], "cut-offs")
+    fp16: bool = flag(False, "16 bits")
+    cosine: bool | None = flag(None, "scores are cosines")
+    whiten: bool = flag(True, "decorrelate")
+
+
+def test_help_names_each_flag_once_and_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    parser = cli.flags_parser("try", "What it does.", SomeFlags)
+    usage, _, text = parser.format_help().partition("options:\n")
+    assert usage == "usage: recformer try [flags]\n\nWhat it does.\n\n"
+    lines = text.partition("\nmessages:")[0].splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "-h, --help show this help message and exit",
+        "--data_path PATH processed folder (default: data/Shop)",
+        "--max_token_num N most tokens",
+        "--share X of 100 % of them (default: 0.5)",
+        "--ties {expected,optimistic}",
+        "rank of ties (default: expected)",
+        "--metric_ks N [N ...]",
+        "cut-offs (default: 10 50)",
+        "--fp16 16 bits",
+        "--cosine scores are cosines",
+        "--whiten decorrelate (default: on)",
+        "--no_whiten switch --whiten off",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "cosine"), [([], None), (["--cosine"], True), (["--cosine", "false"], False)]
+)
+def test_a_switch_that_may_be_unset_needs_no_value(line: list[str], cosine: bool | None) -> None:
+    args = cli.parse_flags("try", None, SomeFlags, [*line, "--no_whiten", "--data-path", "x"])
+    assert (args.cosine, args.whiten, args.data_path) == (cosine, False, "x")
 
 
 def test_freed_blocks_are_used_again_without_page_faults() -> None:
@@ -47,14 +93,16 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not cli.keep_freed_memory()
 
 
-def test_no_bar_of_a_library_fills_a_log_file(tmp_path: Path) -> None:
-    """transformers draws one for every folder it writes, terminal or not."""
+@pytest.mark.parametrize("way", ["save(); load()", "exit_with_message(save)"])
+def test_no_bar_of_a_library_fills_a_log_file(tmp_path: Path, way: str) -> None:
+    """transformers draws one for every folder it reads or writes, terminal or not."""
     code = (
         "from recformer.cli import exit_with_message\n"
         "from tests.tiny import tiny_config\n"
         "from recformer import RecformerModel\n"
         f"save = lambda: RecformerModel(tiny_config()).save_pretrained({str(tmp_path)!r})\n"
-        "exit_with_message(save)"
+        f"load = lambda: RecformerModel.from_pretrained({str(tmp_path)!r})\n"
+        f"{way}"
     )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(

@@ -531,9 +531,8 @@ def test_token_budget():
 
 
 def test_no_weight_decay_on_biases_and_norms():
-    model = torch.nn.ModuleDict(
-        {"LayerNorm": torch.nn.LayerNorm(2), "dense": torch.nn.Linear(2, 3)}
-    )
+    # SASRec's norms are called `first_norm`, GPT-2's `ln_1`: the class tells, not the name.
+    model = torch.nn.ModuleDict({"ln_1": torch.nn.LayerNorm(2), "dense": torch.nn.Linear(2, 3)})
     decay, plain = parameter_groups(model, 0.1)
     assert [tuple(p.shape) for p in decay["params"]] == [(3, 2)]
     assert decay["weight_decay"] == 0.1

@@ -139,6 +139,8 @@ def test_defaults_of_the_method_and_what_does_not_go_with_it(shop, tmp_path, mon
         head_arguments(shop, tmp_path, finetune_negative_sample_size=10).check()
     with pytest.raises(UserError, match="trains no encoder"):
         head_arguments(shop, tmp_path, fix_word_embedding=True).check()
+    with pytest.raises(UserError, match="learns its temperature"):
+        head_arguments(shop, tmp_path, temp=0.1).check()
 
 
 @pytest.mark.parametrize("part", ["whiten", "offsets", "recency", "history_term", "spare_unbought"])

@@ -27,7 +27,7 @@ from baselines.generative.recommender import (
     pad_items,
     split_heads,
 )
-from baselines.settings import Gpt2CodesSettings
+from baselines.settings import GenerativeSettings, Gpt2CodesSettings
 from recformer.data.batches import NO_LABEL, LabelledBatch
 from recformer.data.collators import TrainExample
 
@@ -61,35 +61,29 @@ class Gpt2Codes(CodeRecommender):
     """GPT-2 over code tokens.
 
     Args:
-        codes, codebook_size, num_beams, exact_rank: as in `CodeRecommender`.
-        hidden_size, num_layers, num_heads, dropout: of GPT-2; its feed-forward layers are four
-            times as wide as `hidden_size`.
-        max_items: items of the longest history.
+        codes, codebook_size: as in `CodeRecommender`.
+        settings: sizes of GPT-2, whose feed-forward layers are four times as wide as `hidden_size`,
+            dropout, items of the longest history (`max_length`), and how items are generated.
     """
 
     def __init__(
         self,
         codes: ArrayLike,
         codebook_size: Sequence[int],
-        num_beams: int = Gpt2CodesSettings.num_beams,
-        exact_rank: bool = Gpt2CodesSettings.exact_rank,
-        hidden_size: int = Gpt2CodesSettings.hidden_size,
-        num_layers: int = Gpt2CodesSettings.num_layers,
-        num_heads: int = Gpt2CodesSettings.num_heads,
-        dropout: float = Gpt2CodesSettings.dropout,
-        max_items: int = Gpt2CodesSettings.max_length,
+        settings: GenerativeSettings | None = None,
     ) -> None:
-        super().__init__(codes, codebook_size, num_beams, exact_rank)
+        settings = settings or Gpt2CodesSettings()
+        super().__init__(codes, codebook_size, settings.num_beams, settings.exact_rank)
         self.gpt2 = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=self.num_tokens,
-                n_positions=1 + (max_items + 1) * self.trie.num_levels,
-                n_embd=hidden_size,
-                n_layer=num_layers,
-                n_head=num_heads,
-                resid_pdrop=dropout,
-                embd_pdrop=dropout,
-                attn_pdrop=dropout,
+                n_positions=1 + (settings.max_length + 1) * self.trie.num_levels,
+                n_embd=settings.hidden_size,
+                n_layer=settings.num_layers,
+                n_head=settings.num_heads,
+                resid_pdrop=settings.dropout,
+                embd_pdrop=settings.dropout,
+                attn_pdrop=settings.dropout,
                 bos_token_id=START,
                 eos_token_id=None,
             )

@@ -306,7 +306,7 @@ class CodeRecommender(nn.Module, Recommender[Tensor, CodeUsers]):
         return np.pad(items, ((0, 0), (0, k - items.shape[1])), constant_values=NO_ITEM)
 
     def _seen(self, users: CodeUsers) -> Tensor:
-        """Which items stand in the histories, bool (B, N)."""
+        """Mask of the items of the histories, bool (B, N)."""
         size = len(users.logits), len(self.trie.items)
         seen = torch.zeros(size, dtype=torch.bool, device=users.logits.device)
         seen[users.seen] = True

@@ -68,34 +68,30 @@ class Tiger(CodeRecommender):
     """T5 over code tokens.
 
     Args:
-        codes, codebook_size, num_beams, exact_rank: as in `CodeRecommender`.
-        hidden_size, num_layers, num_heads, dropout, head_size, intermediate_size: of encoder and
-            decoder alike.
+        codes, codebook_size: as in `CodeRecommender`.
+        settings: sizes of encoder and decoder alike, dropout, and how items are generated.
+        head_size, intermediate_size: of encoder and decoder alike, as in the paper.
     """
 
     def __init__(
         self,
         codes: ArrayLike,
         codebook_size: Sequence[int],
-        num_beams: int = TigerSettings.num_beams,
-        exact_rank: bool = TigerSettings.exact_rank,
-        hidden_size: int = TigerSettings.hidden_size,
-        num_layers: int = TigerSettings.num_layers,
-        num_heads: int = TigerSettings.num_heads,
-        dropout: float = TigerSettings.dropout,
+        settings: TigerSettings | None = None,
         head_size: int = 64,
         intermediate_size: int = 1024,
     ) -> None:
-        super().__init__(codes, codebook_size, num_beams, exact_rank)
+        settings = settings or TigerSettings()
+        super().__init__(codes, codebook_size, settings.num_beams, settings.exact_rank)
         self.t5 = T5ForConditionalGeneration(
             T5Config(
                 vocab_size=self.num_tokens,
-                d_model=hidden_size,
+                d_model=settings.hidden_size,
                 d_kv=head_size,
                 d_ff=intermediate_size,
-                num_layers=num_layers,
-                num_heads=num_heads,
-                dropout_rate=dropout,
+                num_layers=settings.num_layers,
+                num_heads=settings.num_heads,
+                dropout_rate=settings.dropout,
                 pad_token_id=START,
                 decoder_start_token_id=START,
                 eos_token_id=None,

@@ -1,10 +1,17 @@
-"""Semantic ids of a catalogue, by command."""
+"""Semantic ids: every item gets a short tuple of codes that comes from its text.
+
+`recformer semantic-ids --data_path FOLDER --text_encoder ENCODER --output_dir DIR`
+
+Writes semantic_ids.json (the ids), quantiser.safetensors (which gives new items their ids,
+`--extend DIR`), report.json, and hierarchy.md and .png (size and typical words of every first-level
+code).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,6 @@ import torch
 from baselines.semantic_ids import words as code_words
 from baselines.semantic_ids.ids import FILE, TEXT_ENCODER, SemanticIds
 from baselines.semantic_ids.quantisers import (
-    METHODS,
     QUANTISER_FILE,
     code_statistics,
     load_quantiser,
@@ -23,7 +29,8 @@ from baselines.semantic_ids.quantisers import (
 )
 from baselines.semantic_ids.rkmeans import ResidualKMeans
 from baselines.semantic_ids.rqvae import RQVAE
-from baselines.semantic_ids.unique import _check_room, content_codes, extended_ids, unique_ids
+from baselines.semantic_ids.settings import QuantiserSettings, optional_flags
+from baselines.semantic_ids.unique import check_room, content_codes, extended_ids, unique_ids
 from baselines.text_vectors import text_vectors
 from recformer.cli import exit_with_message, keep_freed_memory, parse_flags
 from recformer.data.processed import ProcessedFolder
@@ -31,69 +38,48 @@ from recformer.files import UserError, atomic_write, write_json
 from recformer.training.arguments import flag
 
 
-@dataclass(frozen=True)
-class NewQuantiser:
-    """Settings of a new quantiser."""
-
-    method: str = "rqvae"
-    levels: int = 3
-    codebook_size: int = 256
-    collisions: str = "level"
-    commitment: float = 0.25
-    seed: int = 0
-
-
 @dataclass
-class SemanticIdArguments:
+class SemanticIdRunArguments:
     """Give every item of a processed folder a short tuple of codes that comes from its text."""
 
-    data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
+    data_path: str = flag(
+        "finetune_data/Scientific", "processed folder, as `recformer process` writes it"
+    )
     output_dir: str = flag("semantic_ids", "folder for the ids, the quantiser and the report")
     text_encoder: str | None = flag(
         None,
         "folder or hub id of a sentence encoder, or of a Recformer; unset: "
-        f"{TEXT_ENCODER}, with --extend the one of before",
+        f"{TEXT_ENCODER}, with --extend the one that its ids were made with",
     )
     extend: str | None = flag(
         None,
         "folder that this command wrote before: its quantiser gives ids to the items that have "
         "none there, all others keep theirs",
     )
-    method: str | None = flag(
-        None,
-        "rqvae: residual-quantised VAE; rkmeans: residual k-means, no training; unset: "
-        f"{NewQuantiser.method}",
-        choices=list(METHODS),
-    )
-    levels: int | None = flag(None, f"codes of an item; unset: {NewQuantiser.levels}")
-    codebook_size: int | None = flag(
-        None, f"codes to choose from at each level; unset: {NewQuantiser.codebook_size}"
-    )
-    collisions: str | None = flag(
-        None,
-        "items of the same codes: level adds a code that tells them apart, reassign moves all but "
-        f"one to the nearest free code; unset: {NewQuantiser.collisions}",
-        choices=["level", "reassign"],
-    )
-    commitment: float | None = flag(
-        None,
-        "rqvae: weight of the loss that holds latents to their code vectors; unset: "
-        f"{NewQuantiser.commitment}",
-    )
-    seed: int | None = flag(None, f"of weights, k-means and batches; unset: {NewQuantiser.seed}")
+
+    def given(self) -> dict[str, Any]:
+        """The settings of a quantiser that were given."""
+        values = {field.name: getattr(self, field.name) for field in fields(QuantiserSettings)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-def run(args: SemanticIdArguments) -> SemanticIds:
+#: `SemanticIdRunArguments` with a flag for every setting of a quantiser, None where not given.
+SemanticIdArguments: type[SemanticIdRunArguments] = make_dataclass(
+    "SemanticIdArguments",
+    optional_flags(),
+    bases=(SemanticIdRunArguments,),
+    namespace={"__doc__": SemanticIdRunArguments.__doc__, "__module__": __name__},
+)
+
+
+def run(args: SemanticIdRunArguments) -> SemanticIds:
     """Make or extend ids, print what they are like, and write them.
 
     Raises:
         FileNotFoundError, UserError: as `ProcessedFolder.load`, `text_vectors`, `SemanticIds.load`,
             `extended_ids`; or flags that make no sense, alone or together.
     """
-    names = [field.name for field in fields(NewQuantiser)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    _check(args.extend, given)
-    chosen = NewQuantiser(**given)
+    chosen = _checked(args.extend, args.given())
     text_encoder = args.text_encoder or TEXT_ENCODER
     if args.extend is not None:
         before = SemanticIds.load(Path(args.extend) / FILE)
@@ -101,10 +87,10 @@ def run(args: SemanticIdArguments) -> SemanticIds:
         text_encoder = args.text_encoder or trained_with
     folder = ProcessedFolder.load(args.data_path)
     if args.extend is None and chosen.collisions == "reassign":
-        _check_room(folder.num_items, chosen.levels, chosen.codebook_size)
+        check_room(folder.num_items, chosen.levels, chosen.codebook_size)
     elif args.extend is not None and len(before.codebook_size) == before.levels:
         together = set(before.asins).union(folder.asins)
-        _check_room(len(together), before.levels, before.codebook_size[0])
+        check_room(len(together), before.levels, before.codebook_size[0])
     started = time.monotonic()
     vectors = np.asarray(text_vectors(folder, text_encoder))
     seconds = {"vectors": time.monotonic() - started}
@@ -161,8 +147,8 @@ def run(args: SemanticIdArguments) -> SemanticIds:
     return ids
 
 
-def _check(extend: str | None, given: dict[str, Any]) -> None:
-    """Refuse flags that make no sense, alone or together, before any work.
+def _checked(extend: str | None, given: dict[str, Any]) -> QuantiserSettings:
+    """The settings, refused before any work where flags make no sense, alone or together.
 
     Raises:
         UserError: says which.
@@ -171,9 +157,7 @@ def _check(extend: str | None, given: dict[str, Any]) -> None:
         raise UserError(f"--{next(iter(given))} is that of {extend}: leave it out with --extend")
     if given.get("method") == "rkmeans" and "commitment" in given:
         raise UserError("--commitment is no flag of --method rkmeans")
-    for name, least in (("levels", 1), ("codebook_size", 2), ("commitment", 0), ("seed", 0)):
-        if given.get(name, least) < least:
-            raise UserError(f"--{name} {given[name]}: must be at least {least}")
+    return QuantiserSettings(**given)
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Semantic ids: every item as a short tuple of codes, unique to it.
 
-`python -m baselines.semantic_ids --data_path FOLDER --text_encoder ENCODER --output_dir DIR` fits a
+`recformer semantic-ids --data_path FOLDER --text_encoder ENCODER --output_dir DIR` fits a
 quantiser to the items' vectors and writes
 
     semantic_ids.json       the ids, see below
@@ -44,8 +44,7 @@ from recformer.files import UserError, read_json, sha256_of, write_json
 FILE = "semantic_ids.json"
 TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
-
-# What `semantic_ids.json` holds.
+# Keys of `semantic_ids.json` and their types.
 TYPES = {
     "levels": int,
     "codebook_size": list,

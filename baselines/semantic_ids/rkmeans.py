@@ -13,6 +13,8 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+from baselines.semantic_ids.settings import QuantiserSettings
+
 ROWS_AT_A_TIME = 128  # with 256 codes, distances stay in the processor's cache
 
 
@@ -93,7 +95,12 @@ class ResidualKMeans(nn.Module):
     method = "rkmeans"
     codebooks: Tensor
 
-    def __init__(self, vector_size: int, levels: int = 3, codebook_size: int = 256) -> None:
+    def __init__(
+        self,
+        vector_size: int,
+        levels: int = QuantiserSettings.levels,
+        codebook_size: int = QuantiserSettings.codebook_size,
+    ) -> None:
         super().__init__()
         self.settings = {
             "vector_size": vector_size,
@@ -110,7 +117,7 @@ class ResidualKMeans(nn.Module):
         return []
 
     def latents(self, vectors: np.ndarray) -> np.ndarray:
-        """What is quantised: here the vectors themselves, float32 (N, H)."""
+        """The vectors themselves, float32 (N, H), which are quantised here."""
         return np.asarray(vectors, dtype=np.float32)
 
     def decode(self, latents: Tensor) -> Tensor:

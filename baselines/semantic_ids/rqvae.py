@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from baselines.semantic_ids.rkmeans import residual_kmeans
+from baselines.semantic_ids.settings import QuantiserSettings
 
 SURVEY_BATCH = 8192  # items at a time: memory and speed only
 
@@ -68,11 +69,11 @@ class RQVAE(nn.Module):
     def __init__(
         self,
         vector_size: int,
-        levels: int = 3,
-        codebook_size: int = 256,
+        levels: int = QuantiserSettings.levels,
+        codebook_size: int = QuantiserSettings.codebook_size,
         hidden_sizes: Sequence[int] = (512, 256),
         latent_size: int = 64,
-        commitment: float = 0.25,
+        commitment: float = QuantiserSettings.commitment,
     ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {

@@ -64,7 +64,7 @@ def reassign(
     """
     used = set() if taken is None else set(map(tuple, taken.tolist()))
     levels, codebook_size, _ = codebooks.shape
-    _check_room(len(used) + len(codes), levels, codebook_size)
+    check_room(len(used) + len(codes), levels, codebook_size)
     ids = [tuple(row) for row in codes.tolist()]
     waiting = []
     for row in sorted(range(len(asins)), key=asins.__getitem__):
@@ -80,8 +80,12 @@ def reassign(
     return np.array(ids, dtype=np.int64).reshape(codes.shape)
 
 
-def _check_room(num_items: int, levels: int, codebook_size: int) -> None:
-    """Raises UserError where there are fewer codes than items."""
+def check_room(num_items: int, levels: int, codebook_size: int) -> None:
+    """Refuse fewer codes than items.
+
+    Raises:
+        UserError: names the flags that make room.
+    """
     if num_items > codebook_size**levels:
         raise UserError(
             f"{num_items:,} items and {codebook_size} codes at {levels} levels: raise "

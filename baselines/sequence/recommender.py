@@ -106,7 +106,7 @@ class SequenceNetwork(nn.Module, ABC):
 
 
 class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
-    """A network over item vectors.
+    """A sequence model: a network over item vectors, its loss and its ranking.
 
     Args:
         network: from item vectors to predictions.
@@ -246,7 +246,7 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         return every + (every >= labels[:, None])
 
     def _logq(self, labels: Tensor, negatives: Tensor) -> Tensor:
-        """What the correction takes off the scores of negatives (P, K)."""
+        """Correction that is subtracted from the scores of negatives (P, K)."""
         if self.objective.negative_power:
             probability = self.sampler.log_probability(labels, negatives)
         else:

@@ -73,7 +73,9 @@ class Block(nn.Module):
 
 
 class SASRec(SequenceNetwork):
-    """From item vectors to hidden states; `baselines.sequence.recommender` has what is around it.
+    """The network of SASRec, from item vectors to hidden states.
+
+    `SequenceRecommender` adds item vectors, the loss and the ranking.
 
     Args:
         hidden_size: D.

@@ -1,1 +1,1 @@
-"""Lines that every model must beat: nothing in them is trained."""
+"""Untrained baselines that every model must beat."""

@@ -4,58 +4,39 @@ The score of an item is the sum over the history's items of decay^age times how 
 that item in a training sequence, the more the sooner (1 / distance, at most `WINDOW` steps apart),
 divided by the root of how often that item occurs, so that popular items do not speak for all.
 
-Shapes: E evaluation examples, N items.
+Shapes: B users, C of them at a time, N items.
 """
 
 from __future__ import annotations
-
-from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
 
 from baselines.settings import CooccurrenceSettings
-from baselines.untrained.base import (
-    Scores,
-    checked_history_factor,
-    evaluate,
-    rank_in_chunks,
-    scale_history,
-)
+from baselines.untrained.base import Scores, Untrained
 from baselines.untrained.text_neighbours import history_weights
-from recformer.data.processed import EvalExamples, ProcessedFolder
-from recformer.evaluation.ranks import TargetRanks
-from recformer.files import UserError
+from recformer.data.processed import ProcessedFolder, Sequences
 
 WINDOW = 5  # steps between two items of a sequence that still count as together
 
 
-class Cooccurrence:
+class Cooccurrence(Untrained):
     """Items by how often they followed the history's items.
 
     Args:
         folder: the data.
-        decay: weight of an item against the next newer one, from 0 (the last item alone) to 1.
-        history_factor: scores of items of the history are multiplied by it.
+        settings: `decay` and `history_factor`.
 
     Attributes:
         follows: sparse (N, N) float64; row = the earlier item, column = the later one.
-
-    Raises:
-        UserError: `decay` or `history_factor` is out of range.
     """
 
     def __init__(
-        self,
-        folder: ProcessedFolder,
-        decay: float = CooccurrenceSettings.decay,
-        history_factor: float = CooccurrenceSettings.history_factor,
+        self, folder: ProcessedFolder, settings: CooccurrenceSettings | None = None
     ) -> None:
-        self.history_factor = checked_history_factor(history_factor)
-        if not 0 <= decay <= 1:
-            raise UserError(f"decay is {decay}, expected a weight from 0 to 1")
-        self.folder = folder
-        self.decay = decay
+        settings = settings or CooccurrenceSettings()
+        super().__init__(folder, settings.history_factor)
+        self.decay = settings.decay
         train, size = folder.train, (folder.num_items, folder.num_items)
         rows = train.rows
         follows = sparse.csr_array(size, dtype=np.float64)
@@ -68,19 +49,14 @@ class Cooccurrence:
         counts = np.bincount(train.items, minlength=folder.num_items)
         self.follows = sparse.diags_array(1 / np.sqrt(np.maximum(counts, 1))).tocsr() @ follows
 
-    def scores(self, examples: EvalExamples) -> Scores:
-        """Scores of all items by how often they followed the histories."""
-        users = history_weights(examples.histories, self.folder.num_items, self.decay)
+    def scores(self, histories: Sequences) -> Scores:
+        """Scores of all items by how often they followed the histories; 0 for those that never did.
+
+        Items of equal scores tie.
+        """
+        users = history_weights(histories, self.folder.num_items, self.decay)
 
         def scores(chunk: slice) -> np.ndarray:
             return (users[chunk] @ self.follows).toarray()
 
-        return scale_history(scores, examples, self.history_factor)
-
-    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
-        """Place the target of every example; items that never followed tie at 0."""
-        return rank_in_chunks(examples, self.folder.num_items, filter_seen, self.scores(examples))
-
-    def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
-        """Figures of a split; `options` as in `baselines.untrained.base.evaluate`."""
-        return evaluate(self, split, **options).compute()
+        return self.scaled(scores, histories)

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import numpy as np
 import torch
 
-from baselines.untrained.base import Scores, evaluate, rank_in_chunks
-from recformer.data.processed import EvalExamples, ProcessedFolder
-from recformer.evaluation.ranks import TargetRanks
+from baselines.settings import PopularitySettings
+from baselines.untrained.base import Scores, Untrained
+from recformer.data.processed import ProcessedFolder, Sequences
 
 
-class Popularity:
+class Popularity(Untrained):
     """Items in the order of their number of training interactions.
+
+    Args:
+        folder: the data.
+        settings: there are none.
 
     Attributes:
         counts: int64 (N,) interactions of every item in `folder.train`.
     """
 
-    def __init__(self, folder: ProcessedFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: ProcessedFolder, settings: PopularitySettings | None = None) -> None:
+        super().__init__(folder)
         self.counts = np.bincount(folder.train.items, minlength=folder.num_items)
 
-    def scores(self, examples: EvalExamples) -> Scores:
-        """Number of training interactions, the same for everyone."""
+    def scores(self, histories: Sequences) -> Scores:
+        """Number of training interactions, the same for everyone; equal counts tie."""
         counts = torch.from_numpy(self.counts)
         return lambda chunk: counts.expand(chunk.stop - chunk.start, -1)
-
-    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
-        """Place the target of every example; equal counts tie."""
-        return rank_in_chunks(examples, self.folder.num_items, filter_seen, self.scores(examples))
-
-    def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
-        """Figures of a split; `options` as in `baselines.untrained.base.evaluate`."""
-        return evaluate(self, split, **options).compute()

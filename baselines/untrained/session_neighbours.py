@@ -11,70 +11,53 @@ The published code compares a history with a sample of the newest sessions that 
 it, to be fast; products of sparse matrices compare all. A user's own training sequence is one of
 them: it adds to the scores of its own items alone.
 
-Shapes: E evaluation examples, C of a chunk, S training sequences, N items.
+Shapes: B users, C of a chunk, S training sequences, N items.
 """
 
 from __future__ import annotations
-
-from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.preprocessing import normalize
 
 from baselines.settings import SknnSettings
-from baselines.untrained.base import Scores, evaluate, rank_in_chunks
-from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
-from recformer.evaluation.ranks import TargetRanks
-from recformer.files import UserError
+from baselines.untrained.base import Scores, Untrained
+from recformer.data.processed import ProcessedFolder, Sequences
 
 
-class SessionNeighbours:
+class SessionNeighbours(Untrained):
     """Items of the nearest training sequences.
 
     Args:
         folder: the data.
-        neighbours: k, at least 1.
+        settings: `neighbours`, k.
         weighted: V-SKNN in place of S-KNN.
-
-    Raises:
-        UserError: fewer than one neighbour.
     """
 
     def __init__(
         self,
         folder: ProcessedFolder,
-        neighbours: int = SknnSettings.neighbours,
+        settings: SknnSettings | None = None,
         weighted: bool = False,
     ) -> None:
-        if neighbours < 1:
-            raise UserError(f"--neighbours {neighbours}: must be at least 1")
-        self.folder = folder
-        self.neighbours = neighbours
+        super().__init__(folder)
+        self.neighbours = (settings or SknnSettings()).neighbours
         self.weighted = weighted
         self.sessions = item_sets(folder.train, folder.num_items)
 
-    def scores(self, examples: EvalExamples) -> Scores:
-        """Sums of similarities; 0 for an item of no neighbour."""
+    def scores(self, histories: Sequences) -> Scores:
+        """Sums of similarities; 0 for an item of no neighbour. Items of the same neighbours tie."""
         if self.weighted:
-            users = linear_weights(examples.histories, self.folder.num_items)
+            users = linear_weights(histories, self.folder.num_items)
             others = self.sessions.T.tocsr()
         else:
-            users = normalize(item_sets(examples.histories, self.folder.num_items))
+            users = normalize(item_sets(histories, self.folder.num_items))
             others = normalize(self.sessions).T.tocsr()
 
         def scores(chunk: slice) -> np.ndarray:
             return (largest(users[chunk] @ others, self.neighbours) @ self.sessions).toarray()
 
         return scores
-
-    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
-        """Place the target of every example; items of the same neighbours tie."""
-        return rank_in_chunks(examples, self.folder.num_items, filter_seen, self.scores(examples))
-
-    def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
-        """Figures of a split; `options` as in `baselines.untrained.base.evaluate`."""
-        return evaluate(self, split, **options).compute()
 
 
 def item_sets(sequences: Sequences, num_items: int) -> sparse.csr_matrix:
@@ -83,7 +66,7 @@ def item_sets(sequences: Sequences, num_items: int) -> sparse.csr_matrix:
 
 
 def linear_weights(histories: Sequences, num_items: int) -> sparse.csr_matrix:
-    """Place of each item, counted from 1, over the history's length, float64 (E, N).
+    """Place of each item, counted from 1, over the history's length, float64 (B, N).
 
     An item that stands there several times has its newest place.
     """

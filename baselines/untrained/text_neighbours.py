@@ -5,31 +5,25 @@ with `decay` times the weight of the next; all items are ranked by cosine simila
 item is its attributes' values, joined by spaces. Vectors are those of words (TF-IDF, BM25), or of a
 text encoder or a Recformer (`baselines.text_vectors`).
 
-Shapes: E evaluation examples, N items, V words, H hidden.
+Shapes: B users, C of them at a time, N items, V words, H hidden.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
+from torch import Tensor
 
-from baselines.settings import WEIGHTINGS, TextNeighboursSettings
+from baselines.settings import TextNeighboursSettings
 from baselines.text_vectors import item_texts, text_vectors
-from baselines.untrained.base import (
-    Scores,
-    checked_history_factor,
-    evaluate,
-    rank_in_chunks,
-    scale_history,
-    seen_pairs,
-)
-from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
+from baselines.untrained.base import Scores, Untrained, UntrainedUsers, seen_pairs
+from recformer.data.processed import ProcessedFolder, Sequences
 from recformer.evaluation.ranking import rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError
@@ -38,81 +32,67 @@ from recformer.preparation.text import cut_words
 BM25_K1, BM25_B = 1.2, 0.75
 
 
-class TextNeighbours:
+class TextNeighbours(Untrained):
     """Nearest texts to the recency-weighted history.
 
     Args:
         folder: the data.
-        decay: weight of an item against the next newer one, from 0 (the last item alone) to 1.
-        text_encoder: what `text_vectors` takes as its encoder; None for words.
-        weighting: of words: `tfidf`, or `bm25` (Robertson and Zaragoza, 2009; k1 1.2, b 0.75).
-        history_factor: scores of items of the history are multiplied by it.
+        settings: `decay` and `history_factor`; `text_encoder`, as `text_vectors` takes it, None for
+            words; `weighting` of words: `tfidf`, or `bm25` (Robertson and Zaragoza, 2009; k1 1.2,
+            b 0.75).
 
     Attributes:
         vectors: one row an item, of length 1, or 0 for an item without text; scipy sparse (N, V)
             float64 for words, float32 (N, H) for a text encoder.
 
     Raises:
-        UserError: `decay` or `history_factor` is out of range, an unknown weighting, or no item has
-            any text.
+        UserError: no item has any text.
     """
 
     def __init__(
-        self,
-        folder: ProcessedFolder,
-        decay: float = TextNeighboursSettings.decay,
-        text_encoder: str | None = None,
-        weighting: str = TextNeighboursSettings.weighting,
-        history_factor: float = TextNeighboursSettings.history_factor,
+        self, folder: ProcessedFolder, settings: TextNeighboursSettings | None = None
     ) -> None:
-        if weighting not in WEIGHTINGS:
-            raise UserError(f"--weighting {weighting}: expected one of {', '.join(WEIGHTINGS)}")
-        self.history_factor = checked_history_factor(history_factor)
-        if not 0 <= decay <= 1:
-            raise UserError(f"decay is {decay}, expected a weight from 0 to 1")
-        self.folder = folder
-        self.decay = decay
+        settings = settings or TextNeighboursSettings()
+        super().__init__(folder, settings.history_factor)
+        self.decay = settings.decay
         texts = item_texts(folder)
         if not any(texts):
             raise UserError(f"no item of {folder.path} has any text, so none has neighbours")
         self.vectors: Any = (
-            word_vectors(texts, weighting)
-            if text_encoder is None
-            else text_vectors(folder, text_encoder)
+            word_vectors(texts, settings.weighting)
+            if settings.text_encoder is None
+            else text_vectors(folder, settings.text_encoder)
         )
 
-    def scores(self, examples: EvalExamples) -> Scores:
+    def scores(self, histories: Sequences) -> Scores:
         """Products of users with item vectors: a user's length does not change the order."""
-        users = self._users(examples)
+        users = self._users(histories)
         items = self.vectors.T.tocsr() if sparse.issparse(self.vectors) else self.vectors.T
 
         def scores(chunk: slice) -> np.ndarray:
             products = users[chunk] @ items
             return products.toarray() if sparse.issparse(products) else products
 
-        return scale_history(scores, examples, self.history_factor)
+        return self.scaled(scores, histories)
 
-    def rank(self, examples: EvalExamples, filter_seen: bool = False) -> TargetRanks:
-        """Place the target of every example; items of the same text tie."""
+    def rank(self, users: UntrainedUsers, targets: Tensor, filter_seen: bool) -> TargetRanks:
+        """Rank each user's target among all items; items of the same text tie.
+
+        Vectors of an encoder are compared exactly, see `rank_by_vectors`.
+        """
         if sparse.issparse(self.vectors) or self.history_factor != 1:
-            return rank_in_chunks(
-                examples, self.folder.num_items, filter_seen, self.scores(examples)
-            )
-        seen = seen_pairs(examples, slice(0, len(examples))) if filter_seen else None
-        users, items = torch.from_numpy(self._users(examples)), torch.from_numpy(self.vectors)
-        return rank_by_vectors(users, items, examples.targets, seen)
+            return super().rank(users, targets, filter_seen)
+        histories = users.histories
+        seen = seen_pairs(histories, slice(0, len(histories))) if filter_seen else None
+        vectors, items = torch.from_numpy(self._users(histories)), torch.from_numpy(self.vectors)
+        return rank_by_vectors(vectors, items, targets.cpu().numpy(), seen)
 
-    def _users(self, examples: EvalExamples) -> Any:
-        weights = history_weights(examples.histories, self.folder.num_items, self.decay)
-        return weights @ self.vectors
-
-    def evaluate(self, split: Literal["val", "test"] = "test", **options: Any) -> dict[str, float]:
-        """Figures of a split; `options` as in `baselines.untrained.base.evaluate`."""
-        return evaluate(self, split, **options).compute()
+    def _users(self, histories: Sequences) -> Any:
+        return history_weights(histories, self.folder.num_items, self.decay) @ self.vectors
 
 
 def history_weights(histories: Sequences, num_items: int, decay: float) -> sparse.csr_array:
-    """Weights decay^age of the items of every history, sparse (E, N); the newest has age 0."""
+    """Weights decay^age of the items of every history, sparse (B, N); the newest has age 0."""
     ages = histories.offsets[1:][histories.rows] - 1 - np.arange(len(histories.items))
     weights = decay ** ages.astype(np.float64)  # 0 ** 0 is 1
     shape = (len(histories), num_items)

@@ -1,1 +1,1 @@
-"""How weights come and go: reading, loading, converting, naming."""
+"""Weights: reading, loading, converting, naming, describing."""

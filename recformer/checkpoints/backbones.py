@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from recformer.checkpoints.hub import _local_folder
+from recformer.checkpoints.hub import local_folder
 from recformer.checkpoints.loading import LoadReport, load_checkpoint
 from recformer.checkpoints.names import (
     HEAD_BIASES,
@@ -219,7 +219,7 @@ def _read_backbone(
     for name in overrides:
         if not hasattr(known, name):
             raise UserError(f"{name!r} is not a field of RecformerConfig")
-    source, folder = str(path_or_hub_id), _local_folder(path_or_hub_id, weights)
+    source, folder = str(path_or_hub_id), local_folder(path_or_hub_id, weights)
     values = read_json(folder / "config.json")
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type not in FAMILIES:

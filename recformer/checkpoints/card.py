@@ -1,4 +1,4 @@
-"""The model card of a saved folder: what it is, of which data, by which rules, and how to load it.
+"""The model card of a saved folder: data, rules, figures, and the code that loads it.
 
 transformers alone does not know the architecture, so the card says what to install.
 """
@@ -53,8 +53,8 @@ def write_card(
 
     Args:
         folder: of the model.
-        title, sentence: what it is.
-        facts: of data and protocol, in words.
+        title, sentence: name and purpose of the model.
+        facts: data and protocol in words.
         figures: metric -> value.
         code: Python that loads it.
     """

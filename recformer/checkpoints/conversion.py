@@ -7,7 +7,7 @@
 The files hold every key of the published ones, so the published classes, which are strict, load
 them: the buffer `embeddings.position_ids` too, which nobody needs.
 
-Nothing is written before everything that will be has been checked.
+All that is to be written is checked before the first file is.
 """
 
 from __future__ import annotations

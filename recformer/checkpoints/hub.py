@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
 )
 
 
-def _local_folder(path_or_hub_id: PathLike, weights: bool) -> Path:
+def local_folder(path_or_hub_id: PathLike, weights: bool) -> Path:
     """The folder with config.json (and weights): the path itself, or the hub's cached files.
 
     Raises:

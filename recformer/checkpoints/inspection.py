@@ -103,7 +103,7 @@ def _describe_recformer(path: Path, contents: Contents) -> list[str]:
             lines.append(f"loads into {model_class.__name__}: {first.partition(': ')[2]}")
             lines += [f"  {line.strip()}" for line in rest]
     if "Lightning" in contents.kind or "DeepSpeed" in contents.kind:
-        lines.append(f"to release it: python convert_pretrain_ckpt.py --checkpoint {path}")
+        lines.append(f"to release it: recformer convert --checkpoint {path}")
     return lines
 
 
@@ -160,5 +160,5 @@ def _describe_backbone(path: Path) -> list[str]:
     return [
         f"as the start of a Recformer: {first.partition(': ')[2]}",
         *(f"  {line.strip()}" for line in rest),
-        f"to start from it: python save_longformer_ckpt.py --model_name_or_path {path}",
+        f"to start from it: recformer start-weights --model_name_or_path {path}",
     ]

@@ -37,11 +37,6 @@ from recformer.checkpoints.names import (
 from recformer.checkpoints.reading import read_state_dict
 from recformer.files import UserError
 
-# --- tables -----------------------------------------------------------------------------------
-
-
-# --- the report -------------------------------------------------------------------------------
-
 
 @dataclass
 class LoadReport:
@@ -77,12 +72,6 @@ class LoadReport:
             for reason, keys in by_reason.items():
                 lines.append(f"  {title.replace('_', ' ')}: {compact(keys)} ({reason})")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
-
-
-# --- reading ----------------------------------------------------------------------------------
-
-
-# --- loading ----------------------------------------------------------------------------------
 
 
 def load_checkpoint(

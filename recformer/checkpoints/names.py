@@ -1,4 +1,4 @@
-"""Names of tensors: prefixes, renames, what is known to be left over."""
+"""Names of tensors: prefixes, renames, and keys that no model takes."""
 
 from __future__ import annotations
 

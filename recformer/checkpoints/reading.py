@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ WEIGHT_FILES = (
 # Training frameworks wrap the state dict in a dict of their own under one of these names.
 CONTAINERS = ("state_dict", "model_state_dict", "module", "model")
 
-# What such a dict may say of its run.
+# Facts about its run that such a dict may hold.
 FACTS = (
     "epoch",
     "global_step",
@@ -57,7 +58,7 @@ class Contents:
 
     @property
     def run(self) -> str:
-        """The facts in a line."""
+        """The facts as one line."""
         return ", ".join(f"{name} {value}" for name, value in self.facts.items())
 
 
@@ -224,6 +225,8 @@ def _read_zero(root: Path, tag: str) -> Contents:
     models = sorted(folder.glob("*_model_states.pt"))
     if not models:
         raise FileNotFoundError(f"{folder / 'mp_rank_00_model_states.pt'} does not exist")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
     try:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -1,1 +1,1 @@
-"""What can be typed: one file a command of `recformer`."""
+"""The commands of `recformer`, one file each."""

@@ -1,4 +1,7 @@
-"""recformer audit: what in the data can spoil an evaluation."""
+"""Flaws of a processed folder that can spoil an evaluation, counted.
+
+Prints warnings and notes, and writes audit.json (all figures) and audit.html (plots).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, audit, print and write."""
     parser = command_parser("audit", __doc__)
-    parser.add_argument("folder", help="as finetune_data/process.py writes it")
+    parser.add_argument("folder", help="processed folder, as `recformer process` writes it")
     parser.add_argument(
         "--output_dir", help="where to write audit.json and audit.html (default: the folder)"
     )

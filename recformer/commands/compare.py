@@ -137,16 +137,18 @@ def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, compare, print and write."""
     parser = command_parser("compare", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER[:EVALUATION]")
-    parser.add_argument("--metric", default="NDCG@10", help="of the paired test (NDCG@10)")
     parser.add_argument(
-        "--against", metavar="NAME", help="pair every run with this one alone (default: all pairs)"
+        "runs", nargs="+", metavar="RUN", help="[NAME=]FOLDER[:EVALUATION], two or more"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutations")
+    parser.add_argument("--metric", default="NDCG@10", help="metric of the paired test")
+    parser.add_argument(
+        "--against", metavar="NAME", help="pair each run with this one only (default: all pairs)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of bootstrap and permutations")
     parser.add_argument(
         "--output_dir",
         type=Path,
-        help="writes comparison.md, .tex, .json and .png, and both tables as CSV",
+        help="folder for comparison.md, .tex, .json and .png, and both tables as CSV",
     )
     args = parser.parse_args(argv)
     if len(args.runs) < 2:

@@ -1,4 +1,9 @@
-"""Released files from a pretraining checkpoint: two state dicts and a from_pretrained folder."""
+"""Released files from a pretraining checkpoint: two state dicts and a `from_pretrained` folder.
+
+`recformer convert --checkpoint result/recformer_pretraining/checkpoints/last.ckpt`
+
+Prints what became of every tensor; nothing is written before all has been checked.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +22,10 @@ class ConvertArguments(ModelArguments):
 
     checkpoint: str | None = flag(
         None,
-        "what to convert: a DeepSpeed folder (x.ckpt), a Lightning file, pytorch_model.bin, or the "
-        "folder of shards that zero_to_fp32.py writes",
+        "checkpoint to convert (required): a DeepSpeed folder (x.ckpt), a Lightning file, "
+        "pytorch_model.bin, or the folder of shards that zero_to_fp32.py writes",
     )
-    output_dir: str = flag("pretrain_ckpt", "folder of what is written")
+    output_dir: str = flag("pretrain_ckpt", "folder to write to")
     start_weights: str | None = flag(
         None,
         "file or folder with the frozen word embeddings; unset: the folder "

@@ -1,4 +1,8 @@
-"""recformer download: public data sets."""
+"""Public data sets: Amazon reviews and MovieLens.
+
+A download that was cut off goes on; sizes and checksums are verified. The last line printed is the
+command that turns the files into a processed folder.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{', '.join(MOVIELENS)}"
     )  # fmt: skip
     parser.add_argument(
-        "--output_path", default="raw_data", metavar="FOLDER", help="default: %(default)s"
+        "--output_path", default="raw_data", metavar="FOLDER", help="folder for the files"
     )
     args = parser.parse_args(arguments)
     files, page = remote_files(args.name)
@@ -32,6 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.name in MOVIELENS:
         paths = unpack_movielens(paths[0])
     print(
-        f"python finetune_data/process.py --file_path {paths[0]} --meta_file_path {paths[1]} "
+        f"recformer process --file_path {paths[0]} --meta_file_path {paths[1]} "
         f"--output_path {folder / args.name.replace('/', '-')}_processed"
     )

@@ -1,4 +1,4 @@
-"""Vectors of a whole catalogue, for use anywhere.
+"""Vectors of all items of a processed folder, for use anywhere.
 
 `recformer encode --model FOLDER --data_path FOLDER --output_dir DIR`
 
@@ -25,7 +25,7 @@ from recformer.cli import keep_freed_memory, parse_flags
 from recformer.data.item_vectors import Vectors, count_missing
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
-from recformer.files import atomic_write, write_json
+from recformer.files import UserError, atomic_write, write_json
 from recformer.models import RecformerForSeqRec
 from recformer.processes import say
 from recformer.training.arguments import DeviceArguments, ModelArguments, flag
@@ -44,12 +44,19 @@ class EncodeArguments(DeviceArguments, ModelArguments):
             "or a language model (folder or hub id)"
         }
     )
-    data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
-    output_dir: str = flag("result", "item_vectors.npy and smap.json go there")
+    data_path: str = flag(
+        "finetune_data/Scientific", "processed folder, as `recformer process` writes it"
+    )
+    output_dir: str = flag("result", "folder for item_vectors.npy and smap.json")
 
 
 def run(args: EncodeArguments) -> Vectors:
-    """Encode, write, and say how long it took; returns the (N, H) float32 vectors, mapped."""
+    """Encode, write, and say how long it took; returns the (N, H) float32 vectors, mapped.
+
+    Raises:
+        FileNotFoundError, UserError: as `ProcessedFolder.load` and `load_start_model`; or a model
+            of `--method head`, whose item vectors are more than the encoder's.
+    """
     args.check_devices()
     compute = Compute.of(args)
     precision = compute.precision
@@ -68,6 +75,11 @@ def run(args: EncodeArguments) -> Vectors:
     model, tokenizer, report = load_start_model(
         RecformerForSeqRec, args.model, beside, None, False, args.overrides()
     )
+    if getattr(model.config, "head", None) is not None:
+        raise UserError(
+            f"{args.model} was finetuned with --method head, whose item vectors are not those of "
+            "its encoder: recformer recommend uses them; for the encoder's name its start weights"
+        )
     say(report)
     model.to(fabric.device)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -84,9 +96,10 @@ def run(args: EncodeArguments) -> Vectors:
         with atomic_write(output_dir / "item_vectors.npy", "wb") as handle:
             np.save(handle, vectors)
         write_json(output_dir / "smap.json", {name: row for row, name in enumerate(folder.asins)})
+    others = "" if missing == len(items) else "; the others were kept, or have equal texts"
     say(
         f"{missing:,} of {len(items):,} items encoded in {seconds:.1f} s "
-        f"({missing / seconds:,.0f} items/s); the others were there or read the same\n"
+        f"({missing / seconds:,.0f} items/s){others}\n"
         f"written to {output_dir}: item_vectors.npy {vectors.shape}, smap.json"
     )
     return vectors

@@ -1,6 +1,6 @@
-"""A checkpoint described before it is used.
+"""Description of a checkpoint: kind, shapes, run and configuration.
 
-Kind, shapes, run, configuration, and how its keys differ from what the models expect.
+Also: differences between its keys and those of the models.
 """
 
 from __future__ import annotations

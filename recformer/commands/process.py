@@ -1,4 +1,4 @@
-"""Interactions and items → a processed folder to finetune and evaluate on.
+"""Turn interactions and items into a processed folder to finetune and evaluate on.
 
 Reads Amazon's reviews and metadata (2014, 2018, 2023), CSV, TSV, Parquet (a file or a folder), JSON
 Lines, RecBole's atomic files, `user item` (SASRec) and `user item item …` (S3-Rec) a line,

@@ -1,8 +1,8 @@
-"""Interactions and items of several sources, of any form → the files to pretrain on.
+"""Turn interactions and items of several sources into the files to pretrain on.
 
 Writes meta_data.json, train.json and dev.json at once. Every id is written `NAME:id`, so that items
-of two sources never collide; sources of which only the published ids are wanted go through
-meta_data_process.py and interaction_data_process.py.
+of two sources never collide. The scripts meta_data_process.py and interaction_data_process.py of a
+checkout write the published ids, without a prefix.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from recformer.preparation.pretraining import (
     prepare_pretraining_sources,
 )
 
-ITEMS_HELP = """Metadata and reviews of many categories → meta_data.json, the items to pretrain on.
+ITEMS_HELP = """Turn metadata and reviews of many categories into meta_data.json.
 
-Kept are products that have a title and occur in a review file. Run this before
-interaction_data_process.py.
+It holds the items to pretrain on: products that have a title and occur in a review file. Run this
+before interaction_data_process.py.
 """
-SEQUENCES_HELP = """Reviews of many categories → train.json and dev.json, sequences to pretrain on.
+SEQUENCES_HELP = """Turn reviews of many categories into sequences, train.json and dev.json.
 
 One sequence of asins per user and category, oldest first; at equal times the order of the file
 stands. Products that meta_data.json (meta_data_process.py) does not have are left out.
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
 
 def items(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
     """Parse, process, say what was written."""
-    parser = command_parser("process-pretraining", ITEMS_HELP)
+    parser = command_parser("", ITEMS_HELP, program="meta_data_process.py")
     parser.add_argument(
         "--meta_root",
         required=True,
@@ -126,7 +126,7 @@ def items(argv: Sequence[str] | None = None, beside: Path | None = None) -> None
 
 def sequences(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
     """Parse, process, say what was written."""
-    parser = command_parser("process-pretraining", SEQUENCES_HELP)
+    parser = command_parser("", SEQUENCES_HELP, program="interaction_data_process.py")
     flags.add_category_flags(parser, PRETRAINING_CATEGORIES, DEV_CATEGORY)
     parser.add_argument(
         "--output_dir",

@@ -126,21 +126,28 @@ def write_recommendations(
                 unknown += answer.num_unknown
             total += len(users)
             bar.update(len(users))
-    text = f"{total:,} users; {unknown:,} items of their histories are not in the catalogue"
+    text = f"{_count(total, 'user')}; skipped {_count(unknown, 'item')} that the catalogue lacks"
     if left_out:
         names = ", ".join(map(str, left_out[:NAMED])) + (", …" if len(left_out) > NAMED else "")
-        text += f"; {len(left_out):,} users have no other and got the {stand_in} items: {names}"
+        text += f"; {_count(len(left_out), 'user')} had no other and got the {stand_in} items: "
+        text += names
     return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, recommend, say what was skipped."""
     parser = command_parser("recommend", __doc__)
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER", help="best model of recformer.finetune"
+        "--model", required=True, metavar="FOLDER", help="best_model of a `recformer finetune` run"
     )
-    parser.add_argument("--histories", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--k", type=int, default=10, help="items a user (default: %(default)s)")
+    parser.add_argument(
+        "--histories", required=True, type=Path, metavar="FILE", help="JSON Lines, see above"
+    )
+    parser.add_argument("--k", type=int, default=10, help="items for each user")
     parser.add_argument(
         "--filter_seen", action="store_true", help="never recommend items of the history"
     )

@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output_path",
         default="longformer_ckpt/longformer-base-4096.bin",
         metavar="FILE",
-        help="state dict to write, what --longformer_ckpt of lightning_run.sh takes "
-        "(default: %(default)s)",
+        help="state dict to write; `recformer pretrain` takes it as --longformer_ckpt",
     )
     parser.add_argument(
         "--max_token_num",
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed",
         type=int,
         default=0,
-        help="of the tensors that the model has nothing for (default: %(default)s)",
+        help="seed of the tensors that the language model lacks",
     )
     args = parser.parse_args(argv)
     sizes = {name: getattr(args, name) for name in ("max_token_num", "max_item_embeddings")}

@@ -1,4 +1,4 @@
-"""recformer tokenizer: a small byte-level BPE trained on catalogues."""
+"""A small byte-level BPE tokenizer, trained on the texts of catalogues."""
 
 from __future__ import annotations
 

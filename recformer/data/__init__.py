@@ -1,1 +1,1 @@
-"""What training reads: processed items, their tokens, batches."""
+"""Data for training: processed items, their tokens, batches."""

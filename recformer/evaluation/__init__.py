@@ -1,1 +1,1 @@
-"""How a model is judged: ranks, figures, intervals, comparisons."""
+"""Evaluation: ranks, figures, intervals, comparisons."""

@@ -1,4 +1,4 @@
-"""The contract of a recommender: what every model brings to be judged and to recommend.
+"""The contract of a recommender, which every model keeps to be evaluated and to recommend.
 
 A model reads histories once; what it has read is then ranked, recommended from, or ranked among a
 few items, in any order and as often as one likes:
@@ -34,7 +34,7 @@ U = TypeVar("U")  # what a model has read of users
 
 
 class Recommender(ABC, Generic[H, U]):
-    """A model that can be judged: users are read once, then ranked and recommended to.
+    """A model that can be evaluated: users are read once, then ranked and recommended to.
 
     Models are `torch.nn.Module`s as well, which this class leaves to them.
     """

@@ -24,7 +24,7 @@ Figures = dict[str, dict[str, Any]]
 
 @dataclass
 class StageResult:
-    """What the training of one stage brought.
+    """Result of training one stage.
 
     Attributes:
         best: validation metric, None if never above that of an earlier stage.

@@ -214,7 +214,7 @@ class RecformerSelfAttention(nn.Module):
         return context_local.index_copy_(0, layout.first, context)
 
     def _attend_from_first(self, hidden: Tensor, layout: AttentionLayout) -> Tensor:
-        """What `<s>` of every sequence gathers from all its tokens: (T, H) -> (B, H)."""
+        """Output of `<s>` of every sequence, from all of its tokens: (T, H) -> (B, H)."""
         heads, width = self.num_heads, hidden.shape[1]
         dim = width // heads
         query = self.query_global(hidden.index_select(0, layout.first)) * dim**-0.5  # (B, H)

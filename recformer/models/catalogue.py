@@ -1,4 +1,4 @@
-"""A head that makes a Recformer know its catalogue: items and users from vectors of single items.
+"""A head that knows its catalogue: items and users from the encoder's vectors of single items.
 
 The encoder reads every item alone, once; what is trained on top of its vectors costs minutes. With
 e_i the encoder's vector of item i, b_i the bag of its text's tokens and h the history, newest
@@ -87,7 +87,7 @@ class HeadOptions:
 
     @classmethod
     def of(cls, config: RecformerConfig) -> HeadOptions:
-        """What `config.head` holds.
+        """The options in `config.head`.
 
         Raises:
             UserError: the configuration is that of a model without a head.
@@ -104,7 +104,7 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class TokenBags:
-    """How often each token stands in the texts of M items.
+    """Counts of tokens in the texts of M items.
 
     Attributes:
         tokens: (S,) int64 ids, each once an item.
@@ -190,7 +190,7 @@ class CatalogueHead(nn.Module):
 
     @torch.no_grad()
     def fit(self, vectors: Tensor, bags: TokenBags, interactions: Tensor) -> None:
-        """Take from a catalogue what is not trained: whitening, rarity of tokens, what was bought.
+        """Set the parts that are not trained: whitening, rarity of tokens, what was bought.
 
         Args:
             vectors: (N, H) of the encoder.
@@ -244,7 +244,7 @@ class CatalogueHead(nn.Module):
         return F.normalize(users, dim=-1)
 
     def history_additions(self, histories: Histories, cosines: Tensor) -> Tensor:
-        """What is added to the cosines (U,) of `histories.distinct`; zeros without that part."""
+        """Terms added to the cosines (U,) of `histories.distinct`; zeros without that part."""
         return self._addition(cosines, histories.newest)
 
     def _addition(self, cosines: Tensor, newest: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging as bars
 
 from recformer.config import RecformerConfig
 from recformer.files import UserError, naming, refuse_pointer
@@ -200,6 +204,19 @@ class RecformerEncoder(nn.Module):
         return self.layer[-1](hidden, layout, first_only)
 
 
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """No progress bars of transformers inside the block where nobody watches them."""
+    shown = bars.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
 class RecformerPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation by transformers' conventions."""
 
@@ -215,7 +232,7 @@ class RecformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with one line for weights that are none.
+        """As in transformers, but with a progress bar on a terminal alone.
 
         Raises:
             UserError: a Git LFS pointer in place of a file, or weights cut off or damaged.
@@ -223,18 +240,19 @@ class RecformerPreTrainedModel(PreTrainedModel):
         if path is not None and Path(path).is_dir():
             refuse_pointer(path)
         try:
-            return super().from_pretrained(path, *args, **kwargs)
+            with bars_on_terminals():
+                return super().from_pretrained(path, *args, **kwargs)
         except SafetensorError as error:
             raise UserError(f"the weights of {path} are truncated or corrupt: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; whoever may read the configuration may read the weights too.
+        """As in transformers; the weights are as readable as the configuration.
 
         Raises:
             OSError: they could not be written, names the folder.
         """
         try:
-            with naming(save_directory):
+            with naming(save_directory), bars_on_terminals():
                 super().save_pretrained(save_directory, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(
@@ -247,7 +265,15 @@ class RecformerPreTrainedModel(PreTrainedModel):
 
 
 class RecformerModel(RecformerPreTrainedModel):
-    """The encoder with its pooler; state-dict keys are those of transformers' Longformer."""
+    """The encoder of Recformer: vectors of item sequences and of single items (paper, section 2.2).
+
+    A Longformer whose embeddings also tell attribute names from values, and items from each other.
+    State-dict keys are those of transformers' Longformer. `forward` takes padded batches as
+    published; `encode` takes packed ones.
+
+    Args:
+        config: sizes, window and pooling.
+    """
 
     def __init__(self, config: RecformerConfig) -> None:
         super().__init__(config)

@@ -128,7 +128,14 @@ class _Gather(torch.autograd.Function):
 
 
 class RecformerForPretraining(RecformerPreTrainedModel):
-    """The encoder with the language-model head."""
+    """Recformer in pretraining: the encoder and a masked-language-model head (paper, section 2.3).
+
+    A batch holds pairs of a history and the item that follows it. The loss is the contrastive loss
+    between both sides plus `config.mlm_weight` times the masked-language-model loss of each.
+
+    Args:
+        config: configuration; `temp` and `mlm_weight` count here.
+    """
 
     # transformers 5 wants to know which key is a copy of which, transformers 4 which are copies.
     _tied_weights_keys = (

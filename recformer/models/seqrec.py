@@ -22,7 +22,9 @@ ITEM_TABLE_KEY = "item_embedding.weight"
 
 
 class RecformerForSeqRec(RecformerPreTrainedModel, VectorRecommender[PackedTokens]):
-    """The encoder and a table of item vectors, `item_embedding`.
+    """Recformer as a recommender: the encoder and a table of item vectors, `item_embedding`.
+
+    The score of an item is its cosine similarity to the vector of the history (paper, section 2.4).
 
     There is no table until `init_item_embedding` makes one, or a file with one is loaded.
 

@@ -1,1 +1,1 @@
-"""How raw data become processed folders, and what is wrong with them."""
+"""Raw data become processed folders, which are audited."""

@@ -40,7 +40,7 @@ _NOT_READ = {"billionths": "(billionths)", "rating": "(rating)", "event": "(even
 
 
 class Review(msgspec.Struct, gc=False, rename=_NOT_READ):
-    """What is kept of a review.
+    """The fields of a review that are read.
 
     Attributes:
         reviewerID, asin: user and item.
@@ -59,7 +59,7 @@ class Review(msgspec.Struct, gc=False, rename=_NOT_READ):
 
 @dataclass(frozen=True)
 class ReviewColumns:
-    """Which fields of a line are what; `time`, `rating` and `event` may be missing."""
+    """Names of a line's fields; None for `time`, `rating` or `event` where there is none."""
 
     user: str = "reviewerID"
     item: str = "asin"
@@ -425,7 +425,7 @@ def _mend_review(row: dict[str, Any], columns: ReviewColumns, rating: bool, even
 
 
 def _kinds(path: Path) -> set[str]:
-    """What the first lines of a file look like: "reviews", "metadata", both or nothing known."""
+    """Kinds of the first lines of a file: "reviews", "metadata", both, or none that is known."""
     kinds = set()
     metadata = {"title", "brand", "category", "description", "price", "also_buy", "categories"}
     for row in look_at(path):

@@ -25,7 +25,7 @@ class BadLineError(ValueError):
 
 @dataclass
 class BadLines:
-    """What happens to lines that cannot be used: the first one ends the run, or all are counted.
+    """Unusable lines: the first one ends the run, or all of them are left out and counted.
 
     Attributes:
         skip: leave bad lines out instead of ending the run.

@@ -1,4 +1,4 @@
-"""What the user says of raw files, and the names of columns that need no saying."""
+"""Columns that the user names, and names that are recognised."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SESSIONS = ("sessionid", "session", "usersession")
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user said of the files; None: recognised.
+    """Columns and form of raw files as the user gave them; None: recognised.
 
     Attributes:
         user, item, time, rating, event: columns of the interactions.

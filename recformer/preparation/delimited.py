@@ -27,7 +27,7 @@ Note = Callable[[int, str], None]  # line number, reason
 
 @dataclass(frozen=True)
 class Layout:
-    """How lines are cut into fields.
+    """Rules by which lines are cut into fields.
 
     Attributes:
         separator: between two fields; " " is any run of white space.

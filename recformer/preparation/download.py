@@ -43,7 +43,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """What it is called here."""
+        """File name on this machine."""
         return self.url.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""One source becomes a processed folder."""
+"""From a file of interactions and one of items to a processed folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags that the data scripts share, and what they say at the end."""
+"""Flags that the data commands share, and their report of bad lines."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def columns(args: argparse.Namespace) -> Columns:
-    """What `add_column_flags` parsed."""
+    """Values of the flags of `add_column_flags`."""
     return Columns(
         user=args.user_column,
         item=args.item_column,
@@ -192,7 +192,7 @@ def add_filter_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def filters(args: argparse.Namespace) -> Filters:
-    """What `add_filter_flags` parsed."""
+    """Values of the flags of `add_filter_flags`."""
     return Filters(
         min_rating=args.min_rating,
         events=tuple(args.events),
@@ -244,7 +244,7 @@ def add_split_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def split_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> SplitOptions:
-    """What `add_split_flags` parsed; a flag of the other split is a usage error."""
+    """Values of the flags of `add_split_flags`; a flag of the other split is a usage error."""
     temporal = args.split == "temporal"
     unused = ("val_users", "val_seed") if temporal else ("test_quantile", "val_quantile")
     wrong = [f"--{name}" for name in unused if getattr(args, name) is not None]

@@ -1,4 +1,4 @@
-"""What a raw file is, which columns it has, and its rows as they stand.
+"""Forms of raw files: recognised from names and first lines; columns and rows.
 
     CSV, TSV, RecBole's atomic files, text with any separator    rows by `delimited`
     `user item` a line (SASRec), `user item item …` (S3-Rec)     words
@@ -6,7 +6,7 @@
     JSON Lines, an array of objects, Python literals             `json_lines`
     one JSON object {id: …}                                      read whole
 
-All but Parquet may be gzipped. What a file is, its name says or else its first lines.
+All but Parquet may be gzipped. The form is taken from the file name, else from the first lines.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class RawFile:
 
     @property
     def what(self) -> str:
-        """What a place in the file is called."""
+        """Word for a place in the file: line, row or entry."""
         return "row" if self.kind == "parquet" else "line"
 
     def few_names(self) -> str:
@@ -90,7 +90,7 @@ class RawFile:
 
 
 def open_file(path: Path, columns: Columns) -> RawFile:
-    """Look at the first lines of a file: what it is and which columns it has.
+    """Recognise the form and the columns of a file from its first lines.
 
     Raises:
         UserError: it is empty or damaged, holds something else than rows, or cannot be told.

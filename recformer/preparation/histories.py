@@ -20,7 +20,7 @@ NOT_ONE_HISTORY = "the histories of its user do not fit together"
 
 
 class Example(NamedTuple):
-    """What a user met, oldest first, and what came after it."""
+    """An example to train on: items that a user met, oldest first, and the item after them."""
 
     line: int
     history: list[str]

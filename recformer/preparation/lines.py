@@ -1,4 +1,4 @@
-"""Files as lines: gzipped or not, in any encoding, and named for what they are where they are not.
+"""Lines of text files, gzipped or not, in any encoding; a file of another kind is refused by name.
 
 Every reader of raw text opens its file here. A path is the name of one file, never a pattern.
 """
@@ -170,7 +170,7 @@ def first_lines(path: str | os.PathLike, number: int, encoding: str | None = Non
 
 
 def byte_blocks(path: str | os.PathLike) -> Generator[bytes, None, None]:
-    """What a file holds, a few megabytes at once.
+    """Unpacked content of a file, a few megabytes at once.
 
     Raises:
         UserError: the file is damaged.
@@ -181,7 +181,7 @@ def byte_blocks(path: str | os.PathLike) -> Generator[bytes, None, None]:
 
 
 def _start(path: Path) -> bytes:
-    """The first bytes of what a file holds, unpacked."""
+    """The first bytes of a file's unpacked content."""
     with _unpacked(path) as (_, raw):
         return raw.read(_LOOK_AT)
 
@@ -203,7 +203,7 @@ def _encoding(path: Path, start: bytes, named: str | None) -> str:
 
 @contextmanager
 def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], Any]]:
-    """The file as it lies on the disk, and what it holds."""
+    """The file on the disk, and a reader of its unpacked content."""
     with open(path, "rb") as packed:
         is_gzip = packed.read(2) == _GZIP
         packed.seek(0)

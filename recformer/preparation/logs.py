@@ -365,7 +365,7 @@ def _interactions(
     min_rating: float | None,
     events: Sequence[str],
 ) -> tuple[Interactions, dict[str, int]]:
-    """What `_log_frame` read, judged row by row."""
+    """Interactions out of the rows of `_log_frame`, each of which is checked."""
     file, columns = source.file, source.columns
     texts = [name for name, type_ in frame.schema.items() if type_ == pl.String]
     if file.kind in ("csv", "tsv"):  # spreadsheets write blank lines as `,,,`

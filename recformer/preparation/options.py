@@ -24,7 +24,7 @@ from recformer.preparation.tables import InteractionSource, ItemSource
 
 @dataclass(frozen=True)
 class Filters:
-    """What to leave out beside users with too few interactions.
+    """Filters beside the least number of interactions of a user.
 
     Attributes:
         min_rating: interactions rated lower.
@@ -41,7 +41,7 @@ class Filters:
     max_users: int | None = None
 
     def asked_for(self) -> dict[str, Any]:
-        """Those that do something, for dataset.json."""
+        """The filters that are switched on, for dataset.json."""
         return {
             name: value for name, value in vars(self).items() if value not in (None, False, 0, ())
         }
@@ -49,7 +49,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How to split, see `recformer.preparation.splits`.
+    """Options of a split, see `recformer.preparation.splits`.
 
     Attributes:
         split: name of the split.

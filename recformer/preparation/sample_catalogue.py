@@ -72,7 +72,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Department:
-    """What is written down about a category; its families follow each other in this order."""
+    """Words of a category; its families follow each other in this order."""
 
     path: tuple[str, ...]
     brands: tuple[str, ...]

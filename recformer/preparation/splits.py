@@ -22,7 +22,7 @@ from recformer.files import UserError
 
 @dataclass(frozen=True, eq=False)
 class Interactions:
-    """Who met what and when, in the order of the source.
+    """Users, items and times of interactions, in the order of the source.
 
     Attributes:
         users: int32 (M,), places in `user_names`.
@@ -137,7 +137,7 @@ def build_histories(
 
 
 def sample_users(names: Sequence[str], rate: float, seed: int) -> np.ndarray:
-    """Which users a sample of about `rate` of them keeps, bool (len(names),).
+    """Users that a sample of about `rate` of them keeps, bool (len(names),).
 
     A user is drawn by a hash of the seed and its name: the same seed draws the same users whatever
     else is in the file, in every category, and a smaller rate draws some of a larger rate's.
@@ -146,7 +146,7 @@ def sample_users(names: Sequence[str], rate: float, seed: int) -> np.ndarray:
 
 
 def draw_names(names: Sequence[str], number: int, seed: int) -> np.ndarray:
-    """Which names a seeded draw of exactly `number` of them keeps, bool (len(names),).
+    """Names that a seeded draw of exactly `number` of them keeps, bool (len(names),).
 
     All of them where there are no more. Drawn by hash like `sample_users`, so that neither order
     nor the other names matter.
@@ -244,7 +244,7 @@ DROPPED, TRAIN, VAL, TEST = -1, 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Which interaction belongs to which part.
+    """Part of each interaction: train, val, test or none.
 
     Every interaction has one part, so that none can be both tested on and trained on. Within a user
     train stands before val and val before test.

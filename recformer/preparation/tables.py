@@ -1,7 +1,7 @@
-"""Interactions and items out of raw files: which of their columns is what.
+"""Interactions and items out of raw files: their columns, named or recognised.
 
 Columns are named by flags or recognised by the names that public data sets give them; where neither
-tells, the file is refused and its columns are listed. What forms there are, `forms` says.
+tells, the file is refused and its columns are listed. `forms` has the forms of files.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def open_sources(
     columns: Columns,
     attributes: Sequence[str] | None,
 ) -> tuple[InteractionSource, ItemSource]:
-    """Look at the first lines of two files: what they are and where what stands.
+    """Recognise the forms and columns of two files from their first lines.
 
     Args:
         interactions, items: the files; of Parquet, also a folder of files.

@@ -1,1 +1,1 @@
-"""How a model is trained: trainer, stages, histories, the item table."""
+"""Training: trainer, stages, histories, the item table."""

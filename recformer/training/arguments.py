@@ -169,18 +169,20 @@ class DeviceArguments:
 class RunArguments(DeviceArguments, EvaluationArguments):
     """Flags of every training run on a processed folder, whatever its model."""
 
-    data_path: str = flag("finetune_data/Scientific", "processed folder (finetune_data/process.py)")
-    output_dir: str = flag("result", "everything that is written goes there")
-    num_train_epochs: int = flag(16, "epochs at most, a stage")
-    batch_size: int = flag(16, "users a process and step")
-    gradient_accumulation_steps: int = flag(8, "batches an optimizer step")
-    learning_rate: float = flag(5e-5, "peak learning rate of AdamW, of each stage")
-    weight_decay: float = flag(0.0, "of AdamW; none on biases and LayerNorm")
-    warmup_steps: int = flag(100, "optimizer steps of linear warm-up, of each stage")
+    data_path: str = flag(
+        "finetune_data/Scientific", "processed folder, as `recformer process` writes it"
+    )
+    output_dir: str = flag("result", "folder for all output")
+    num_train_epochs: int = flag(16, "most epochs of a stage")
+    batch_size: int = flag(16, "users in a batch of one process")
+    gradient_accumulation_steps: int = flag(8, "batches per optimizer step")
+    learning_rate: float = flag(5e-5, "peak learning rate of AdamW in each stage")
+    weight_decay: float = flag(0.0, "weight decay of AdamW; none on biases and LayerNorm")
+    warmup_steps: int = flag(100, "optimizer steps of linear warm-up in each stage")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 for no clipping")
     verbose: int = flag(3, "epochs between validations; the last epoch is always validated")
     dataloader_num_workers: int = flag(0, "loader processes")
-    seed: int = flag(42, "of weights, order, targets, dropout and sampled users")
+    seed: int = flag(42, "seed of weights, order, targets, dropout and sampled users")
     seeds: list[int] | None = flag(
         None, "in place of --seed: a run each in OUTPUT_DIR/seed_N, and their mean and deviation"
     )

@@ -1,4 +1,4 @@
-"""What happens around training: the item table, a line an epoch, the history and its picture."""
+"""Callbacks: tables of items, validation of the last epoch, early stopping that is resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExtraFigures(Callback, ABC):
 
     @abstractmethod
     def figures(self, trainer: Trainer) -> dict[str, Any]:
-        """What it adds to the figures of the split that `trainer` has just tested."""
+        """Figures added to those of the split that `trainer` has just tested."""
 
 
 class ItemTable(Callback):

@@ -1,4 +1,4 @@
-"""One training run and its folder: what finetuning and every baseline do around their model.
+"""A training run and its folder, shared by finetuning and all baselines.
 
 output_dir/run.json              the settings that figures depend on, see `run_folder`
 output_dir/<stage>/last.ckpt     to continue from, after every epoch
@@ -41,18 +41,18 @@ class Experiment:
 
     Args:
         args: flags of the run, checked.
-        compute: where it computes.
-        model: what is trained and evaluated.
-        data: its data.
+        compute: devices and precision.
+        model: trained and evaluated.
+        data: loaders of training, validation and test.
         settings: everything that figures depend on.
         stages: names of the stages that this kind of run may have.
-        written: what else it leaves in the folder.
-        project: of W&B.
+        written: names of further files and folders that it leaves there.
+        project: name of the project in W&B.
         schedule: of the learning rate, see `LitWrapper`.
 
     Attributes:
         folder: the output folder.
-        finished: what an earlier run of the same command ended with.
+        finished: result of an earlier run of the same command; None if there is none.
         seconds_a_user: of the last test evaluation, loading of batches included.
 
     Raises:
@@ -192,7 +192,7 @@ class Experiment:
         Args:
             stage: its folder within the output folder.
             patience: validations without gain before it ends.
-            callbacks: what the model needs around training.
+            callbacks: those that the model needs in training.
             best_before: validation metric that an earlier stage reached; only better counts.
         """
         folder = self.output_dir / stage
@@ -256,11 +256,11 @@ class Experiment:
     def result(
         self, evaluations: dict[str, Figures], stages: dict[str, StageResult], **facts: Any
     ) -> RunResult:
-        """What the run ends with, see `RunResult`.
+        """The result of the run, see `RunResult`.
 
         Args:
-            evaluations, stages: what `evaluate` and `train` gave.
-            facts: fields of `RunResult` that the kind of run knows.
+            evaluations, stages: results of `evaluate` and `train`.
+            facts: further fields of `RunResult`.
         """
         return RunResult(evaluations=evaluations, stages=stages, **self._rules(), **facts)
 

@@ -19,13 +19,13 @@ from recformer.processes import say
 
 
 def print_line(trainer: Trainer, line: str) -> None:
-    """Say a line without tearing the progress bar."""
+    """Print a line above the progress bar, if there is one."""
     bar = trainer.progress_bar_callback
     say(line) if bar is None else bar.print(line)
 
 
 class History(Callback):
-    """One row an epoch: loss and validation metrics; printed, kept in `history.csv`, drawn.
+    """One row an epoch: loss and validation metrics; printed, kept in `history.csv` and plotted.
 
     The rows are part of every checkpoint, so a resumed run continues its own history.
 
@@ -74,7 +74,7 @@ class History(Callback):
             print_line(trainer, f"{line}, {row['seconds']:.0f} s")
 
 
-def draw_history(
+def plot_history(
     stages: dict[str, list[dict[str, Any]]],
     path: Path,
     metric: str,
@@ -84,7 +84,7 @@ def draw_history(
 
     Args:
         stages: name of each stage -> rows of its `History`.
-        zero_shot: value of the metric before training, drawn as a dashed line.
+        zero_shot: value of the metric before training, plotted as a dashed line.
     """
     import matplotlib
 
@@ -225,7 +225,7 @@ def _memory_mb(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # Linux counts in kB
 
 
-def draw_steps(rows: list[dict[str, float]], path: Path, metric: str) -> None:
+def plot_steps(rows: list[dict[str, float]], path: Path, metric: str) -> None:
     """PNG of the losses and the validation figures over the optimizer steps."""
     import matplotlib
 

@@ -33,11 +33,18 @@ class Trainable(Protocol):
 def parameter_groups(
     model: torch.nn.Module, weight_decay: float, learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: no decay on biases and LayerNorm weights.
+    """Trainable parameters in two groups: no decay on biases and on weights of normalisation.
 
-    Where the model has `learning_rate_factors`, by name, those parameters are groups of their own,
-    without decay, whose learning rate is so many times `learning_rate`.
+    Parameters named in the model's `learning_rate_factors`, if it has any, are groups of their own,
+    without decay, whose learning rate is that factor times `learning_rate`.
     """
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if "Norm"
+        in type(module).__name__  # LayerNorm, T5's, RMSNorm, whatever their place is called
+        for parameter in module.parameters(recurse=False)
+    }
     decay: list[torch.nn.Parameter] = []
     no_decay: list[torch.nn.Parameter] = []
     own: list[dict[str, Any]] = []
@@ -49,7 +56,7 @@ def parameter_groups(
             lr = factors[name] * learning_rate
             own.append({"params": [parameter], "weight_decay": 0.0, "lr": lr})
             continue
-        plain = name.endswith("bias") or "layernorm" in name.lower() or "layer_norm" in name
+        plain = name.endswith("bias") or id(parameter) in norms
         (no_decay if plain else decay).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},
@@ -59,7 +66,7 @@ def parameter_groups(
 
 
 class LitTraining(lightning.LightningModule):
-    """A model with its optimizer and schedule; how it is validated is left to subclasses.
+    """A model with its optimizer and schedule; subclasses add validation.
 
     AdamW, its learning rate warmed up over `warmup_steps` optimizer steps.
 
@@ -162,7 +169,8 @@ class LitWrapper(LitTraining):
         filter_seen: take items of the history out of the candidates (never the target).
         num_items: size of the catalogue, for coverage, Gini and sampled negatives.
         sampled_negatives: rank the targets of a test also among so many sampled items.
-        options: as in `LitTraining`.
+        options: of the optimizer and its schedule: `learning_rate`, `weight_decay`, `warmup_steps`,
+            `schedule` and `seed`, see `LitTraining`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The Lightning side of pretraining: the module, and what is written down on the way.
+"""The Lightning module of pretraining.
 
 Shapes: B pairs, N items of the pool, H hidden.
 """

@@ -1,4 +1,4 @@
-"""The output folder of a run, whatever is trained: claimed, gone on with, or refused.
+"""The output folder of a run, whatever is trained: claimed, continued, or refused.
 
 `run.json` holds the settings that figures depend on. A folder that holds another run, or files of
 which nothing says of which run they are, is refused or, with `--overwrite_output_dir`, cleared:
@@ -40,13 +40,13 @@ PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that is this run's; `claim` gives it.
+    """A folder that belongs to this run; made by `claim`.
 
     No other process gets it until this one ends, or the end of a `with` block of it.
 
     Attributes:
         path: the folder.
-        goes_on: this very run was here before.
+        goes_on: True where this very run was started here before.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class RunFolder:
         written: Sequence[str],
         overwrite: bool = False,
     ) -> RunFolder:
-        """Take a folder for a run, or go on there.
+        """Take a folder for a run, or continue the run that it holds.
 
         Args:
             path: made if missing.
@@ -90,18 +90,18 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let other processes work here."""
+        """Release the lock, so that other processes may work here."""
         descriptor = _held.pop(os.path.realpath(self.path), None)
         if descriptor is not None:
             os.close(descriptor)
 
     def has(self, *names: str) -> bool:
-        """Whether this very run left all of these here."""
+        """Whether this run has written all of these names."""
         return self.goes_on and all((self.path / name).exists() for name in names)
 
 
 def checked(path: Path) -> Path:
-    """A checkpoint of this run that is read back, verified.
+    """The path of a checkpoint of this run, once its content is verified.
 
     Raises:
         FileNotFoundError: it is gone.
@@ -187,7 +187,7 @@ def _hold(path: Path) -> None:
 
 
 def _let_go() -> None:
-    """In a forked child, which must not hold a lock longer than its parent lives."""
+    """Close the locks of a forked child, which may outlive its parent."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

@@ -1,4 +1,4 @@
-"""What training starts from: a checkpoint, a language model or random weights."""
+"""Start of a training: a checkpoint, a language model or random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How processes share a training: ZeRO stage 2 of DeepSpeed (on CPU too) or plain data parallel."""
+"""Training on several processes: ZeRO stage 2 of DeepSpeed (on CPU too), or data parallel."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ NOISE = (
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a run computes.
+    """Devices and precision of a run.
 
     Attributes:
         accelerator, devices: Lightning's.
@@ -216,10 +216,10 @@ def build_trainer(
     max_grad_norm: float = 1.0,
     logger: Logger | None = None,
 ) -> lightning.Trainer:
-    """A trainer as every model of the repository uses it.
+    """The Lightning trainer of every model here.
 
-    The samplers know about processes themselves, so that nobody is evaluated twice; one sanity
-    check step is not run, because evaluation comes before training anyway.
+    Lightning wraps no sampler: ours share the users among processes, each exactly once. There is no
+    sanity check, as every run is evaluated before it is trained.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # advertisements and the like
     for message in NOISE:
@@ -255,7 +255,7 @@ def build_trainer(
 
 @contextmanager
 def whole_group(trainer: lightning.Trainer) -> Iterator[None]:
-    """Where the block fails, processes that this one started end with it."""
+    """End the processes that the trainer started, should the block fail."""
     try:
         yield
     except BaseException:

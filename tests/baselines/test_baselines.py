@@ -6,21 +6,30 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from baselines.__main__ import main
 from baselines.models import build
-from baselines.settings import settings_of
+from baselines.settings import (
+    CooccurrenceSettings,
+    SknnSettings,
+    TextNeighboursSettings,
+    settings_of,
+)
 from baselines.untrained import base, text_neighbours
+from baselines.untrained.base import Untrained, UntrainedUsers
 from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
 from baselines.untrained.session_neighbours import SessionNeighbours
 from baselines.untrained.text_neighbours import TextNeighbours, word_vectors
 from recformer.data.collators import EvalExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.ranks import TargetRanks
 from recformer.files import UserError, read_json
 from tests.tiny import tiny_bert
@@ -52,6 +61,27 @@ def folder(tmp_path: Path) -> ProcessedFolder:
     return write_folder(tmp_path / "folder", texts, train, [[4], [3], [1]], [[2], [1], [5]])
 
 
+def neighbours_of(folder: ProcessedFolder, **options: Any) -> TextNeighbours:
+    return TextNeighbours(folder, TextNeighboursSettings(**options))
+
+
+def ranks_of(
+    model: Untrained, split: Literal["val", "test"] = "test", filter_seen: bool = False
+) -> TargetRanks:
+    examples = model.folder.eval_examples(split)
+    seen = base.seen_pairs(examples.histories, slice(0, len(examples)))
+    users = UntrainedUsers(examples.histories, seen)
+    return model.rank(users, torch.from_numpy(examples.targets), filter_seen)
+
+
+def figures_of(
+    model: Untrained, metric_ks: tuple[int, ...] = (10, 50), ties: str = "expected"
+) -> dict[str, float]:
+    evaluator, examples = Evaluator(metric_ks, ties), model.folder.eval_examples("test")
+    evaluator.update(examples.user_ids, examples.targets, ranks_of(model))
+    return evaluator.compute()
+
+
 def counts(ranks: TargetRanks) -> tuple[list[int], list[int], list[int]]:
     return ranks.above.tolist(), ranks.tied.tolist(), ranks.num_candidates.tolist()
 
@@ -59,10 +89,10 @@ def counts(ranks: TargetRanks) -> tuple[list[int], list[int], list[int]]:
 def test_popularity_by_hand(folder: ProcessedFolder) -> None:
     popularity = Popularity(folder)
     assert popularity.counts.tolist() == [5, 1, 1, 0, 1, 0]
-    ranks = popularity.rank(folder.eval_examples("test"))
+    ranks = ranks_of(popularity)
     # Targets 2, 1 and 5: below item 0 and among 1, 2, 4; the same; below these four and beside 3.
     assert counts(ranks) == ([1, 1, 4], [2, 2, 1], [6, 6, 6])
-    figures = popularity.evaluate("test", metric_ks=(2, 5))
+    figures = figures_of(popularity, (2, 5))
     assert figures["Recall@2"] == pytest.approx((1 / 3 + 1 / 3 + 0) / 3)
     assert figures["Recall@5"] == pytest.approx((1 + 1 + 1 / 2) / 3)
     assert figures["MRR"] == pytest.approx(
@@ -74,19 +104,19 @@ def test_popularity_by_hand(folder: ProcessedFolder) -> None:
 
 
 def test_popularity_without_seen_items(folder: ProcessedFolder) -> None:
-    ranks = Popularity(folder).rank(folder.eval_examples("test"), filter_seen=True)
+    ranks = ranks_of(Popularity(folder), filter_seen=True)
     # Histories {0, 1, 4}, {0, 2, 3} and {4, 0, 1} leave {2, 3, 5}, {1, 4, 5} and {2, 3, 5}.
     assert counts(ranks) == ([0, 0, 1], [0, 1, 1], [3, 3, 3])
 
 
 def test_popularity_counts_training_alone(folder: ProcessedFolder) -> None:
-    ranks = Popularity(folder).rank(folder.eval_examples("val"))
+    ranks = ranks_of(Popularity(folder), "val")
     # Targets 4, 3 and 1; that 3 and 4 are validation items does not count.
     assert counts(ranks) == ([1, 4, 1], [2, 1, 2], [6, 6, 6])
 
 
 def test_neighbours_by_hand(folder: ProcessedFolder) -> None:
-    ranks = TextNeighbours(folder, decay=0.6).rank(folder.eval_examples("test"))
+    ranks = ranks_of(neighbours_of(folder, decay=0.6))
     # Histories [0, 1, 4]: alpha .36, beta .6, gamma 1; [0, 2, 3]: alpha .96, beta 1;
     # [4, 0, 0, 0, 1]: alpha 1.176, beta 1, gamma .1296. Item 5 has no text: 0.
     assert counts(ranks) == ([3, 0, 5], [1, 1, 0], [6, 6, 6])
@@ -94,7 +124,7 @@ def test_neighbours_by_hand(folder: ProcessedFolder) -> None:
 
 def test_weights_of_repeated_items_add_up(folder: ProcessedFolder) -> None:
     examples = folder.eval_examples("test")
-    neighbours = TextNeighbours(folder, decay=0.6)
+    neighbours = neighbours_of(folder, decay=0.6)
     weights = text_neighbours.history_weights(examples.histories, 6, 0.6).toarray()
     expected = [
         [0.36, 0.6, 0, 0, 1, 0],
@@ -106,11 +136,10 @@ def test_weights_of_repeated_items_add_up(folder: ProcessedFolder) -> None:
 
 
 def test_decay_zero_is_the_last_item_and_one_the_whole_history(folder: ProcessedFolder) -> None:
-    examples = folder.eval_examples("test")
-    last = TextNeighbours(folder, decay=0).rank(examples)
+    last = ranks_of(neighbours_of(folder, decay=0))
     # gamma; beta; beta: everything else has nothing in common with them and ties.
     assert counts(last) == ([1, 0, 2], [4, 1, 3], [6, 6, 6])
-    alike = TextNeighbours(folder, decay=1).rank(examples)
+    alike = ranks_of(neighbours_of(folder, decay=1))
     # alpha beta gamma 1; alpha 2, beta 1; alpha 3, beta and gamma 1, no text 0.
     assert counts(alike) == ([0, 2, 5], [4, 1, 0], [6, 6, 6])
 
@@ -119,12 +148,11 @@ def test_decay_zero_is_the_last_item_and_one_the_whole_history(folder: Processed
 def test_chunks_change_nothing(
     folder: ProcessedFolder, monkeypatch: pytest.MonkeyPatch, filter_seen: bool
 ) -> None:
-    examples = folder.eval_examples("test")
     models = [Popularity(folder), TextNeighbours(folder)]
-    whole = [counts(model.rank(examples, filter_seen)) for model in models]
+    whole = [counts(ranks_of(model, filter_seen=filter_seen)) for model in models]
     for size in (1, 12):
         monkeypatch.setattr(base, "SCORES_AT_A_TIME", size)
-        assert [counts(model.rank(examples, filter_seen)) for model in models] == whole
+        assert [counts(ranks_of(model, filter_seen=filter_seen)) for model in models] == whole
 
 
 def test_histories_longer_than_all_training_are_read_whole(tmp_path: Path) -> None:
@@ -141,7 +169,7 @@ def test_histories_longer_than_all_training_are_read_whole(tmp_path: Path) -> No
 
 
 def test_neighbours_without_seen_items(folder: ProcessedFolder) -> None:
-    ranks = TextNeighbours(folder).rank(folder.eval_examples("test"), filter_seen=True)
+    ranks = ranks_of(TextNeighbours(folder), filter_seen=True)
     # {2, 3, 5}: beta above alpha; {1, 4, 5}: beta first; {2, 3, 5}: no text last.
     assert counts(ranks) == ([1, 0, 2], [0, 0, 0], [3, 3, 3])
 
@@ -172,10 +200,10 @@ def test_scripts_without_spaces_are_cut_into_pairs(tmp_path: Path) -> None:
 
 def test_options_that_make_no_sense(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, ["one", None], [[0]], [[1]], [[1]])
-    with pytest.raises(UserError, match="decay is 1.5"):
-        TextNeighbours(folder, decay=1.5)
+    with pytest.raises(UserError, match="--decay 1.5: expected from 0 to 1"):
+        neighbours_of(folder, decay=1.5)
     with pytest.raises(ValueError, match="'train'"):
-        Popularity(folder).evaluate("train")  # type: ignore[arg-type]
+        folder.eval_examples("train")  # type: ignore[arg-type]
     folder.items[0]["title"] = " "
     with pytest.raises(UserError, match="no item of .* has any text"):
         TextNeighbours(folder)
@@ -190,17 +218,16 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_neighbours_by_a_text_encoder(folder: ProcessedFolder, encoder: Path) -> None:
-    neighbours = TextNeighbours(folder, decay=0, text_encoder=str(encoder))
-    examples = folder.eval_examples("test")
+    neighbours = neighbours_of(folder, decay=0, text_encoder=str(encoder))
     a, b, _, _, g, none = neighbours.vectors.astype(float)
     assert np.linalg.norm(none) == 0
-    ranks = neighbours.rank(examples)
+    ranks = ranks_of(neighbours)
     # The last items are gamma, beta and beta; texts of one word have the same vector.
     assert ranks.above.tolist() == [1 + 2 * int(b @ g > a @ g) + int(a @ g < 0), 0, (
         2 + 2 * int(a @ b > 0) + int(g @ b > 0)
     )]  # fmt: skip
     assert ranks.tied.tolist() == [1, 1, 0]
-    seen = neighbours.rank(examples, filter_seen=True)
+    seen = ranks_of(neighbours, filter_seen=True)
     assert seen.num_candidates.tolist() == [3, 3, 3]
     assert seen.above[1] == 0
     assert seen.tied[1] == 0
@@ -208,7 +235,7 @@ def test_neighbours_by_a_text_encoder(folder: ProcessedFolder, encoder: Path) ->
 
 def test_a_missing_encoder_is_a_clear_error(folder: ProcessedFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gives no text encoder"):
-        TextNeighbours(folder, text_encoder=str(tmp_path / "nothing"))
+        neighbours_of(folder, text_encoder=str(tmp_path / "nothing"))
 
 
 def test_the_command_writes_figures_and_ranks(
@@ -224,7 +251,7 @@ def test_the_command_writes_figures_and_ranks(
     printed = capsys.readouterr().out
     assert "test, 3 users, full ranking, ties pessimistic, seen items kept" in printed
     result = read_json(output / "metrics.json")
-    figures = TextNeighbours(folder, decay=0).evaluate("test", metric_ks=(1, 3), ties="pessimistic")
+    figures = figures_of(neighbours_of(folder, decay=0), (1, 3), "pessimistic")
     assert result["test"].items() > figures.items()
     assert figures["MRR"] == pytest.approx((1 / 6 + 1 / 2 + 1 / 6) / 3)  # by hand, above
     assert {k: result[k] for k in ("model", "settings", "ties", "filter_seen", "split_hash")} == {
@@ -269,26 +296,31 @@ def test_lines_on_scientific(real_data: Path, tmp_path: Path) -> None:
         tmp_path,
     )
     folder = ProcessedFolder.load(tmp_path)
-    popularity = Popularity(folder).evaluate()
+    popularity = figures_of(Popularity(folder))
     assert popularity["num_users"] == 8442
     assert popularity["NDCG@10"] == pytest.approx(0.0171, abs=1e-4)
-    neighbours = TextNeighbours(folder).evaluate()
+    neighbours = figures_of(TextNeighbours(folder))
     assert neighbours["NDCG@10"] == pytest.approx(0.0541, abs=1e-3)
     assert neighbours["Recall@10"] == pytest.approx(0.1118, abs=2e-3)
 
 
-@pytest.mark.parametrize("model", [TextNeighbours, Cooccurrence])
-def test_items_of_the_history_have_their_scores_multiplied(folder: ProcessedFolder, model) -> None:
-    examples = folder.eval_examples("test")
-    plain = model(folder).scores(examples)(slice(0, 3))
-    scaled = model(folder, history_factor=0.25).scores(examples)(slice(0, 3))
-    for row, history in enumerate(examples.histories[row] for row in range(3)):
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [(TextNeighbours, TextNeighboursSettings), (Cooccurrence, CooccurrenceSettings)],
+)
+def test_items_of_the_history_have_their_scores_multiplied(
+    folder: ProcessedFolder, model, settings
+) -> None:
+    histories = folder.eval_examples("test").histories
+    plain = model(folder).scores(histories)(slice(0, 3))
+    scaled = model(folder, settings(history_factor=0.25)).scores(histories)(slice(0, 3))
+    for row, history in enumerate(histories[row] for row in range(3)):
         expected = np.array(plain[row])
         expected[np.unique(history)] *= 0.25  # once, however often it was bought
         assert scaled[row] == pytest.approx(expected)
     assert (scaled != plain).any()
     with pytest.raises(UserError, match="--history_factor 1.5"):
-        model(folder, history_factor=1.5)
+        settings(history_factor=1.5)
 
 
 def test_bm25_by_hand() -> None:
@@ -298,7 +330,7 @@ def test_bm25_by_hand() -> None:
     expected = np.array([once * 2.2 / (1 + long), both * 2.2 * 2 / (2 + long), 0])
     assert rows[0] == pytest.approx(expected / np.linalg.norm(expected))
     with pytest.raises(UserError, match="--weighting idf"):
-        TextNeighbours(None, weighting="idf")
+        TextNeighboursSettings(weighting="idf")
 
 
 @pytest.fixture
@@ -308,32 +340,32 @@ def sessions(tmp_path: Path) -> ProcessedFolder:
 
 
 def test_session_neighbours_by_hand(sessions: ProcessedFolder) -> None:
-    examples = sessions.eval_examples("test")
-    assert examples.histories[0].tolist() == [1, 2]
+    histories = sessions.eval_examples("test").histories
+    assert histories[0].tolist() == [1, 2]
     a, b, c = 2 / np.sqrt(2 * 3), 1 / np.sqrt(2 * 2), 1 / np.sqrt(2 * 3)
-    scores = SessionNeighbours(sessions).scores(examples)(slice(0, 1))
+    scores = SessionNeighbours(sessions).scores(histories)(slice(0, 1))
     assert scores[0] == pytest.approx([a, a + b, a + c, b + c, c, 0])
-    nearest = SessionNeighbours(sessions, neighbours=1).scores(examples)(slice(0, 1))
+    nearest = SessionNeighbours(sessions, SknnSettings(1)).scores(histories)(slice(0, 1))
     assert nearest[0] == pytest.approx([a, a, a, 0, 0, 0])
     # Items 1 and 2 weigh 1/2 and 1: the sequences 3/2, 1/2 and 1.
-    model = SessionNeighbours(sessions, neighbours=2, weighted=True)
-    assert model.scores(examples)(slice(0, 1))[0] == pytest.approx([1.5, 1.5, 2.5, 1, 1, 0])
-    ranks = model.rank(examples)  # item 0 is below 2 and beside 1
+    model = SessionNeighbours(sessions, SknnSettings(2), weighted=True)
+    assert model.scores(histories)(slice(0, 1))[0] == pytest.approx([1.5, 1.5, 2.5, 1, 1, 0])
+    ranks = ranks_of(model)  # item 0 is below 2 and beside 1
     assert counts(ranks) == ([1], [1], [6])
     with pytest.raises(UserError, match="--neighbours 0"):
-        SessionNeighbours(sessions, neighbours=0)
+        SknnSettings(0)
 
 
 def test_session_neighbours_are_those_of_loops_over_sets(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     lists = [generator.integers(30, size=n).tolist() for n in generator.integers(1, 9, size=40)]
     folder = write_folder(tmp_path, [None] * 30, lists, [[1]] * 40, [[2]] * 40)
-    examples = folder.eval_examples("test")
+    histories = folder.eval_examples("test").histories
     for weighted in (False, True):
-        model = SessionNeighbours(folder, neighbours=7, weighted=weighted)
-        found = model.scores(examples)(slice(0, 40))
+        model = SessionNeighbours(folder, SknnSettings(7), weighted=weighted)
+        found = model.scores(histories)(slice(0, 40))
         for user, row in enumerate(found):
-            history = examples.histories[user].tolist()
+            history = histories[user].tolist()
             weight = {item: (place + 1) / len(history) for place, item in enumerate(history)}
             alike = []
             for other in map(set, lists):

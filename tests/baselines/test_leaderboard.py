@@ -198,6 +198,9 @@ def test_flags_that_make_no_sense_are_refused(tmp_path):
         main([str(tmp_path), "--models", "sasrec"])
     with pytest.raises(UserError, match="--loss: flags of models need --models"):
         main([str(tmp_path), "--loss", "bce"])
+    line = [str(tmp_path), "--data_path", "x", "--models", "sasrec", "--output_dir", "one"]
+    with pytest.raises(UserError, match="--output_dir: each model has a folder of its own in"):
+        main(line)
 
 
 def test_what_is_no_run_does_not_take_the_table_away(tmp_path, capsys):

@@ -65,15 +65,14 @@ def test_every_setting_is_a_flag_whose_help_names_the_defaults() -> None:
     assert text["decay"].startswith("text_neighbours, cooccurrence: weight of an item")
     assert text["decay"].endswith("(0.6)")
     assert text["separate_outputs"].endswith("(no; gsasrec: yes)")
-    assert text["semantic_ids"].startswith("file of python -m baselines.semantic_ids")
+    assert text["semantic_ids"].startswith("file of recformer semantic-ids")
     assert text["text_encoder"].startswith("text_neighbours, sasrec")
     assert all(text[name] for name in text)
 
 
 def test_only_given_settings_are_the_models_own() -> None:
     parser = flags_parser("baseline", None, BaselineArguments)
-    line = ["--model", "gsasrec", "--num_heads", "1", "--cosine", "true"]
-    line += ["--separate_outputs", "false"]
+    line = ["--model", "gsasrec", "--cosine", "--num_heads", "1", "--separate_outputs", "false"]
     (args,) = parser.parse_args_into_dataclasses(line)
     assert args.own() == {"num_heads": 1, "cosine": True, "separate_outputs": False}
     assert settings_of("gsasrec", args.own()).as_dict()["separate_outputs"] is False

@@ -475,6 +475,14 @@ def test_two_ranks_become_the_model_that_was_trained(ranks: Path, tmp_path: Path
     assert not report.filled
 
 
+def test_deepspeed_has_nothing_to_warn_of(ranks: Path) -> None:
+    command = [sys.executable, "-m", "recformer", "inspect", str(ranks / "float32.ckpt")]
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Setting accelerator" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "thin"])
 def test_sixteen_bit_ranks_give_the_float32_weights(ranks: Path, tmp_path: Path, name: str) -> None:
     """Trained in bfloat16 there are float32 copies of all but the frozen parameters."""

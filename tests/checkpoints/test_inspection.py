@@ -95,7 +95,7 @@ def test_a_lightning_checkpoint_with_a_hole(tmp_path: Path) -> None:
         "does not load into RecformerForSeqRec: it lacks 1 of the 50 tensors of the model: "
         "longformer.encoder.layer.*.output.dense.bias"
     )
-    assert lines[9] == f"to release it: python convert_pretrain_ckpt.py --checkpoint {path}"
+    assert lines[9] == f"to release it: recformer convert --checkpoint {path}"
 
 
 def test_frozen_words_left_out_are_a_hole_not_a_crash(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_language_models(tmp_path: Path) -> None:
         lines[2] == "as the start of a Recformer: 35 tensors copied, 15 filled, 7 new, 2 left over"
     )
     assert lines[-1] == (
-        f"to start from it: python save_longformer_ckpt.py --model_name_or_path {tmp_path / 'bert'}"
+        f"to start from it: recformer start-weights --model_name_or_path {tmp_path / 'bert'}"
     )
     torch.save(BertModel(BertConfig(**SIZES)).state_dict(), tmp_path / "bert.bin")
     assert described(tmp_path / "bert.bin")[-1].startswith("a backbone is a folder with its config")

@@ -20,7 +20,7 @@ from recformer.commands.encode import main
 from recformer.data import item_vectors
 from recformer.data.items import TokenizedItems
 from recformer.data.processed import Sequences, write_processed
-from recformer.files import UserError, read_json
+from recformer.files import UserError, read_json, write_json
 from recformer.training import item_encoder
 from recformer.training.item_encoder import catalogue_vectors, encode_items
 from tests.tiny import tiny_recformer
@@ -222,4 +222,16 @@ def test_wrong_flags(flags: list[str], tmp_path: Path) -> None:
         main([*flags, "--num_processes", "0"])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         main([*flags, "--data_path", str(tmp_path / "nowhere")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_a_head_is_refused(
+    flags: list[str], model_folder: Path, tmp_path: Path
+) -> None:
+    """Its items have other vectors than the encoder's, which it would get in silence."""
+    shutil.copytree(model_folder, tmp_path / "head")
+    config = read_json(tmp_path / "head" / "config.json")
+    write_json(tmp_path / "head" / "config.json", config | {"head": {"bag_size": 4}})
+    with pytest.raises(UserError, match="was finetuned with --method head, whose item vectors"):
+        main([*flags, "--model", str(tmp_path / "head")])
     assert not (tmp_path / "out").exists()

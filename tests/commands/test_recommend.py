@@ -81,8 +81,8 @@ def test_the_command(folder, tmp_path, capsys):
     flags = ["--model", str(folder), "--histories", str(path), "--k", "2", "--filter_seen"]
     main([*flags, "--output", str(tmp_path / "out.jsonl")])
     said = capsys.readouterr().err
-    assert "3 users; 2 items of their histories are not in the catalogue" in said
-    assert "1 users have no other and got the newest items: bob" in said
+    assert "3 users; skipped 2 items that the catalogue lacks" in said
+    assert "1 user had no other and got the newest items: bob" in said
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["user"] for row in rows] == ["ann", 7, "bob"]
     scores = expected_scores(folder, ["B3", "B1"])

@@ -157,6 +157,13 @@ def test_a_step_that_fails_shows_its_end(
     assert ("| after" in str(failed.value)) == (prints is not None)
 
 
+def test_help_of_every_command_is_asked_for(fresh: ModuleType, machine) -> None:
+    machine.step("fine", fresh._help_of(["echo", "printf '%s\\n'"]))
+    with pytest.raises(fresh.StepFailed, match="no such --help") as failed:
+        machine.step("bad", fresh._help_of(["echo", "sh -c 'echo no such $0; exit 3'"]))
+    assert "exit status 123" in str(failed.value)  # xargs: one of them failed
+
+
 def test_a_step_that_hangs_is_ended(
     fresh: ModuleType, machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,1 +1,1 @@
-"""What in a processed folder can spoil an evaluation."""
+"""Audit of a processed folder: flaws that can spoil an evaluation."""

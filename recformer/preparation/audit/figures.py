@@ -1,4 +1,4 @@
-"""An audit of a processed folder: what in the data can spoil an evaluation, and how much of it.
+"""Figures of an audit: flaws of a processed folder that can spoil an evaluation, counted.
 
 Writes audit.json and audit.html, one page with plots that needs no other file.
 `recformer process` runs it at its end. A folder of the published scripts, without
@@ -119,7 +119,7 @@ class _Log:
 
 
 def audit(data: ProcessedFolder, tokenizer: RecformerTokenizer | None = None) -> dict[str, Any]:
-    """Everything that audit.json holds.
+    """The content of audit.json.
 
     Args:
         data: the folder.
@@ -201,7 +201,7 @@ def _recorded(data: ProcessedFolder, key: str) -> dict[str, Any]:
 
 
 def _split(data: ProcessedFolder) -> dict[str, Any]:
-    """What dataset.json says of the split, else what its shape says.
+    """Name of the split by dataset.json, else by its shape.
 
     Leave-one-out has one item a user in val and in test.
     """
@@ -354,7 +354,7 @@ def _commonest(values: np.ndarray) -> tuple[int, int]:
 
 
 def _distinct(rows: np.ndarray) -> int:
-    """How many different users; rows ascend."""
+    """Number of different users; rows ascend."""
     return int((np.diff(rows) != 0).sum()) + 1 if len(rows) else 0
 
 
@@ -391,7 +391,7 @@ def _after_the_cut(log: _Log, times: np.ndarray, part: int, cut: int | None) -> 
 
 
 def _leave_one_out_times(log: _Log, times: np.ndarray) -> dict[str, Any]:
-    """How much is trained on that is later than a test target: the user's own, and anybody's."""
+    """Training interactions later than a test target: the user's own, and anybody's."""
     tested = np.flatnonzero(log.ends[:, TEST] > log.ends[:, VAL])
     target_times = times[log.ends[tested, TEST] - 1]
     own = np.full(len(log.ends), np.iinfo(np.int64).max)

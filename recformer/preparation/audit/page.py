@@ -1,6 +1,6 @@
 """audit.html: the figures of an audit on one page that needs no other file.
 
-Everything is drawn from what audit.json holds; see `recformer.preparation.audit.figures`.
+All of it is made from audit.json; see `recformer.preparation.audit.figures`.
 """
 
 from __future__ import annotations
@@ -238,10 +238,10 @@ def _cells(key: str, *splits: Mapping[str, Any]) -> tuple[str, ...]:
 def _plots(found: Mapping[str, Any]) -> Iterable[str]:
     """An <img> with the picture inside for every plot."""
     texts, times, tokens = found["texts"], found["times"], found["tokens"]
-    yield _image("What touches test targets", lambda axis: _draw_targets(axis, found))
+    yield _image("What touches test targets", lambda axis: _plot_targets(axis, found))
     if times is not None:
         title = "Interactions in time" + (" (look synthetic)" if times["synthetic"] else "")
-        yield _image(title, lambda axis: _draw_times(axis, times))
+        yield _image(title, lambda axis: _plot_times(axis, times))
     lengths = found["lengths"]
     histograms = [
         ("Items of a training sequence", lengths["train_sequence"], "items", "users", None),
@@ -257,10 +257,10 @@ def _plots(found: Mapping[str, Any]) -> Iterable[str]:
     for title, each, of, who, limit in histograms:
         if each is not None:
             yield _image(title, _histogram(each, of, who, limit))
-    yield _image("Popularity in train", lambda axis: _draw_popularity(axis, found["popularity"]))
+    yield _image("Popularity in train", lambda axis: _plot_popularity(axis, found["popularity"]))
 
 
-def _image(title: str, draw: Callable[[Any], None]) -> str:
+def _image(title: str, plot: Callable[[Any], None]) -> str:
     # Without pyplot: no window system is asked for and no state is left behind.
     from matplotlib.figure import Figure as Canvas
 
@@ -269,7 +269,7 @@ def _image(title: str, draw: Callable[[Any], None]) -> str:
     axis.set_title(title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
-    draw(axis)
+    plot(axis)
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=130)
     code = base64.b64encode(png.getvalue()).decode()
@@ -277,7 +277,7 @@ def _image(title: str, draw: Callable[[Any], None]) -> str:
     return f'<div class="box"><img alt="{html.escape(title)}" src="{source}"></div>'
 
 
-def _draw_targets(axis: Any, found: Mapping[str, Any]) -> None:
+def _plot_targets(axis: Any, found: Mapping[str, Any]) -> None:
     texts, test = found["texts"], found["targets"]["test"]
     bars = {
         "no metadata": texts["without_metadata"]["test_targets"],
@@ -292,14 +292,14 @@ def _draw_targets(axis: Any, found: Mapping[str, Any]) -> None:
     if found["tokens"] is not None:
         bars["tokens of another"] = found["tokens"]["identical"]["test_targets"]
     shares = [100 * figure["share"] for figure in bars.values()]
-    drawn = axis.barh(list(bars), shares, color=COLOURS["test"])
-    axis.bar_label(drawn, [f"{share:.1f}" for share in shares], padding=3, fontsize=8)
+    shown = axis.barh(list(bars), shares, color=COLOURS["test"])
+    axis.bar_label(shown, [f"{share:.1f}" for share in shares], padding=3, fontsize=8)
     axis.set_xlim(0, max(1.0, *shares) * 1.15)
     axis.invert_yaxis()
     axis.set_xlabel("% of test targets", fontsize=8)
 
 
-def _draw_times(axis: Any, times: Mapping[str, Any]) -> None:
+def _plot_times(axis: Any, times: Mapping[str, Any]) -> None:
     histogram = times["histogram"]
     edges = np.array(histogram["edges"])
     if times["unit"] is not None:
@@ -323,7 +323,7 @@ def _draw_times(axis: Any, times: Mapping[str, Any]) -> None:
 def _histogram(
     distribution: Mapping[str, Any], of: str, who: str, limit: int | None
 ) -> Callable[[Any], None]:
-    def draw(axis: Any) -> None:
+    def plot(axis: Any) -> None:
         edges = np.array(distribution["histogram"]["edges"])
         widths = np.diff(edges)
         middles = edges[:-1] + (widths - 1) / 2  # of whole numbers: a bar of 4 and 5 is at 4.5
@@ -337,10 +337,10 @@ def _histogram(
             axis.axvline(limit, color=COLOURS["test"], label=f"max_token_num {limit}")
             axis.legend(fontsize=8, frameon=False)
 
-    return draw
+    return plot
 
 
-def _draw_popularity(axis: Any, popularity: Mapping[str, Any]) -> None:
+def _plot_popularity(axis: Any, popularity: Mapping[str, Any]) -> None:
     axis.plot(range(101), [100 * share for share in popularity["curve"]], color=COLOURS["train"])
     axis.plot([0, 100], [0, 100], color="#bbb", linewidth=1)
     axis.set_xlabel("% of items, most popular first", fontsize=8)

@@ -1,4 +1,4 @@
-"""What an audit warns of, and what it notes."""
+"""Warnings and notes of an audit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _figure(count: Any, total: int) -> Figure:
 
 
 def _warnings(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What can spoil an evaluation: of each kind the largest share, where it is large enough."""
+    """Of each kind of flaw the largest share, where it is large enough to matter."""
     warnings: list[dict[str, Any]] = []
 
     def warn(kind: str, figures: Sequence[Figure], message: str, least: float = MATTERS) -> None:
@@ -155,7 +155,7 @@ def _synthetic(times: Mapping[str, Any]) -> str:
 
 
 def _notes(data: ProcessedFolder, found: dict[str, Any]) -> list[str]:
-    """What is good to know, and what could not be audited."""
+    """Peculiarities that do no harm, and checks that could not be made."""
     notes = []
     times, split = found["times"], found["split"]
     if data.dataset is None:

@@ -28,6 +28,7 @@ from baselines.generative.recommender import (
 )
 from baselines.generative.tiger import Tiger, TigerTrainCollator
 from baselines.sequence.item_table import CodeItemEmbedding
+from baselines.settings import Gpt2CodesSettings, TigerSettings
 from recformer.data.batches import EvalBatch, TrainBatch
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.files import UserError
@@ -38,17 +39,13 @@ SIZES = [4, 4, 5]  # one code more at the last level than any item has
 
 
 def tiger(codes: np.ndarray, **options: Any) -> Tiger:
-    sizes = {"hidden_size": 16, "num_heads": 2, "head_size": 8, "intermediate_size": 32}
-    return Tiger(codes, SIZES, **(sizes | {"num_layers": 2} | options))
+    sizes = {"hidden_size": 16, "num_heads": 2, "num_layers": 2}
+    return Tiger(codes, SIZES, TigerSettings(**sizes | options), head_size=8, intermediate_size=32)
 
 
 def gpt2(codes: np.ndarray, **options: Any) -> Gpt2Codes:
-    return Gpt2Codes(
-        codes,
-        SIZES,
-        max_items=MAX_ITEMS,
-        **({"hidden_size": 16, "num_layers": 2, "num_heads": 2} | options),
-    )
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_length": MAX_ITEMS}
+    return Gpt2Codes(codes, SIZES, Gpt2CodesSettings(**sizes | options))
 
 
 MODELS = pytest.mark.parametrize("make", [tiger, gpt2])
@@ -428,12 +425,15 @@ def test_saved_and_loaded_ranks_alike(make: Make, codes: np.ndarray, tmp_path: A
     [
         ({"codebook_size": [4, 3, 5]}, r"codebook_size is \[4, 3, 5\], but .* need \[4, 4, 4\]"),
         ({"codebook_size": [4, 4]}, r"codebook_size is \[4, 4\]"),
-        ({"codebook_size": SIZES, "num_beams": 0}, "num_beams is 0"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str, codes: np.ndarray) -> None:
     with pytest.raises(UserError, match=message):
         Gpt2Codes(codes, **options)
+    with pytest.raises(UserError, match="--num_beams 0: must be at least 1"):
+        gpt2(codes, num_beams=0)
+    with pytest.raises(UserError, match="num_beams is 0"):
+        TwoLevels(num_beams=0)
 
 
 def test_padding_of_items() -> None:

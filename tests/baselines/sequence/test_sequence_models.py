@@ -31,6 +31,7 @@ from baselines.sequence.item_table import ItemTable, nearest_items
 from baselines.sequence.recommender import Objective, SequenceRecommender
 from baselines.sequence.sasrec import SASRec
 from baselines.settings import LOSSES, settings_of
+from recformer.cli import flags_parser
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
@@ -711,19 +712,36 @@ def test_flags_that_make_no_sense_are_refused(data, tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_configurations_that_ship_are_read_and_flags_win(data, tmp_path, repository, monkeypatch):
+def test_configurations_that_ship_are_read_and_flags_win(
+    data, tmp_path, repository, monkeypatch, capsys
+):
     shipped = sorted((repository / "baselines" / "configs").glob("*.yaml"))
     assert len(shipped) >= 4
     for path in shipped:
-        values = read_config(str(path))
-        own = BaselineArguments(**values).own()
-        settings_of(values["model"], own)
+        parser = flags_parser("baseline", None, BaselineArguments)
+        (args,) = parser.parse_args_into_dataclasses(read_config(str(path)))
+        settings_of(args.model, args.own())
     seen = []
     monkeypatch.setattr("baselines.__main__.run", seen.append)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"model": "gsasrec", "hidden_size": 32, "batch_size": 7}))
     main(["--config", str(config), "--hidden_size", "64"])
     assert (seen[0].model, seen[0].hidden_size, seen[0].batch_size) == ("gsasrec", 64, 7)
+    config.write_text("model: gsasrec\nprotocol: sampled\nseparate_outputs: false\nitems: null\n")
+    (tmp_path / "sampled.yaml").write_text("evaluation:\n  filter_seen: true\n  metric_ks: [5]\n")
+    monkeypatch.chdir(tmp_path)
+    config.write_text(config.read_text().replace("sampled", "sampled.yaml"))
+    main(["--config", str(config)])
+    assert (seen[1].filter_seen, seen[1].metric_ks) == (True, [5])  # the protocol's
+    assert seen[1].own() == {"separate_outputs": False}
+    for text, message in (
+        ("model: sasrek", "invalid choice: 'sasrek'"),
+        ("batch_size: 2.5", "invalid int value: '2.5'"),
+    ):
+        config.write_text(text)
+        with pytest.raises(SystemExit):
+            main(["--config", str(config)])
+        assert message in capsys.readouterr().err
     config.write_text("hiden_size: 3")
     with pytest.raises(UserError, match="hiden_size is no flag"):
         read_config(str(config))
