@@ -101,7 +101,11 @@ def test_no_bar_of_a_library_fills_a_log_file(tmp_path: Path, way: str) -> None:
         "from tests.tiny import tiny_config\n"
         "from recformer import RecformerModel\n"
         f"save = lambda: RecformerModel(tiny_config()).save_pretrained({str(tmp_path)!r})\n"
-        f"load = lambda: RecformerModel.from_pretrained({str(tmp_path)!r})\n"
+        "from recformer import RecformerForPretraining, RecformerForSeqRec\n"
+        "def load():\n"
+        f"    RecformerForPretraining(tiny_config()).save_pretrained({str(tmp_path)!r})\n"
+        f"    RecformerModel.from_pretrained({str(tmp_path)!r})\n"  # a head is left over
+        f"    RecformerForSeqRec.from_pretrained({str(tmp_path)!r})\n"
         f"{way}"
     )
     root = Path(__file__).resolve().parents[1]

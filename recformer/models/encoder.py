@@ -39,6 +39,8 @@ CPU_INNER_BYTES = 16 << 20
 CPU_NORM_ROWS = 256
 # Buffers that released files carry and nobody needs.
 STALE_BUFFERS = ("position_ids",)
+# Parts of one model class that another has no place for by design: no need to report them.
+PARTS_OF_OTHERS = (r"^lm_head\.", r"^item_embedding\.", r"^head\.")
 
 
 def _only_infers(module: nn.Module) -> bool:
@@ -224,7 +226,10 @@ class RecformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "longformer"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["RecformerSelfAttention"]
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = list(STALE_BUFFERS)
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        *STALE_BUFFERS,
+        *PARTS_OF_OTHERS,
+    ]
 
     def __init__(self, config: RecformerConfig) -> None:
         config.check()
