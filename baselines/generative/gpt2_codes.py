@@ -30,6 +30,7 @@ from baselines.generative.recommender import (
 from baselines.settings import GenerativeSettings, Gpt2CodesSettings
 from recformer.data.batches import NO_LABEL, LabelledBatch
 from recformer.data.collators import TrainExample
+from recformer.models.losses import mean_over_processes
 
 
 class Gpt2CodesTrainCollator:
@@ -94,11 +95,15 @@ class Gpt2Codes(CodeRecommender):
         return F.pad(self.history_tokens(items), (1, 0), value=START)
 
     def training_loss(self, batch: LabelledBatch) -> Tensor:
-        """Mean cross-entropy of all codes of all items, each after everything before it."""
+        """Mean cross-entropy of all codes of all items, each after everything before it.
+
+        With several processes, of the codes of all their batches.
+        """
         tokens = self.input_ids(batch.labels)
         # Padding is at the end, where no code of an item can look: it needs no mask.
         labels = tokens.masked_fill(tokens == START, NO_LABEL)
-        return self.gpt2(input_ids=tokens, labels=labels).loss
+        loss = self.gpt2(input_ids=tokens, labels=labels).loss
+        return mean_over_processes(loss, int((labels != NO_LABEL).sum()))
 
     def start(self, history: Tensor) -> tuple[Tensor, Gpt2Read]:
         """Read each history once; logits of the first code, (B, 1, V)."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from baselines.generative import gpt2_codes
 from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
 from baselines.generative.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
 from baselines.generative.recommender import (
@@ -434,6 +435,21 @@ def test_what_is_refused(options: dict[str, Any], message: str, codes: np.ndarra
         gpt2(codes, num_beams=0)
     with pytest.raises(UserError, match="num_beams is 0"):
         TwoLevels(num_beams=0)
+
+
+def test_processes_count_by_their_codes(codes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 predicts as many codes as a sequence has; each process counts by its own number."""
+    seen: list[int] = []
+    monkeypatch.setattr(gpt2_codes, "mean_over_processes", lambda loss, n: seen.append(n) or loss)
+    model = randomised(gpt2(codes))
+    rows = [np.array([3, 1]), np.array([2, 5, 7]), np.arange(9)]
+    examples = [TrainExample(0, row, 0) for row in rows]
+    batch = Gpt2CodesTrainCollator(MAX_ITEMS)(examples)
+    loss = model.training_loss(batch)
+    assert seen == [3 * (2 + 3 + MAX_ITEMS + 1)]
+    alone = [model.training_loss(Gpt2CodesTrainCollator(MAX_ITEMS)([e])) for e in examples]
+    parts = zip(seen[1:], alone, strict=True)
+    assert float(loss) == pytest.approx(sum(n * float(x) for n, x in parts) / seen[0], rel=1e-5)
 
 
 def test_padding_of_items() -> None:
