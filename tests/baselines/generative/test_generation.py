@@ -393,7 +393,7 @@ def test_a_toy_grammar_is_learned(make: Make, codes: np.ndarray) -> None:
     model.train()
     for epoch in range(160):
         batch = collator([TrainExample(0, items, epoch) for items in sequences])
-        loss = model.training_loss(batch)
+        loss = model.training_loss(batch).item()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -445,11 +445,11 @@ def test_processes_count_by_their_codes(codes: np.ndarray, monkeypatch: pytest.M
     rows = [np.array([3, 1]), np.array([2, 5, 7]), np.arange(9)]
     examples = [TrainExample(0, row, 0) for row in rows]
     batch = Gpt2CodesTrainCollator(MAX_ITEMS)(examples)
-    loss = model.training_loss(batch)
+    loss = model.training_loss(batch).item()
     assert seen == [3 * (2 + 3 + MAX_ITEMS + 1)]
-    alone = [model.training_loss(Gpt2CodesTrainCollator(MAX_ITEMS)([e])) for e in examples]
+    alone = [model.training_loss(Gpt2CodesTrainCollator(MAX_ITEMS)([e])).item() for e in examples]
     parts = zip(seen[1:], alone, strict=True)
-    assert float(loss) == pytest.approx(sum(n * float(x) for n, x in parts) / seen[0], rel=1e-5)
+    assert loss == pytest.approx(sum(n * x for n, x in parts) / seen[0], rel=1e-5)
 
 
 def test_padding_of_items() -> None:
