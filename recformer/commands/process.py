@@ -24,6 +24,7 @@ from recformer.preparation.finetuning import prepare_finetuning
 REVIEWS = "Industrial_and_Scientific_5.json.gz"
 METADATA = "meta_Industrial_and_Scientific.json.gz"
 FOLDER = "Scientific"
+ALL_THERE_IS = " (default: none, the interactions say what there is to say of them)"
 
 
 def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
 
     def where(name: str, text: str) -> dict[str, Any]:
         if beside is None:
-            return {"required": True, "help": text}
+            optional = name == METADATA
+            return {"required": not optional, "help": text + ALL_THERE_IS * optional}
         return {"default": str(beside / name), "help": f"{text} (default: {beside / name})"}
 
     parser.add_argument(
@@ -58,13 +60,23 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
     parser.add_argument("--protocol", metavar="NAME", help=HELP)
     flags.add_column_flags(parser)
     flags.add_text_flags(parser, any_source=True)
-    flags.add_user_flags(parser, 4, "users with fewer reviews of known products than this")
+    flags.add_session_flags(parser)
+    flags.add_user_flags(
+        parser,
+        None,
+        "users, or sessions, with fewer reviews of known products than this (default: 4; of "
+        "sessions 2)",
+    )
     flags.add_filter_flags(parser)
     flags.add_split_flags(parser)
+    flags.add_feature_flags(parser)
     flags.add_reading_flags(parser)
     args = parser.parse_args(with_protocol(argv, "data"))
     flags.check_attributes(parser, args.attributes)
+    sessions = flags.session_options(parser, args)
     options = flags.split_options(parser, args)
+    if args.min_interactions is None:
+        args.min_interactions = 2 if sessions.asked else 4
 
     dataset = prepare_finetuning(
         args.file_path,
@@ -79,12 +91,26 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
         columns=flags.columns(args),
         filters=flags.filters(args),
         options=options,
+        sessions=sessions,
+        features=args.features,
         protocol=Protocol.load(args.protocol).record("data", vars(args)) if args.protocol else None,
     )
     counts = dataset["counts"]
     flags.report_bad_lines(counts["bad_lines"])
     for name, number in counts.get("filters", {}).items():
         print(f"{name.replace('_', ' ')}: {number}")
+    if sessions.asked:
+        lengths = counts["histories"]
+        print(
+            f"{lengths['users_kept']} sessions kept, {lengths['users_with_too_few_interactions']} "
+            f"with fewer than {args.min_interactions} interactions left out "
+            f"({lengths['sessions_of_one_event']} of one event)"
+        )
+    for feature in dataset.get("features", []):
+        print(
+            f"feature {feature['name']}: {feature['kind']} of each {feature['of']}, "
+            f"{feature['distinct']:,} different values, {feature['missing']:,} missing"
+        )
     kept = "" if "filters" in counts else " kept"  # a filter may have taken them out
     print(
         f"{args.output_path}: {dataset['num_users']} users, {dataset['num_items']} items, "

@@ -27,6 +27,7 @@ class TrainExample:
     user_id: int
     items: np.ndarray  # (n,) item ids, oldest first, n >= 2
     seed: int  # changes with epoch and user, not with batch, worker or number of processes
+    start: int = 0  # place of the first item among the folder's interactions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class EvalExample:
     user_id: int
     items: np.ndarray  # (n,) item ids, oldest first, n >= 1
     target: int
+    start: int = 0  # place of the first item among the folder's interactions
 
 
 def _segment_starts(counts: np.ndarray) -> np.ndarray:

@@ -21,16 +21,25 @@ EVAL_BATCH_SIZE = 64  # users; memory only, no figure depends on it
 class TrainDataset(Dataset):
     """Training sequences of at least two items, fetched a batch at a time by (row, seed) pairs."""
 
-    def __init__(self, sequences: Sequences) -> None:
+    def __init__(
+        self,
+        sequences: Sequences,
+        user_ids: np.ndarray | None = None,
+        starts: np.ndarray | None = None,
+    ) -> None:
         self.sequences = sequences
-        self.user_ids = np.flatnonzero(sequences.lengths >= 2)
+        self.starts = sequences.offsets if starts is None else starts
+        self.user_ids = np.flatnonzero(sequences.lengths >= 2) if user_ids is None else user_ids
 
     def __len__(self) -> int:
         return len(self.user_ids)
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> list[TrainExample]:
         users = [(int(self.user_ids[row]), seed) for row, seed in keys]
-        return [TrainExample(user, self.sequences[user], seed) for user, seed in users]
+        return [
+            TrainExample(user, self.sequences[user], seed, int(self.starts[user]))
+            for user, seed in users
+        ]
 
 
 class EvalDataset(Dataset):
@@ -46,7 +55,8 @@ class EvalDataset(Dataset):
     def __getitem__(self, index: int) -> EvalExample:
         examples, row = self.examples, int(self.rows[index])
         user_id, target = int(examples.user_ids[row]), int(examples.targets[row])
-        return EvalExample(user_id, examples.histories[row], target)
+        start = 0 if examples.starts is None else int(examples.starts[row])
+        return EvalExample(user_id, examples.histories[row], target, start)
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -141,7 +151,9 @@ class SeqRecDataModule(LightningDataModule):
         self.train_collator = train_collator
         self.eval_collator = eval_collator
         self.num_workers = num_workers
-        self.train_set = TrainDataset(folder.train)
+        self.train_set = TrainDataset(
+            folder.train, folder.train_users, folder.interaction_offsets()
+        )
         self.train_sampler = EpochBatchSampler(len(self.train_set), batch_size, seed)
         validation, test = folder.eval_examples("val"), folder.eval_examples("test")
         rows = np.arange(len(validation))

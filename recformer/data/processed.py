@@ -11,7 +11,9 @@
                     user_id int32, item_id int32, timestamp int64 in the unit of the source (null
                     where it has none): one row an interaction of the three splits, users in the
                     order of their ids, each user's train, val and test one after the other; for
-                    audits, not needed for reading
+                    audits, not needed for reading; with --split windows also what belongs to
+                    which window, see `recformer.data.windows`, and with --features their
+                    values; those of items stand in item_features.parquet, a row an item id
 
 Any model trains from such a folder and any data source may write one. Folders of the published
 scripts circulate without dataset.json and read unchanged. Standard library and numpy only: training
@@ -43,6 +45,7 @@ ITEM_FILE = "smap.json"
 META_FILE = "meta_data.json"
 DATASET_FILE = "dataset.json"
 INTERACTION_FILE = "interactions.parquet"
+ITEM_FEATURES_FILE = "item_features.parquet"
 
 
 # User ids may have gaps, as published folders do; an id that is larger by far is a mistake, and
@@ -110,12 +113,15 @@ class EvalExamples:
         histories: E rows, every item before the target, oldest first, none of them empty.
         targets: int64 (E,) item ids.
         num_without_history: users left out because nothing stands before their target.
+        starts: int64 (E,), where each history begins among the folder's interactions, see
+            `ProcessedFolder.interaction_offsets`; None: not known.
     """
 
     user_ids: np.ndarray
     histories: Sequences
     targets: np.ndarray
     num_without_history: int
+    starts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -214,6 +220,16 @@ class ProcessedFolder:
             dataset=dataset,
         )
 
+    def interaction_offsets(self) -> np.ndarray:
+        """Where the interactions of each user begin in interactions.parquet, int64 (U+1,); a
+        training sequence and every history are the first ones of their user."""
+        return _offsets(self.train.lengths + self.val.lengths + self.test.lengths)
+
+    @property
+    def train_users(self) -> np.ndarray:
+        """Rows to train on, int64: those with two items or more."""
+        return np.flatnonzero(self.train.lengths >= 2)
+
     def eval_examples(self, split: Literal["val", "test"]) -> EvalExamples:
         """The evaluation examples of a split: one a user that has a target in it.
 
@@ -245,6 +261,7 @@ class ProcessedFolder:
             histories=histories,
             targets=everything.items[last].astype(np.int64),
             num_without_history=int(has_target.sum()) - len(users),
+            starts=self.interaction_offsets()[users],
         )
 
 
@@ -282,6 +299,8 @@ def write_processed(
     meta: Mapping[str, Mapping[str, str]],
     dataset: Mapping[str, Any],
     times: np.ndarray | None = None,
+    columns: Mapping[str, Any] | None = None,
+    item_columns: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a processed folder; no file appears before all of them are written.
 
@@ -294,6 +313,8 @@ def write_processed(
         dataset: parameters and counts for dataset.json; the sizes and the split hash are added.
         times: int64, one an interaction, in the order of interactions.parquet (see above); None
             where the source has no times.
+        columns: further columns of interactions.parquet, arrays in its order.
+        item_columns: columns of item_features.parquet, arrays in item id order.
 
     Returns:
         What dataset.json holds.
@@ -314,8 +335,12 @@ def write_processed(
         # Left in reverse order: dataset.json is the last to take its name, so that a rewrite
         # killed between two renames does not pass for a whole one.
         json.dump(about, staged(DATASET_FILE), ensure_ascii=False, indent=2)
+        if item_columns:
+            _write_table(
+                stack.enter_context(atomic_write(folder / ITEM_FEATURES_FILE, "wb")), item_columns
+            )
         interactions = stack.enter_context(atomic_write(folder / INTERACTION_FILE, "wb"))
-        _write_interactions(interactions, join_splits(train, val, test), times)
+        _write_interactions(interactions, join_splits(train, val, test), times, columns or {})
         write_mapping(staged(META_FILE), meta.items())
         write_mapping(staged(ITEM_FILE), ((asin, item) for item, asin in enumerate(asins)))
         write_mapping(staged(USER_FILE), ((name, user) for user, name in enumerate(user_names)))
@@ -348,6 +373,26 @@ def read_times(data: ProcessedFolder) -> np.ndarray | None:
     Raises:
         UserError: the file cannot be read or belongs to other sequences than the folder's.
     """
+    columns = read_columns(data, ["timestamp"])
+    if columns is None or columns["timestamp"].null_count:
+        return None
+    return columns["timestamp"].to_numpy()
+
+
+def read_columns(data: ProcessedFolder, names: Sequence[str]) -> dict[str, Any] | None:
+    """Columns of interactions.parquet, one value an item of `join_splits(train, val, test)`.
+
+    Args:
+        data: the folder that the file lies in.
+        names: of the columns.
+
+    Returns:
+        {name: pyarrow's column}; None where the folder has no interactions.parquet.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column or belongs to other sequences than the
+            folder's.
+    """
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
@@ -355,7 +400,10 @@ def read_times(data: ProcessedFolder) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
-        table = pq.read_table(path, columns=["user_id", "item_id", "timestamp"])
+        missing = [name for name in names if name not in pq.read_schema(path).names]
+        if missing:
+            raise UserError(f"{path} has no column {missing[0]!r}: process the data again")
+        table = pq.read_table(path, columns=["user_id", "item_id", *names])
     except (ArrowException, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): process the data again, or delete the file to go "
@@ -370,26 +418,36 @@ def read_times(data: ProcessedFolder) -> np.ndarray | None:
             f"{path} was written for other sequences than those of the folder: process the data "
             f"again, or delete the file to go on without times"
         )
-    times = table["timestamp"]
-    return None if times.null_count else times.to_numpy()
+    return {name: table[name] for name in names}
 
 
-def _write_interactions(handle: IO[bytes], joined: Sequences, times: np.ndarray | None) -> None:
+def _write_interactions(
+    handle: IO[bytes], joined: Sequences, times: np.ndarray | None, columns: Mapping[str, Any]
+) -> None:
     # Imported here: only data preparation writes, and training needs no parquet.
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if times is not None and len(times) != len(joined.items):
         raise ValueError(f"got {len(times)} times for {len(joined.items)} interactions")
     missing = pa.nulls(len(joined.items), pa.int64())
-    table = pa.table(
-        {
-            "user_id": pa.array(joined.rows.astype(np.int32)),
-            "item_id": pa.array(joined.items),
-            "timestamp": missing if times is None else pa.array(times.astype(np.int64)),
-        }
-    )
-    pq.write_table(table, handle, compression="zstd")
+    table = {
+        "user_id": joined.rows.astype(np.int32),
+        "item_id": joined.items,
+        "timestamp": missing if times is None else times.astype(np.int64),
+    }
+    _write_table(handle, table | dict(columns))
+
+
+def _write_table(handle: IO[bytes], columns: Mapping[str, Any]) -> None:
+    """Arrays of numpy, pyarrow or Polars as Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {
+        name: values.to_arrow() if hasattr(values, "to_arrow") else pa.array(values)
+        for name, values in columns.items()
+    }
+    pq.write_table(pa.table(arrays), handle, compression="zstd")
 
 
 def write_mapping(handle: IO[str], entries: Iterable[tuple[str, Any]]) -> None:

@@ -7,10 +7,18 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RULE, RankedRun
-from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
+from recformer.evaluation.statistics import (
+    RESAMPLES,
+    bootstrap_interval,
+    holm,
+    percentiles,
+    permutation_p,
+    resampled_means,
+)
 from recformer.files import UserError
 
 # Figures that tables of runs show.
@@ -24,6 +32,9 @@ def compare(
     against: str | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Figures of each run and differences of each pair.
+
+    Where a sequence has several targets (runs over windows), sequences are what is drawn anew and
+    what is exchanged: its targets are not independent of each other.
 
     Args:
         runs: two or more.
@@ -60,7 +71,7 @@ def compare(
     for name, figures in zip(names, values, strict=True):
         row: dict[str, Any] = {"name": name}
         for each in dict.fromkeys((*METRICS, metric)):
-            low, high = bootstrap_interval(figures[each], seed)
+            low, high = interval(figures[each], first.sequences, seed)
             row[each] = {"value": float(figures[each].mean()), "low": low, "high": high}
         rows.append(row)
     pairs: list[dict[str, Any]] = []
@@ -72,16 +83,36 @@ def compare(
         places = [(chosen, place) for place in range(len(runs)) if place != chosen]
     for one, other in places:
         difference = values[one][metric] - values[other][metric]
-        low, high = bootstrap_interval(difference, seed)
+        low, high = interval(difference, first.sequences, seed)
         pairs.append(
             {
                 "runs": [names[one], names[other]],
                 "difference": float(difference.mean()),
                 "low": low,
                 "high": high,
-                "p": permutation_p(difference, seed),
+                "p": permutation_p(by_sequence(difference, first.sequences)[0], seed),
             }
         )
     for pair, corrected in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
         pair["p_holm"] = corrected
     return rows, pairs
+
+
+def by_sequence(
+    values: NDArray[np.float64], sequences: NDArray[np.int64] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums of values (U,) of each sequence and how many these are, (G,) each; users by themselves
+    where there are no sequences."""
+    if sequences is None:
+        return values, np.ones(len(values))
+    _, group = np.unique(sequences, return_inverse=True)
+    return np.bincount(group, weights=values), np.bincount(group).astype(np.float64)
+
+
+def interval(
+    values: NDArray[np.float64], sequences: NDArray[np.int64] | None, seed: int
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of values (U,), of users or of whole sequences."""
+    if sequences is None:
+        return bootstrap_interval(values, seed)
+    return percentiles(resampled_means(*by_sequence(values, sequences), seed, RESAMPLES))

@@ -109,15 +109,22 @@ class Evaluator:
                 means |= {f"Coverage@{k}": coverage(counts), f"Gini@{k}": gini(counts)}
         return means
 
-    def write_parquet(self, path: str | os.PathLike) -> None:
+    def write_parquet(
+        self, path: str | os.PathLike, further: Mapping[str, NDArray[Any]] | None = None
+    ) -> None:
         """Write one row a user: the columns of `state()` (int64) and `rank` (float64), the expected
         position above + 1 + tied / 2. The file appears whole or not at all.
+
+        Args:
+            path: of the file.
+            further: more columns, a value a user by ascending id.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         columns: dict[str, NDArray[Any]] = dict(self.state())
         columns["rank"] = columns["above"] + 1 + columns["tied"] / 2
+        columns |= further or {}
         with atomic_write(path, "wb") as handle:
             pq.write_table(pa.table(columns), handle, write_page_checksum=True)
 

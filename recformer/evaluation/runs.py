@@ -135,6 +135,7 @@ def read_ranks(path: Path) -> dict[str, NDArray[Any]]:
         right = columns["above"] + 1 + columns["tied"] / 2
         users, targets, among = (columns[n] for n in ("user_id", "target", "num_candidates"))
         sound = (columns["rank"] == right).all() and (right <= among).all()
+        sound = sound and all(len(column) == len(users) for column in columns.values())
         sound = sound and (np.diff(users) > 0).all() and len(targets) == len(users)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise UserError(f"{path} is damaged: {error or type(error).__name__}") from error
@@ -152,6 +153,8 @@ class RankedRun:
         rule: split hash, tie rule and `filter_seen`.
         user_ids, targets: (U,) int64.
         ranks: (U,) each.
+        sequences: (U,) int64, where "users" are targets of sequences, several of one sequence: the
+            sequence of each; None: they are users.
     """
 
     name: str
@@ -159,6 +162,7 @@ class RankedRun:
     user_ids: NDArray[np.int64]
     targets: NDArray[np.int64]
     ranks: TargetRanks
+    sequences: NDArray[np.int64] | None = None
 
     @classmethod
     def load(cls, text: str) -> RankedRun:
@@ -208,4 +212,5 @@ class RankedRun:
             user_ids=columns["user_id"],
             targets=columns["target"],
             ranks=TargetRanks(columns["above"], columns["tied"], columns["num_candidates"]),
+            sequences=columns.get("sequence"),
         )

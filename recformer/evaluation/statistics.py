@@ -53,7 +53,32 @@ def bootstrap_interval(
             by_value[generator.integers(users, size=(size, users), dtype=np.int32)].mean(axis=1)
             for size in _chunks(users, resamples)
         ]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return percentiles(np.concatenate(means), level)
+
+
+def resampled_means(
+    sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int, resamples: int
+) -> NDArray[np.float64]:
+    """Means over members of groups that are drawn anew as wholes (cluster bootstrap), (R,).
+
+    Members of one group, such as the targets of a session, are not independent of each other.
+
+    Args:
+        sums: (G,) of each group's values.
+        counts: (G,) members of each group.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    means = []
+    for size in _chunks(len(sums), resamples):
+        drawn = generator.integers(len(sums), size=(size, len(sums)), dtype=np.int32)
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    return np.concatenate(means)
+
+
+def percentiles(draws: NDArray[np.float64], level: float = LEVEL) -> tuple[float, float]:
+    """Lower and upper end of the interval that holds the middle `level` of draws."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

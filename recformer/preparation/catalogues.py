@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from recformer.preparation.forms import (
     without_fraction,
 )
 from recformer.preparation.histories import item_name
+from recformer.preparation.splits import Histories
+from recformer.preparation.text import clean_text
 
 LISTED = "attributes"  # of an item that has nothing but a list of them
 
@@ -61,6 +63,55 @@ class ItemSource:
             rows=rows,
             encoding=self.file.encoding,
         )
+
+    def read_columns(self, names: Sequence[str], bad_lines: BadLines) -> dict[str, dict[str, Any]]:
+        """Columns as they stand: {column: {item: value}}; of an item's several rows the first.
+
+        Raises:
+            UserError: as `read`.
+        """
+        rows: Iterable[tuple[Any, ...]]
+        if self.file.kind == "json":
+            rows = (
+                (item_name(row.get(self.key)), *(row.get(name) for name in names))
+                for _, row in json_lines.read_objects(self.path, bad_lines, self.file.encoding)
+            )
+        else:
+            rows = _item_rows(replace(self, attributes={name: name for name in names}), bad_lines)
+        found: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for key, *values in rows:
+            if key is not None:
+                for own, value in zip(found.values(), values, strict=True):
+                    own.setdefault(key, value)
+        return found
+
+
+def text_of_log(
+    histories: Histories, attributes: Mapping[str, str], clean: bool
+) -> dict[str, dict[str, str]]:
+    """The text of every item where the interactions are all there is: the first that has one.
+
+    Args:
+        histories: whose `extra` has the columns.
+        attributes: {name in the item's sentence: column}.
+        clean: see `text.clean_text`.
+    """
+    products: dict[str, dict[str, str]] = {name: {} for name in histories.item_names}
+    for name, column in attributes.items():
+        assert histories.extra is not None
+        values = histories.extra[column]
+        if isinstance(values.dtype, pl.List | pl.Array):
+            values = values.cast(pl.List(pl.String)).list.join(" ")
+        frame = pl.DataFrame(
+            {"item": histories.sequences.items, "text": values.cast(pl.String).str.strip_chars()}
+        )
+        frame = frame.filter(pl.col("text").is_not_null() & (pl.col("text") != ""))
+        frame = frame.unique("item", keep="first", maintain_order=True)
+        for item, text in frame.iter_rows():
+            own = clean_text(text) if clean else text
+            if own:
+                products[histories.item_names[item]][name] = own
+    return products
 
 
 def _item_rows(source: ItemSource, bad_lines: BadLines) -> Iterator[tuple[Any, ...]]:

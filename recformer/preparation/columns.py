@@ -24,6 +24,12 @@ TIMES = (
 )
 RATINGS = ("overall", "rating", "ratings", "score", "stars")
 EVENTS = ("eventtype", "event", "behavior", "behaviortype", "behaviour", "actiontype", "action")
+# Text of the items among the interactions: name in an item's sentence -> columns.
+TEXTS = {
+    "title": ("title", "name", "productname", "producttitle", "itemname"),
+    "brand": ("brand", "brandname"),
+    "category": ("categorycode", "categoryname", "category", "categories"),
+}
 SESSIONS = ("sessionid", "session", "usersession")
 
 
@@ -34,6 +40,7 @@ class Columns:
     Attributes:
         user, item, time, rating, event: columns of the interactions.
         session: their column of sessions, each of which is taken as a user.
+        owner: their column of the users whose sessions these are.
         item_key: of the items, what `item` holds.
         separator: between the fields of a line, in the files whose first line has it.
         encoding: of the files that are not UTF-8 and do not begin with a byte order mark.
@@ -46,6 +53,7 @@ class Columns:
     item_key: str | None = None
     event: str | None = None
     session: str | None = None
+    owner: str | None = None
     separator: str | None = None
     encoding: str | None = None
 

@@ -1,8 +1,9 @@
 """Fetch a public data set: `recformer download NAME --output_path FOLDER`.
 
-NAME is amazon-2014/CATEGORY, amazon-2018/CATEGORY, amazon-2023/CATEGORY or a MovieLens set. A run
-that was cut off goes on where it stopped. A file takes its name once it is whole, and right where
-its checksum is known; publishers give none for Amazon's files, of those only the size is checked.
+NAME is amazon-2014/CATEGORY, amazon-2018/CATEGORY, amazon-2023/CATEGORY, a MovieLens set, rees46 or
+yoochoose. A run that was cut off goes on where it stopped. A file takes its name once it is whole,
+and right where its checksum is known; publishers give none for Amazon's files and the logs of
+sessions, of those only the size is checked.
 """
 
 from __future__ import annotations
@@ -78,6 +79,49 @@ MOVIELENS = {
     "ml-25m": "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
     "ml-latest-small": None,  # GroupLens renews it from time to time
 }
+
+
+@dataclass(frozen=True)
+class SessionLog:
+    """A public log of sessions.
+
+    Attributes:
+        url: of its file; no checksum is published.
+        page: describes it.
+        terms: of use.
+        unpack: the command that unpacks it; None: it is read as it is.
+        log: name of the log, once unpacked.
+        flags: of `recformer process`.
+    """
+
+    url: str
+    page: str
+    terms: str
+    unpack: str | None
+    log: str
+    flags: str
+
+
+_REES46 = SessionLog(
+    url="https://data.rees46.com/datasets/marketplace/2019-Oct.csv.gz",
+    page="https://www.kaggle.com/datasets/mkechinov/"
+    "ecommerce-behavior-data-from-multi-category-store",
+    terms="free to use where its source is named (REES46 Marketing Platform)",
+    unpack=None,
+    log="2019-Oct.csv.gz",
+    flags="--protocol t4rec_rees46 --session_column user_session",
+)
+SESSION_LOGS = {
+    "rees46": _REES46,
+    "yoochoose": SessionLog(
+        url="https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z",
+        page="https://www.kaggle.com/datasets/chadgostopp/recsys-challenge-2015",
+        terms="CC BY-NC-ND 4.0",
+        unpack="7z x {folder}/yoochoose-data.7z -o{folder} yoochoose-clicks.dat",
+        log="yoochoose-clicks.dat",
+        flags="--protocol t4rec_yoochoose --session_column 1 --time_column 2 --item_column 3",
+    ),
+}
 _COLUMNS = {
     "ratings": ["userId", "movieId", "rating", "timestamp"],
     "movies": ["movieId", "title", "genres"],
@@ -97,7 +141,9 @@ def remote_files(name: str) -> tuple[list[RemoteFile], str]:
         return [RemoteFile(address.format(category)) for address in addresses], page
     if name in MOVIELENS:
         return [RemoteFile(f"{_GROUPLENS}/{name}.zip", MOVIELENS[name])], MOVIELENS_PAGE
-    known = [*(f"{year}/CATEGORY" for year in AMAZON), *MOVIELENS]
+    if name in SESSION_LOGS:
+        return [RemoteFile(SESSION_LOGS[name].url)], SESSION_LOGS[name].page
+    known = [*(f"{year}/CATEGORY" for year in AMAZON), *MOVIELENS, *SESSION_LOGS]
     raise UserError(
         f"got {name!r}, expected one of {', '.join(known)}; a category is written as in the file "
         f"names of the publisher's page (Industrial_and_Scientific, Gift_Cards, …)"

@@ -7,17 +7,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+
 from recformer.data.processed import write_processed
+from recformer.files import UserError
 from recformer.preparation.bad_lines import BadLines
-from recformer.preparation.options import Filters, SplitOptions, _histories, _writable_folder
+from recformer.preparation.catalogues import text_of_log
+from recformer.preparation.features import OF_TIME, Asked, check_everywhere, make_features
+from recformer.preparation.options import (
+    NO_SESSIONS,
+    Filters,
+    SessionOptions,
+    SplitOptions,
+    _histories,
+    _writable_folder,
+)
 from recformer.preparation.pretraining import _DEFAULT_COLUMNS, _DEFAULT_FILTERS, _DEFAULT_SPLIT
-from recformer.preparation.splits import DROPPED
-from recformer.preparation.tables import Columns, open_sources
+from recformer.preparation.splits import DROPPED, TEST, TRAIN
+from recformer.preparation.tables import (
+    Columns,
+    InteractionSource,
+    ItemSource,
+    open_log,
+    open_sources,
+)
+from recformer.preparation.windows import Windowed, in_order_of_appearance
 
 
 def prepare_finetuning(
     file_path: str | os.PathLike,
-    meta_file_path: str | os.PathLike,
+    meta_file_path: str | os.PathLike | None,
     output_path: str | os.PathLike,
     *,
     attributes: Sequence[str] | None = None,
@@ -29,6 +49,8 @@ def prepare_finetuning(
     columns: Columns = _DEFAULT_COLUMNS,
     filters: Filters = _DEFAULT_FILTERS,
     options: SplitOptions = _DEFAULT_SPLIT,
+    sessions: SessionOptions = NO_SESSIONS,
+    features: Sequence[Asked] = (),
     protocol: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a processed folder from a file of interactions and one of items.
@@ -39,7 +61,7 @@ def prepare_finetuning(
 
     Args:
         file_path: interactions, in any form that `recformer.preparation.tables` reads.
-        meta_file_path: items, likewise.
+        meta_file_path: items, likewise; None: the interactions say what there is to say of them.
         output_path: folder to write, created where missing.
         attributes: columns that make up an item, in this order, `column` or `name=column` each;
             None: see `open_sources`.
@@ -50,6 +72,8 @@ def prepare_finetuning(
         columns: columns that are not to be recognised by name.
         filters: what else to leave out.
         options: how to split.
+        sessions: which sequences are sessions.
+        features: what else to keep of interactions and items.
         protocol: the published protocol that this follows, for dataset.json (`Protocol.record`).
 
     Returns:
@@ -59,21 +83,55 @@ def prepare_finetuning(
         FileNotFoundError, UserError: an input is missing, damaged or not what it should be; nothing
             is written then.
     """
-    interaction_source, item_source = open_sources(file_path, meta_file_path, columns, attributes)
+    in_log: dict[str, str] = {}
+    item_source = None
+    if meta_file_path is None:
+        interaction_source, in_log = open_log(file_path, columns, attributes)
+    else:
+        interaction_source, item_source = open_sources(
+            file_path, meta_file_path, columns, attributes
+        )
+    of_log, of_items = _places(features, interaction_source, item_source)
     output = _writable_folder(output_path)
     bad_lines = BadLines(skip=skip_bad_lines)
-    products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
+    products: dict[str, dict[str, str]] = {}
+    metadata_counts: dict[str, int] = {}
+    item_columns: dict[str, dict[str, Any]] = {}
+    if item_source is not None:
+        products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
+        if of_items:
+            item_columns = item_source.read_columns(of_items, bad_lines)
     histories, review_counts, filtered = _histories(
         interaction_source,
         item_source,
-        products,
+        products if item_source is not None else Everything(),
         bad_lines,
         filters,
         min_interactions=min_interactions,
         user_sample_rate=user_sample_rate,
         seed=seed,
+        sessions=sessions,
+        extra=list(dict.fromkeys([*of_log, *in_log.values()])),
     )
+    if options.split == "windows":
+        histories = in_order_of_appearance(histories)
+    if item_source is None:
+        products = text_of_log(histories, in_log, clean)
+        metadata_counts = {"products": len(products)}
     split = options.apply(histories, seed)
+    kept = split.parts != DROPPED
+    made = make_features(features, histories, item_columns, skip_bad=skip_bad_lines)
+    columns_kept: dict[str, Any] = dict(made.interactions)
+    parts = {"training": split.parts == TRAIN, "the test": split.parts == TEST}
+    if isinstance(split, Windowed):
+        context = histories.context
+        columns_kept |= {
+            "window": split.windows,
+            "role": split.roles,
+            "context": np.zeros(len(kept), dtype=bool) if context is None else context,
+        }
+        parts = {f"window {w}": split.windows == w for w in range(int(split.windows.max()) + 1)}
+    check_everywhere(made, parts)
     train, val, test = split.sequences(histories.sequences)
     times = histories.times
     return write_processed(
@@ -84,15 +142,23 @@ def prepare_finetuning(
         user_names=histories.user_names,
         asins=histories.item_names,
         meta=products,
-        times=None if times is None else times[split.parts != DROPPED],
+        times=None if times is None else times[kept],
+        columns={
+            name: values.filter(kept) if isinstance(values, pl.Series) else values[kept]
+            for name, values in columns_kept.items()
+        },
+        item_columns=made.items,
         dataset={
-            "source": {"reviews": Path(file_path).name, "metadata": Path(meta_file_path).name},
+            "source": {
+                "reviews": Path(file_path).name,
+                **({} if meta_file_path is None else {"metadata": Path(meta_file_path).name}),
+            },
             **({"protocol": dict(protocol)} if protocol is not None else {}),
             "parameters": {
                 "split": options.split,
                 "attributes": [
                     name if name == column else f"{name}={column}"
-                    for name, column in item_source.attributes.items()
+                    for name, column in (item_source.attributes if item_source else in_log).items()
                 ],
                 "clean": clean,
                 "min_interactions": min_interactions,
@@ -100,9 +166,11 @@ def prepare_finetuning(
                 "seed": seed,
                 "skip_bad_lines": skip_bad_lines,
                 **filters.asked_for(),
+                **sessions.asked_for(),
                 **({"columns": columns.named()} if columns.named() else {}),
             },
             "split": split.about,
+            **({"features": [one.as_dict() for one in made.features]} if features else {}),
             "counts": {
                 "metadata": metadata_counts,
                 "reviews": review_counts,
@@ -117,3 +185,37 @@ def prepare_finetuning(
             },
         },
     )
+
+
+class Everything:
+    """Knows every item."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+def _places(
+    features: Sequence[Asked], log: InteractionSource, items: ItemSource | None
+) -> tuple[list[str], list[str]]:
+    """Which of the features' columns are of the interactions, and which of the items.
+
+    Raises:
+        UserError: a name stands twice, or there is no such column.
+    """
+    names = [one.name for one in features]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"--features names {twice[0]} twice")
+    of_log, of_items = [], []
+    for name in names:
+        if name in log.file.names:
+            of_log.append(name)
+        elif items is not None and (name in items.file.names or items.file.kind == "json"):
+            of_items.append(name)
+        elif name not in OF_TIME:
+            there = "" if items is None else f"; of {items.path}: {items.file.few_names()}"
+            raise UserError(
+                f"--features {name}: no such column, and no feature of times "
+                f"({', '.join(OF_TIME)}); columns of {log.path}: {log.file.few_names()}{there}"
+            )
+    return of_log, of_items

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recformer.preparation.amazon import DEFAULT_ATTRIBUTES
-from recformer.preparation.options import Filters, SplitOptions
+from recformer.preparation.features import OF_TIME, Asked
+from recformer.preparation.options import Filters, SessionOptions, SplitOptions
 from recformer.preparation.tables import Columns
+from recformer.preparation.times import parse_duration
 
 
 def add_text_flags(parser: argparse.ArgumentParser, any_source: bool = False) -> None:
@@ -63,14 +65,16 @@ def add_category_flags(
     )
 
 
-def add_user_flags(parser: argparse.ArgumentParser, min_interactions: int, note: str) -> None:
+def add_user_flags(
+    parser: argparse.ArgumentParser, min_interactions: int | None, note: str
+) -> None:
     """--min_interactions, --user_sample_rate, --seed."""
     parser.add_argument(
         "--min_interactions",
         type=_count,
         default=min_interactions,
         metavar="N",
-        help=f"leave out {note} (default: %(default)s)",
+        help=f"leave out {note}" + ("" if min_interactions is None else " (default: %(default)s)"),
     )
     parser.add_argument(
         "--user_sample_rate",
@@ -80,6 +84,20 @@ def add_user_flags(parser: argparse.ArgumentParser, min_interactions: int, note:
         help="keep about this share of the users, drawn by --seed and their name (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+
+
+def add_feature_flags(parser: argparse.ArgumentParser) -> None:
+    """--features."""
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        type=_feature,
+        default=[],
+        metavar="NAME[:TYPE]",
+        help="columns of the interactions or the items that models may read beside the item id, "
+        "each with a type float, cat (categories) or list (of categories), told by the values "
+        f"where none is given; and of the times {', '.join(OF_TIME)} (default: none)",
+    )
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
@@ -135,16 +153,51 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
 def columns(args: argparse.Namespace) -> Columns:
     """Values of the flags of `add_column_flags`."""
     return Columns(
-        user=args.user_column,
+        user=None if _is_owner(args) else args.user_column,
         item=args.item_column,
         time=args.time_column,
         rating=args.rating_column,
         event=args.event_column,
         session=args.session_column,
+        owner=args.user_column if _is_owner(args) else None,
         item_key=args.item_key_column,
         separator=args.separator,
         encoding=args.encoding,
     )
+
+
+def _is_owner(args: argparse.Namespace) -> bool:
+    """Whether --user_column says whose the sessions are, not what a sequence is."""
+    return args.session_column is not None and getattr(args, "previous_sessions", 0) > 0
+
+
+def add_session_flags(parser: argparse.ArgumentParser) -> None:
+    """--session_gap, --previous_sessions."""
+    parser.add_argument(
+        "--session_gap",
+        type=_duration,
+        metavar="TIME",
+        help="a session ends where its user pauses for longer, such as 30m, and is a sequence of "
+        "its own (default: all that a user has is one sequence)",
+    )
+    parser.add_argument(
+        "--previous_sessions",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="a session begins with the items of the last N sessions of the same user (default: "
+        "each session stands alone)",
+    )
+
+
+def session_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> SessionOptions:
+    """What `add_session_flags` parsed."""
+    if args.session_gap is not None and args.session_column is not None:
+        parser.error("--session_gap finds sessions by time, --session_column by name: give one")
+    if args.previous_sessions and args.session_gap is None and args.session_column is None:
+        parser.error("--previous_sessions needs sessions: give --session_column or --session_gap")
+    gap = None if args.session_gap is None else parse_duration(args.session_gap)
+    return SessionOptions(gap, args.previous_sessions, args.session_column is not None)
 
 
 def add_filter_flags(parser: argparse.ArgumentParser) -> None:
@@ -204,13 +257,14 @@ def filters(args: argparse.Namespace) -> Filters:
 
 
 def add_split_flags(parser: argparse.ArgumentParser) -> None:
-    """--split, --test_quantile, --val_quantile, --cold_items, --val_users, --val_seed."""
+    """--split, --test_quantile, …, --val_seed, --window, --targets, --min_window_sequences."""
     parser.add_argument(
         "--split",
-        choices=["leave_one_out", "temporal"],
+        choices=["leave_one_out", "temporal", "windows"],
         default="leave_one_out",
-        help="the last item of every user, or what comes after one point in time for all users, "
-        "the last item being the target (default: %(default)s)",
+        help="the last item of every user; or what comes after one point in time for all users, "
+        "the last item being the target; or window after window, each judged by what was known "
+        "before it (default: %(default)s)",
     )
     parser.add_argument(
         "--test_quantile",
@@ -241,19 +295,47 @@ def add_split_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--val_seed", type=int, metavar="SEED", help="of the draw of --val_users (default: 42)"
     )
+    parser.add_argument(
+        "--window",
+        type=_duration,
+        metavar="TIME",
+        help="windows: their length, such as 1d, 12h or 1w",
+    )
+    parser.add_argument(
+        "--targets",
+        choices=["every", "last"],
+        help="windows: every item of a test sequence but its first is a target, or the last alone "
+        "(default: every)",
+    )
+    parser.add_argument(
+        "--min_window_sequences",
+        type=_count,
+        metavar="N",
+        help="windows: one with fewer sequences to validate and test on is refused (default: 10)",
+    )
 
 
 def split_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> SplitOptions:
     """Values of the flags of `add_split_flags`; a flag of the other split is a usage error."""
-    temporal = args.split == "temporal"
-    unused = ("val_users", "val_seed") if temporal else ("test_quantile", "val_quantile")
+    of_split = {
+        "leave_one_out": ("val_users", "val_seed", "cold_items"),
+        "temporal": ("test_quantile", "val_quantile", "cold_items"),
+        "windows": ("window", "targets", "min_window_sequences"),
+    }
+    every = dict.fromkeys(name for names in of_split.values() for name in names)
+    unused = [name for name in every if name not in of_split[args.split]]
     wrong = [f"--{name}" for name in unused if getattr(args, name) is not None]
+    if args.split == "windows" and args.k_core > 1:
+        wrong.append("--k_core, which counts what comes later,")
     if wrong:
         parser.error(f"{', '.join(wrong)} means nothing with --split {args.split}")
     if args.val_seed is not None and args.val_users is None:
         parser.error("--val_seed means nothing without --val_users")
-    names = ("test_quantile", "val_quantile", "cold_items", "val_users", "val_seed")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.split == "windows" and args.window is None:
+        parser.error("--split windows needs the length of a window, such as --window 1d")
+    given = {name: getattr(args, name) for name in every if getattr(args, name) is not None}
+    if "window" in given:
+        given["window"] = parse_duration(given["window"])
     return SplitOptions(split=args.split, **given)
 
 
@@ -280,6 +362,22 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
     return value
+
+
+def _feature(text: str) -> Asked:
+    try:
+        return Asked.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _duration(text: str) -> str:
+    """Checked and left as it is, as protocols and dataset.json have it."""
+    try:
+        parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _separator(text: str) -> str:

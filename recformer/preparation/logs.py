@@ -42,11 +42,13 @@ class InteractionSource:
         columns: what stands where.
         before: column of the items that came before the one in `columns.item`, where a line is an
             example to train on.
+        owner: column of the users, where `columns.user` holds sessions; None: there is none.
     """
 
     file: RawFile
     columns: ReviewColumns
     before: str | None = None
+    owner: str | None = None
 
     @property
     def path(self) -> Path:
@@ -59,6 +61,9 @@ class InteractionSource:
         bad_lines: BadLines,
         min_rating: float | None = None,
         events: Sequence[str] = (),
+        *,
+        owners: bool = False,
+        extra: Sequence[str] = (),
     ) -> tuple[Interactions, dict[str, int]]:
         """The interactions with known items, in file order, and counts; see `read_interactions`.
 
@@ -67,10 +72,13 @@ class InteractionSource:
             bad_lines: what to do with lines that cannot be used.
             min_rating: leave out what is rated lower.
             events: leave out what is of another type; none: all count.
+            owners: read the users of sessions too.
+            extra: further columns to keep as they stand.
 
         Raises:
             UserError: the file is damaged or has no usable line, `bad_lines` refuses one, or a
-                minimum or types of events are asked for and there is no column of them.
+                minimum, types of events, owners or further columns are asked for and there is no
+                column of them.
         """
         if min_rating is not None and self.columns.rating is None:
             raise UserError(
@@ -82,7 +90,29 @@ class InteractionSource:
                 f"--events needs types of events, {self.path} has no column that is known to hold "
                 f"them: name it with --event_column"
             )
+        if owners and self.owner is None:
+            raise UserError(
+                f"--previous_sessions needs the users of the sessions, {self.path} has no column "
+                f"that is known to hold them: name it with --user_column"
+            )
         is_list = self.columns.item in self.file.lists
+        others = [self.owner] if owners and self.owner is not None else []
+        others += extra
+        if others and self.file.kind not in ("csv", "tsv", "atomic", "parquet"):
+            raise UserError(
+                f"{self.path}: further columns ({', '.join(others)}) are read from CSV, TSV, "
+                f"Parquet and RecBole's atomic files, not from this form: convert it to one of them"
+            )
+        if others and self.before is not None:
+            raise UserError(
+                f"{self.path}: {', '.join(others)} would be of the last item of a line alone, and "
+                f"histories are joined from {self.before!r}: give the log that it was made from"
+            )
+        wrong = [name for name in others if name not in self.file.names]
+        if wrong:
+            raise UserError(
+                f"{self.path} has no column {wrong[0]!r}, found: {self.file.few_names()}"
+            )
         if self.file.kind == "json" and not is_list and self.before is None:
             return amazon.read_interactions(
                 self.path,
@@ -93,17 +123,27 @@ class InteractionSource:
                 events=frozenset(events) if events else None,
                 encoding=self.file.encoding,
             )
-        frame = _log_frame(self, bad_lines, min_rating is not None, bool(events))
+        wanted = {f"{_EXTRA}{name}": name for name in extra}
+        if owners and self.owner is not None:
+            wanted["owner"] = self.owner
+        frame = _log_frame(self, bad_lines, min_rating is not None, bool(events), wanted)
         return _interactions(frame, self, known, bad_lines, min_rating, events)
 
 
+_EXTRA = "extra "  # before the names of further columns
+
+
 def _log_frame(
-    source: InteractionSource, bad_lines: BadLines, rating: bool, event: bool
+    source: InteractionSource,
+    bad_lines: BadLines,
+    rating: bool,
+    event: bool,
+    others: dict[str, str],
 ) -> pl.DataFrame:
-    """Columns line, user, item and, where there are any, time, rating and event, one row an
-    interaction, nothing judged yet."""
+    """Columns line, user, item and, where there are any, time, rating, event and `others`, one row
+    an interaction, nothing judged yet."""
     file, columns = source.file, source.columns
-    wanted = {"user": columns.user, "item": columns.item}
+    wanted = {"user": columns.user, "item": columns.item} | others
     if columns.time is not None:
         wanted["time"] = columns.time
     if rating and columns.rating is not None:
@@ -189,7 +229,7 @@ def _parquet_frame(file: RawFile, wanted: dict[str, str]) -> pl.DataFrame:
     columns = []
     for name, column in wanted.items():
         value = pl.col(column)
-        if name in ("user", "item", "event"):
+        if name in ("user", "item", "event", "owner"):
             value = id_names(value, schema[column], file, column)
         elif schema[column].is_temporal():
             value = _moments(value, schema[column])
@@ -236,6 +276,8 @@ def _json_frame(
 def _explode(frame: pl.DataFrame, file: RawFile, bad_lines: BadLines) -> pl.DataFrame:
     """One row an interaction, where a row is a list of them."""
     lists = [name for name, type_ in frame.schema.items() if is_list(type_)]
+    if "item" not in lists:  # then a further column may hold lists, one an interaction
+        lists = [name for name in lists if not name.startswith(_EXTRA)]
     if not lists:
         return frame
     if "item" not in lists or "user" in lists:
@@ -368,6 +410,7 @@ def _interactions(
     """Interactions out of the rows of `_log_frame`, each of which is checked."""
     file, columns = source.file, source.columns
     texts = [name for name, type_ in frame.schema.items() if type_ == pl.String]
+    texts = [name for name in texts if not name.startswith(_EXTRA)]
     if file.kind in ("csv", "tsv"):  # spreadsheets write blank lines as `,,,`
         frame = frame.filter(
             ~pl.all_horizontal((pl.col(name) == "").fill_null(True) for name in texts)
@@ -434,8 +477,21 @@ def _interactions(
     items, item_names = _codes(frame["item"])
     has_times = columns.time is not None
     moments = frame["times"].to_numpy()
+    extra = [name for name in frame.columns if name.startswith(_EXTRA)]
     return (
-        Interactions(users, items, moments, user_names, item_names, has_times, first_unknown),
+        Interactions(
+            users,
+            items,
+            moments,
+            user_names,
+            item_names,
+            has_times,
+            first_unknown,
+            _owners(frame["owner"]) if "owner" in frame.columns else None,
+            frame.select(pl.col(name).alias(name[len(_EXTRA) :]) for name in extra)
+            if extra
+            else None,
+        ),
         counts,
     )
 
@@ -477,6 +533,12 @@ def _refuse(
         got = got if shown and got not in (None, "") else None
         bad_lines.add(file.path, number, reason, got, what=file.what)
     return frame.filter(~wrong)
+
+
+def _owners(names: pl.Series) -> np.ndarray:
+    """Codes of users, int32; -1 where none is named."""
+    known = names.fill_null("").str.strip_chars()
+    return np.where(known == "", np.int32(-1), _codes(known)[0])
 
 
 def _codes(column: pl.Series) -> tuple[np.ndarray, list[str]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from recformer.files import UserError
 from recformer.preparation.bad_lines import BadLines
+from recformer.preparation.sessions import check_owners, split_at_gaps, with_previous_sessions
 from recformer.preparation.splits import (
     Histories,
     Split,
@@ -20,6 +24,7 @@ from recformer.preparation.splits import (
     split_temporal,
 )
 from recformer.preparation.tables import InteractionSource, ItemSource
+from recformer.preparation.windows import Windowed, split_windows
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,34 @@ class Filters:
 
 
 @dataclass(frozen=True)
+class SessionOptions:
+    """Which sequences are sessions, see `recformer.preparation.sessions`.
+
+    Attributes:
+        gap: seconds of a pause that ends a session; None: sequences are those of the source.
+        previous: a session begins with the items of so many earlier ones of the same user.
+        named: a column of the source names the sessions.
+    """
+
+    gap: int | None = None
+    previous: int = 0
+    named: bool = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether a sequence is a session."""
+        return self.named or self.gap is not None
+
+    def asked_for(self) -> dict[str, Any]:
+        """What was asked for, for dataset.json."""
+        found = {"session_gap_seconds": self.gap, "previous_sessions": self.previous or None}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+NO_SESSIONS = SessionOptions()
+
+
+@dataclass(frozen=True)
 class SplitOptions:
     """Options of a split, see `recformer.preparation.splits`.
 
@@ -56,17 +89,30 @@ class SplitOptions:
         test_quantile, val_quantile: of the temporal split.
         cold_items: share of the items to hold out; None: none.
         val_users, val_seed: of leave-one-out; None: all validate.
+        window, targets, min_window_sequences: of windows.
     """
 
-    split: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    split: Literal["leave_one_out", "temporal", "windows"] = "leave_one_out"
     test_quantile: float = 0.9
     val_quantile: float = 0.9
     cold_items: float | None = None
     val_users: int | None = None
     val_seed: int = 42
+    window: int | None = None
+    targets: str = "every"
+    min_window_sequences: int = 10
 
-    def apply(self, histories: Histories, seed: int) -> Split:
-        """Split the histories; `seed` draws the cold items."""
+    def apply(self, histories: Histories, seed: int) -> Split | Windowed:
+        """Split the histories; `seed` draws the cold items, and who validates of a window."""
+        if self.split == "windows":
+            assert self.window is not None  # the flags saw to it
+            return split_windows(
+                histories,
+                self.window,
+                targets=self.targets,
+                min_sequences=self.min_window_sequences,
+                seed=seed,
+            )
         if self.split == "temporal":
             split = split_temporal(
                 histories, test_quantile=self.test_quantile, val_quantile=self.val_quantile
@@ -80,31 +126,50 @@ class SplitOptions:
 
 def _histories(
     source: InteractionSource,
-    items: ItemSource,
-    products: dict[str, dict[str, str]],
+    items: ItemSource | None,
+    products: Container[str],
     bad_lines: BadLines,
     filters: Filters,
     *,
     min_interactions: int,
     user_sample_rate: float,
     seed: int,
+    sessions: SessionOptions = NO_SESSIONS,
+    extra: Sequence[str] = (),
 ) -> tuple[Histories, dict[str, int], dict[str, int]]:
     """Histories of a source, counts of its interactions, and of what the filters left out."""
-    interactions, counts = source.read(products, bad_lines, filters.min_rating, filters.events)
+    interactions, counts = source.read(
+        products,
+        bad_lines,
+        filters.min_rating,
+        filters.events,
+        owners=sessions.previous > 0 and sessions.gap is None,
+        extra=extra,
+    )
     if not len(interactions):
         below = counts.get("reviews_below_min_rating", 0)
         names = ""
         if interactions.first_unknown is not None:
-            own = next(iter(products), "")
+            own = next(iter(products), "") if isinstance(products, dict) else ""
             names = (
                 f" (an id of the former is {interactions.first_unknown!r}, of the latter {own!r})"
             )
+        where = source.path if items is None else items.path
         raise UserError(
             f"none of the {counts['reviews']} reviews in {source.path} is of a product in "
-            f"{items.path}"
+            f"{where}"
             + (f" and rated {filters.min_rating} or better ({below} below)" if below else "")
             + f"{names}: expected two files of the same category"
         )
+    if sessions.previous and not interactions.has_times:
+        raise UserError(
+            f"--previous_sessions needs times, {source.path} has none: name their column with "
+            f"--time_column"
+        )
+    if sessions.gap is not None:
+        interactions = split_at_gaps(interactions, sessions.gap)
+    elif sessions.previous:
+        counts["sessions_of_several_users"] = check_owners(interactions)
     counts["duplicate_reviews"] = count_duplicates(interactions)
     interactions, filtered = filter_interactions(
         interactions,
@@ -128,6 +193,11 @@ def _histories(
             f"{histories.counts['users_not_sampled']} were not sampled (--user_sample_rate)"
             f"{left_out}"
         )
+    if sessions.asked:
+        single = np.bincount(np.bincount(interactions.users, minlength=1), minlength=2)[1]
+        histories.counts["sessions_of_one_event"] = int(single)
+    if sessions.previous:
+        histories = with_previous_sessions(histories, sessions.previous)
     return histories, counts, filtered
 
 

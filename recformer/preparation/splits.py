@@ -31,6 +31,10 @@ class Interactions:
         user_names, item_names: names in the order in which they first appear.
         has_times: False where the source gives the order alone; `times` are zeros then.
         first_unknown: the first item of the source that is not known, for messages.
+        owners: int32 (M,), the user of each interaction where `users` are sessions, -1 where the
+            source names none; None: not asked for.
+        extra: further columns of the source, M rows, as they stand there; None: none were asked
+            for.
     """
 
     users: np.ndarray
@@ -40,6 +44,8 @@ class Interactions:
     item_names: list[str]
     has_times: bool = True
     first_unknown: str | None = None
+    owners: np.ndarray | None = None
+    extra: pl.DataFrame | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -47,6 +53,17 @@ class Interactions:
     def frame(self) -> pl.DataFrame:
         """Columns user, item, time, one row an interaction."""
         return pl.DataFrame({"user": self.users, "item": self.items, "time": self.times})
+
+    def take(self, kept: np.ndarray) -> Interactions:
+        """Those at some places, int64, in that order; codes stay as they are."""
+        return replace(
+            self,
+            users=self.users[kept],
+            items=self.items[kept],
+            times=self.times[kept],
+            owners=None if self.owners is None else self.owners[kept],
+            extra=None if self.extra is None else self.extra[kept],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +77,10 @@ class Histories:
             user's interactions in the order of the source, before sorting by time.
         counts: users and interactions left out, and why.
         times: int64, of every entry of `sequences.items`; None where the source has none.
+        owners: int32 (U,), the user of each sequence where sequences are sessions; None: unknown.
+        extra: further columns, a row an entry of `sequences.items`; None: none were asked for.
+        context: bool, of every entry of `sequences.items`: it belongs to an earlier session of the
+            same user; None: none does.
     """
 
     sequences: Sequences
@@ -67,6 +88,9 @@ class Histories:
     item_names: list[str]
     counts: dict[str, int]
     times: np.ndarray | None = None
+    owners: np.ndarray | None = None
+    extra: pl.DataFrame | None = None
+    context: np.ndarray | None = None
 
 
 def count_duplicates(interactions: Interactions) -> int:
@@ -108,7 +132,10 @@ def build_histories(
         kept[candidates] = draw_names(names, max_users, seed)
 
     user_ids = np.cumsum(kept, dtype=np.int64) - 1  # of the users kept; the others are filtered out
-    frame = interactions.frame().filter(pl.Series(kept[interactions.users], dtype=pl.Boolean))
+    frame = interactions.frame()
+    if interactions.extra is not None:
+        frame = frame.hstack(interactions.extra)
+    frame = frame.filter(pl.Series(kept[interactions.users], dtype=pl.Boolean))
     by_user = frame.sort("user", maintain_order=True)
     met = by_user["item"].unique(maintain_order=True).to_numpy()
     item_ids = np.empty(len(interactions.item_names), dtype=np.int32)
@@ -116,6 +143,11 @@ def build_histories(
 
     by_time = by_user.sort("user", "time", maintain_order=True)
     kept_users = np.flatnonzero(kept)
+    owners = None
+    if interactions.owners is not None:
+        owners = np.empty(len(counts), dtype=np.int32)
+        owners[interactions.users[::-1]] = interactions.owners[::-1]  # the first one stays
+        owners = owners[kept_users]
     return Histories(
         sequences=Sequences.from_rows(
             user_ids[by_time["user"].to_numpy()],
@@ -133,6 +165,8 @@ def build_histories(
             "interactions_kept": len(by_time),
         },
         times=by_time["time"].to_numpy() if interactions.has_times else None,
+        owners=owners,
+        extra=None if interactions.extra is None else by_time.select(interactions.extra.columns),
     )
 
 
@@ -210,12 +244,7 @@ def filter_interactions(
             with_small = len(kept)
             kept = _k_core(interactions, kept, k_core)
             counts["interactions_outside_k_core"] += with_small - len(kept)
-    return replace(
-        interactions,
-        users=interactions.users[kept],
-        items=interactions.items[kept],
-        times=interactions.times[kept],
-    ), counts
+    return interactions.take(kept), counts
 
 
 def _first_of_repeats(interactions: Interactions, kept: np.ndarray) -> np.ndarray:

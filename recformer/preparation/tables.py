@@ -23,6 +23,7 @@ from recformer.preparation.columns import (
     LISTS_OF_ITEMS,
     RATINGS,
     SESSIONS,
+    TEXTS,
     TIMES,
     USERS,
     Columns,
@@ -45,6 +46,44 @@ _CODE = re.compile(r"<[a-z]+_\d+>")  # LC-Rec's and MiniOneRec's semantic ids
 _AMAZON_2018 = {"title": "title", "brand": "brand", "category": "category"}
 _AMAZON_2014 = {"title": "title", "brand": "brand", "category": "categories"}
 _AMAZON_2023 = {"title": "title", "brand": "store", "category": "categories"}
+
+
+def open_log(
+    interactions: str | os.PathLike, columns: Columns, attributes: Sequence[str] | None
+) -> tuple[InteractionSource, dict[str, str]]:
+    """As `open_sources`, where there is no file of items.
+
+    Returns:
+        The interactions, and which of their columns make up an item: those that `attributes` names,
+        or else whose names are known to hold a title, a brand or a category; there may be none.
+    """
+    path = Path(interactions)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device, expected a file: it is read twice")
+    if columns.encoding is not None:
+        check_encoding(columns.encoding)
+    if columns.item_key is not None:
+        raise UserError(
+            f"--item_key_column {columns.item_key} is of a file of items, and there is none: give "
+            f"it with --meta_file_path"
+        )
+    file = open_file(path, columns)
+    source = _interaction_source(file, columns)
+    if attributes is not None:
+        chosen = _chosen(attributes)
+        _check_attributes(file, chosen)
+        return source, chosen
+    if source.before is not None or file.kind not in ("csv", "tsv", "atomic", "parquet"):
+        return source, {}
+    taken = {name for name in vars(source.columns).values() if name is not None}
+    by_name = {plain(name): name for name in file.names if name not in taken}
+    return source, {
+        known: by_name[name]
+        for known, names in TEXTS.items()
+        if (name := next((one for one in names if one in by_name), None)) is not None
+    }
 
 
 def open_sources(
@@ -87,7 +126,7 @@ def open_sources(
 
 def _interaction_source(file: RawFile, columns: Columns) -> InteractionSource:
     if file.kind in ("object", "histories"):
-        unused = ("user", "item", "time", "rating", "event", "session")
+        unused = ("user", "item", "time", "rating", "event", "session", "owner")
         wrong = [f"--{name}_column" for name in columns.named() if name in unused]
         if wrong:
             raise UserError(f"{file.path} has no columns, got {', '.join(sorted(wrong))}")
@@ -114,7 +153,15 @@ def _interaction_source(file: RawFile, columns: Columns) -> InteractionSource:
                 f"items in {before!r}, from which histories are joined: leave the flag out"
             )
         time = rating = event = None
-    return InteractionSource(file, ReviewColumns(user, item, time, rating, event), before)
+    owner = None
+    if columns.session is not None:
+        owner = _named(file, "--user_column", columns.owner) or _known(file, USERS)
+    return InteractionSource(
+        file,
+        ReviewColumns(user, item, time, rating, event),
+        before,
+        None if owner == user else owner,
+    )
 
 
 def _user_column(file: RawFile, columns: Columns, item: str | None) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from recformer.files import UserError
+
 NO_TIME = "is no number and no ISO 8601 date"
 
 _LARGEST = 2**63 - 1
@@ -107,3 +109,42 @@ def _too_large(wholes: np.ndarray, exponent: int) -> np.ndarray:
     if exponent == 0:
         return np.zeros(len(wholes), dtype=bool)
     return (wholes > most) | (wholes < -most)
+
+
+_DURATION = re.compile(r"(\d{1,6})([smhdw])", re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+
+# Seconds of 1973 and of 2286: what tells seconds from milliseconds and so on.
+_OLDEST, _NEWEST = 10**8, 10**10
+
+
+def parse_duration(text: str) -> int:
+    """Seconds of `45s`, `30m`, `12h`, `1d` or `2w`.
+
+    Raises:
+        ValueError: it is none of these, or 0.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"got {text!r}, expected a number and s, m, h, d or w, such as 30m or 1d")
+    return int(match[1]) * _SECONDS[match[2]]
+
+
+def units_a_second(times: np.ndarray, flag: str) -> int:
+    """How many units of a source make a second: 1, 10³, 10⁶ or 10⁹, told by their size.
+
+    Args:
+        times: int64 (M,), moments since 1970 in one unit.
+        flag: that wants to know, for the message.
+
+    Raises:
+        UserError: they are no moments of 1973 to 2286 in any of these units.
+    """
+    middle = float(np.median(times)) if len(times) else 0.0
+    for units in (1, 10**3, 10**6, 10**9):
+        if _OLDEST * units <= middle < _NEWEST * units:
+            return units
+    raise UserError(
+        f"{flag} needs moments since 1970 in seconds, milli-, micro- or nanoseconds, the times are "
+        f"about {middle:.0f}: name their column with --time_column"
+    )

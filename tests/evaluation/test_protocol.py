@@ -16,7 +16,10 @@ from recformer.evaluation.protocol import FOLDER, Protocol, with_protocol
 from recformer.files import UserError, read_json
 from recformer.finetune import FinetuneArguments
 
-NAMES = ["gsasrec_ml1m", "recformer", "s3rec_tiger", "temporal", "text4rec", "unisrec"]
+NAMES = [
+    "gsasrec_ml1m", "recformer", "s3rec_tiger", "t4rec_rees46", "t4rec_yoochoose", "temporal",
+    "text4rec", "unisrec",
+]  # fmt: skip
 
 
 def test_the_published_protocols_are_there():

@@ -1,0 +1,277 @@
+"""Features out of the columns of raw files: declared once, told by their values, kept as they are.
+
+`--features price:float category:cat genres:list hour` names columns of the interactions or of the
+items. A column of the interactions that has one value an item is the item's. Times give features
+without a column: `hour`, `weekday` (UTC), `since_last` (log of the seconds since the event before
+it in its sequence) and `item_age` (log of the seconds since anybody first met the item).
+
+Shapes: M interactions of all histories, N items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from recformer.data.features import KINDS, Feature, Of
+from recformer.files import UserError
+from recformer.preparation.histories import split_list
+from recformer.preparation.splits import Histories
+from recformer.preparation.times import units_a_second
+
+# Features of the time of an interaction and what they are.
+OF_TIME = {"hour": "cat", "weekday": "cat", "since_last": "float", "item_age": "float"}
+OFS: tuple[Of, ...] = ("item", "interaction")
+
+# A column with more different values holds ids: a table of them would be learned by heart.
+MOST_CATEGORIES = 100_000
+_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A feature as the user names it.
+
+    Attributes:
+        name: its column, or one of `OF_TIME`.
+        kind: of `recformer.data.features.KINDS`; None: told by its values.
+        of: "item" or "interaction"; None: told by its values.
+    """
+
+    name: str
+    kind: str | None = None
+    of: Of | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Asked:
+        """`name`, `name:type` or `name:type:item`.
+
+        Raises:
+            ValueError: another type.
+        """
+        parts = text.split(":")
+        kind = parts.pop(1) if len(parts) > 1 and parts[1] in KINDS else None
+        of: Of | None = None
+        if len(parts) > 1 and parts[1] in OFS:
+            of = "item" if parts.pop(1) == "item" else "interaction"
+        if len(parts) > 1 or not parts[0]:
+            raise ValueError(
+                f"got {text!r}, expected a column, or column:type with a type of "
+                f"{', '.join(KINDS)}, or column:type:item or :interaction to say whose it is"
+            )
+        return cls(parts[0], kind, of)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureColumns:
+    """The features of a preparation.
+
+    Attributes:
+        features: in the order in which they were asked for.
+        interactions: column in interactions.parquet -> M values.
+        items: column in item_features.parquet -> N values.
+    """
+
+    features: list[Feature]
+    interactions: dict[str, pl.Series]
+    items: dict[str, pl.Series]
+
+
+def make_features(
+    asked: Sequence[Asked],
+    histories: Histories,
+    item_columns: Mapping[str, Mapping[str, Any]],
+    *,
+    skip_bad: bool = False,
+) -> FeatureColumns:
+    """The features that were asked for.
+
+    Args:
+        asked: which; columns of the interactions stand in `histories.extra`.
+        histories: as they are split.
+        item_columns: column -> {item: value}, of those that the items have.
+        skip_bad: take what is no number as missing where numbers are asked for.
+
+    Raises:
+        UserError: a value that is no number, too many categories, or no times.
+    """
+    features: list[Feature] = []
+    interactions: dict[str, pl.Series] = {}
+    items: dict[str, pl.Series] = {}
+    for one in asked:
+        of: Of = "interaction"
+        if one.name in item_columns:
+            own = item_columns[one.name]
+            raw = pl.Series([own.get(name) for name in histories.item_names], strict=False)
+            of = "item"
+        elif histories.extra is not None and one.name in histories.extra.columns:
+            raw = histories.extra[one.name]
+        else:
+            raw = of_time(one.name, histories)
+        kind = one.kind or OF_TIME.get(one.name) or _kind(raw)
+        values = _typed(raw, kind, one.name, skip_bad)
+        if of == "interaction" and one.name not in OF_TIME:
+            of, values = _whose(one, values, histories)
+        members = values.explode() if kind == "list" else values
+        distinct = members.drop_nulls().n_unique()
+        if kind != "float" and distinct > MOST_CATEGORIES:
+            raise UserError(
+                f"--features {one.name}: {distinct:,} different values, expected at most "
+                f"{MOST_CATEGORIES:,} categories: they are ids or texts; leave the column out, or "
+                f"put a coarser one in its place"
+            )
+        missing = int(values.is_null().sum())
+        if missing == len(values):
+            raise UserError(f"--features {one.name}: no {of} has a value")
+        feature = Feature(one.name, kind, of, distinct, missing)
+        features.append(feature)
+        (items if of == "item" else interactions)[feature.column] = values
+    return FeatureColumns(features, interactions, items)
+
+
+def check_everywhere(columns: FeatureColumns, parts: Mapping[str, np.ndarray]) -> None:
+    """Refuse a feature of interactions that a part of the data lacks altogether, and not by chance.
+
+    Args:
+        columns: the features.
+        parts: name of a part of the data -> its interactions, bool (M,).
+
+    Raises:
+        UserError: names the feature and the part.
+    """
+    for feature in columns.features:
+        if feature.of == "item":
+            continue
+        present = columns.interactions[feature.column].is_not_null().to_numpy()
+        for part, chosen in parts.items():
+            others = present[~chosen].mean() if (~chosen).any() else 0.0
+            if not present[chosen].any() and (1 - others) ** chosen.sum() < 0.01:
+                raise UserError(
+                    f"--features {feature.name}: none of the {int(chosen.sum()):,} interactions of "
+                    f"{part} has a value, {others:.0%} of the others have one: a model would be "
+                    f"judged without what it was trained with; leave the feature out, or complete "
+                    f"the data"
+                )
+
+
+def of_time(name: str, histories: Histories) -> pl.Series:
+    """One of `OF_TIME`, M values."""
+    times = histories.times
+    if times is None:
+        raise UserError(
+            f"--features {name} needs times, the interactions have none: name their column with "
+            f"--time_column"
+        )
+    units = units_a_second(times, f"--features {name}")
+    seconds = times // units
+    if name == "hour":
+        return pl.Series((seconds % _DAY // 3600).astype(str))
+    if name == "weekday":  # 1970 began on a Thursday; Monday is 0
+        return pl.Series(((seconds // _DAY + 3) % 7).astype(str))
+    sequences = histories.sequences
+    if name == "since_last":
+        passed = np.diff(times, prepend=times[:1]) / units
+        values = pl.Series(np.log1p(np.maximum(passed, 0)))
+        first = np.zeros(len(times), dtype=bool)
+        first[sequences.offsets[:-1][sequences.lengths > 0]] = True
+        return pl.select(pl.when(pl.Series(~first)).then(values)).to_series()
+    assert name == "item_age"
+    earliest = np.full(len(histories.item_names), np.iinfo(np.int64).max)
+    np.minimum.at(earliest, sequences.items, times)
+    return pl.Series(np.log1p((times - earliest[sequences.items]) / units))
+
+
+def _kind(raw: pl.Series) -> str:
+    """What values are: numbers with fractions, lists, or categories."""
+    if raw.dtype.is_float():
+        whole = raw.drop_nulls().drop_nans()
+        return "cat" if len(whole) and bool((whole == whole.floor()).all()) else "float"
+    if raw.dtype.is_decimal():
+        return "float"
+    if isinstance(raw.dtype, pl.List | pl.Array):
+        return "list"
+    if raw.dtype != pl.String:
+        return "cat"
+    found = raw.drop_nulls().str.strip_chars()
+    found = found.filter(found != "")
+    if not len(found):
+        return "cat"
+    numbers = found.cast(pl.Float64, strict=False)
+    if not numbers.null_count() and found.str.contains(r"[.eE]").any():
+        return "float"
+    looks_like_lists = found.str.starts_with("[") & found.str.ends_with("]")
+    if looks_like_lists.all() or found.str.contains("|", literal=True).mean() > 0.2:
+        return "list"
+    return "cat"
+
+
+def _typed(raw: pl.Series, kind: str, name: str, skip_bad: bool) -> pl.Series:
+    """Values as they are kept; null where there is none."""
+    if kind == "list":
+        return _lists(raw, name)
+    if isinstance(raw.dtype, pl.List | pl.Array | pl.Struct):
+        raise UserError(f"--features {name}: its values are lists, expected {name}:list")
+    if kind == "float":
+        texts = raw.str.strip_chars() if raw.dtype == pl.String else raw
+        numbers = texts.cast(pl.Float64, strict=False)
+        numbers = numbers.set(~numbers.is_finite().fill_null(True), None)
+        wrong = numbers.is_null() & texts.is_not_null()
+        if raw.dtype == pl.String:
+            wrong &= texts != ""
+        elif raw.dtype.is_float():
+            wrong &= texts.is_not_nan()
+        if wrong.any() and not skip_bad:
+            raise UserError(
+                f"--features {name}:float: {texts.filter(wrong)[0]!r} is no number: mend it, take "
+                f"what is none as missing with --skip_bad_lines, or ask for {name}:cat"
+            )
+        return numbers
+    texts = raw.cast(pl.String).str.strip_chars()
+    if raw.dtype.is_float():
+        texts = texts.str.replace(r"\.0$", "")
+    return texts.set(texts == "", None)
+
+
+def _lists(raw: pl.Series, name: str) -> pl.Series:
+    if isinstance(raw.dtype, pl.List | pl.Array):
+        values = raw.cast(pl.List(pl.String))
+    else:
+        parsed: list[list[str] | None] = []
+        for text in raw.cast(pl.String).to_list():
+            if text is None or not text.strip():
+                parsed.append(None)
+            elif "|" in text and not text.startswith("["):
+                parsed.append([part.strip() for part in text.split("|")])
+            else:
+                found = split_list(text)
+                if found is None:
+                    raise UserError(f"--features {name}:list: {text[:60]!r} is no list")
+                parsed.append([str(part) for part in found])
+        values = pl.Series(parsed, dtype=pl.List(pl.String))
+    values = values.list.drop_nulls()
+    return values.set(values.list.len() == 0, None)
+
+
+def _whose(one: Asked, values: pl.Series, histories: Histories) -> tuple[Of, pl.Series]:
+    """A column of the interactions is the item's if every item has one value, or the user says so;
+    then it is the first one that anybody met."""
+    if one.of == "interaction":
+        return "interaction", values
+    items = histories.sequences.items
+    order: np.ndarray = np.arange(len(items))
+    if histories.times is not None:
+        order = np.argsort(histories.times, kind="stable")
+    frame = pl.DataFrame({"item": items, "value": values})[order].filter(
+        pl.col("value").is_not_null()
+    )
+    if one.of is None:
+        several = frame.group_by("item").agg(pl.col("value").n_unique() > 1)["value"]
+        if several.any():
+            return "interaction", values
+    first = frame.unique("item", keep="first", maintain_order=True)
+    every = pl.DataFrame({"item": np.arange(len(histories.item_names), dtype=np.int32)})
+    return "item", every.join(first, on="item", how="left", maintain_order="left")["value"]
