@@ -3,6 +3,8 @@
 `recformer baseline --model sasrec --data_path FOLDER --output_dir DIR`
 
 The same command again continues a run that was cut off, and prints the results of a finished one.
+On a folder that was split by windows it trains up to each window and judges on the next, see
+`baselines/windows.py`.
 `--config FILE` reads flags from a YAML file (`baselines/configs/`); flags given beside it win.
 """
 
@@ -24,9 +26,12 @@ from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
 from baselines.models import GENERATE, Built, build
 from baselines.sequence.collators import CausalCollator
 from baselines.settings import GenerativeSettings, Settings, settings_of
+from baselines.windows import PICTURE, TABLE, go_on_from, run_windows, weights_checksum
 from recformer.cli import exit_with_message, flags_parser, keep_freed_memory
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
+from recformer.data.windows import Windows, WindowView
+from recformer.evaluation.over_time import format_over_time
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
 from recformer.evaluation.runs import RunResult, StageResult
@@ -56,8 +61,6 @@ def run(args: BaselineRunArguments) -> dict[str, Any]:
         own.setdefault("num_beams", max(GenerativeSettings.num_beams, *args.metric_ks))
     settings = settings_of(args.model, own)
     args.check()
-    compute = Compute.of(args)
-    generative = isinstance(settings, GenerativeSettings)
     if (
         isinstance(settings, GenerativeSettings)
         and not settings.exact_rank
@@ -73,8 +76,51 @@ def run(args: BaselineRunArguments) -> dict[str, Any]:
         f"{args.data_path}: {folder.num_users:,} users, {folder.num_items:,} items, "
         f"split {folder.split_hash[:12]}"
     )
+    windows = Windows.of(folder)
+    if windows is None:
+        return run_one(args, settings, folder, started=started).as_dict()
+
+    def run_view(own: BaselineRunArguments, view: WindowView, before: Path | None) -> RunResult:
+        return run_one(own, settings, view, before, quiet=True)
+
+    result = run_windows(args, windows, run_view)
+    if is_first():
+        print(f"\n{format_over_time(result.test, [args.metric])}")
+        print(report({args.model: result.test}, args.metric))
+        print(f"written to {args.output_dir}: metrics.json, ranks, windows, {TABLE}, {PICTURE}")
+    return result.as_dict()
+
+
+def run_one(
+    args: BaselineRunArguments,
+    settings: Settings,
+    folder: ProcessedFolder,
+    before: Path | None = None,
+    *,
+    quiet: bool = False,
+    started: float | None = None,
+) -> RunResult:
+    """Train and evaluate on one folder, or on one window's view of it.
+
+    Args:
+        args: flags, checked.
+        settings: of the model.
+        folder: the data.
+        before: best_model folder of the window before, whose weights go on; None: from scratch.
+        quiet: print no figures.
+        started: when the command began, by the monotonic clock; None: now.
+    """
+    started = time.monotonic() if started is None else started
+    compute = Compute.of(args)
+    generative = isinstance(settings, GenerativeSettings)
     seed_everything(args.seed, verbose=False)
     built = build(args.model, settings, folder)
+    of_window: dict[str, Any] = {}
+    if isinstance(folder, WindowView):
+        of_window["window"] = folder.window
+        if before is not None and built.train_collator is not None:
+            go_on_from(built.model, before)
+            of_window["weights_from"] = weights_checksum(before)
     data = SeqRecDataModule(
         folder,
         built.train_collator or CausalCollator(1),
@@ -84,13 +130,17 @@ def run(args: BaselineRunArguments) -> dict[str, Any]:
         args.eval_users,
         args.seed,
     )
+    flags = asdict(args)
+    if not of_window:
+        del flags["windows"]  # means nothing here
     experiment = Experiment(
         args,
         compute,
         built.model,
         data,
-        asdict(args)
+        flags
         | settings.as_dict()
+        | of_window
         | {"split_hash": folder.split_hash, "semantic_ids_hash": built.semantic_ids_hash},
         ["training"],
         ("best_model", "curves.png"),
@@ -103,14 +153,14 @@ def run(args: BaselineRunArguments) -> dict[str, Any]:
     with experiment.folder as output:
         if result is None or not output.has("ranks", *leaves):
             result = train_and_evaluate(experiment, args, settings, built, folder, started)
-    if is_first():
+    if is_first() and not quiet:
         print("\n" + experiment.headline(result.test))
         print(report({args.model: result.test}, args.metric))
         if generative:
             print(format_code_accuracy(result.test["code_accuracy"]))
         written = ", ".join(("metrics.json", "ranks", *leaves))
         print(f"written to {experiment.output_dir}: {written}")
-    return result.as_dict()
+    return result
 
 
 def train_and_evaluate(

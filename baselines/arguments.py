@@ -27,6 +27,12 @@ class BaselineRunArguments(RunArguments):
     max_grad_norm: float = flag(0.0, "gradients are clipped to this norm; 0 for no clipping")
     verbose: int = flag(1, "epochs between validations; the last epoch is always validated")
     patience: int = flag(10, "validations without gain before training ends")
+    windows: str = flag(
+        "incremental",
+        "of a folder split by windows: incremental, the weights go on from window to window and "
+        "train on what the last one brought; or scratch, on all before it",
+        choices=["incremental", "scratch"],
+    )
     evaluate_only: bool = flag(False, "rank with the weights of --from_published, do not train")
 
     def own(self) -> dict[str, Any]:

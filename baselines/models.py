@@ -30,6 +30,7 @@ from baselines.sequence.collators import (
     MaskedCollator,
     PermutedCollator,
 )
+from baselines.sequence.features import FeatureAggregation, InteractionFeatures
 from baselines.sequence.gru import GRU4Rec
 from baselines.sequence.huggingface import HuggingFaceNetwork
 from baselines.sequence.item_table import ItemTable, nearest_items
@@ -55,7 +56,9 @@ from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
 from baselines.untrained.session_neighbours import SessionNeighbours
 from baselines.untrained.text_neighbours import TextNeighbours
+from recformer.data.features import Encoded, Of, encode_features
 from recformer.data.processed import ProcessedFolder
+from recformer.data.windows import WindowView
 from recformer.files import UserError, check_folder, read_json, sha256_of
 
 UNTRAINED: dict[str, Callable[..., Untrained]] = {
@@ -114,10 +117,25 @@ def _build_sequence(settings: SequenceSettings, folder: ProcessedFolder) -> Buil
         ids = SemanticIds.load(settings.semantic_ids, folder.asins)
         codes, codes_hash = ids.codes, _hash(ids)
 
+    encoded = encode_features(folder) if settings.features is not None else {}
+    _check_features(settings, encoded)
+
+    def aggregation(kind: type[FeatureAggregation], of: Of) -> FeatureAggregation | None:
+        own = encoded.get(of)
+        if not own:
+            return None
+        assert settings.features is not None
+        return kind(
+            own, settings.hidden_size, settings.features, settings.soft_one_hot,
+            settings.feature_dropout, settings.swap_noise,
+        )  # fmt: skip
+
     def table() -> ItemTable:
         return ItemTable(
             folder.num_items, settings.hidden_size, settings.items, vectors, codes,
             settings.projection_layers,
+            folder.num_trained_items if isinstance(folder, WindowView) else None,
+            aggregation(FeatureAggregation, "item"),
         )  # fmt: skip
 
     similar = None
@@ -153,6 +171,7 @@ def _build_sequence(settings: SequenceSettings, folder: ProcessedFolder) -> Buil
         counts,
         **more,
     )
+    recommender.input_features = aggregation(InteractionFeatures, "interaction")
     if isinstance(settings, SasrecSettings) and settings.from_published:
         load_published(recommender, settings.from_published, folder.asins)
     length = settings.max_length
@@ -182,6 +201,25 @@ def _network(settings: SequenceSettings) -> SequenceNetwork:
     if settings.objective == "plm":
         return PermutedNetwork(settings.arch, *sizes, width)
     return HuggingFaceNetwork(settings.arch, settings.objective, *sizes, width)
+
+
+def _check_features(settings: SequenceSettings, encoded: dict[Of, list[Encoded]]) -> None:
+    """Refuse features that would say what is to be predicted, or that a file has no weights for."""
+    if not encoded:
+        return
+    if isinstance(settings, SasrecSettings) and settings.from_published:
+        raise UserError("--from_published: the published weights know no --features")
+    telling = [
+        one.feature.name
+        for one in encoded["interaction"]
+        if one.feature.name not in ("hour", "weekday", "since_last")
+    ]
+    if telling and getattr(settings, "objective", "") == "rtd":
+        raise UserError(
+            f"--objective rtd: the feature {telling[0]} of interactions is of the true item and "
+            f"says which items are replaced; take it as the item's (recformer process --features "
+            f"{telling[0]}:…:item) or another objective"
+        )
 
 
 def _build_generative(settings: GenerativeSettings, folder: ProcessedFolder) -> Built:

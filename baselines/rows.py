@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recformer.data.processed import ProcessedFolder
-from recformer.evaluation.compare import METRICS
+from recformer.evaluation.compare import METRICS, by_sequence, interval
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import METRICS_FILE, RULE, RankedRun, RunResult
 from recformer.evaluation.seeds import common_name, differ_in_seed_alone, mean_and_deviation
-from recformer.evaluation.statistics import bootstrap_interval, holm, permutation_p
+from recformer.evaluation.statistics import holm, permutation_p
 from recformer.files import UserError, read_json
 from recformer.training.run_folder import RUN_FILE
 from recformer.training.seeds import FOLDERS
@@ -118,7 +118,7 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
     result = RunResult.load(path)
     figures = result.evaluations[evaluation]["test"] if evaluation else result.test
     values = per_user_metrics(run.ranks, (10, 50), run.rule["ties"])
-    intervals = {name: bootstrap_interval(values[name]) for name in METRICS}
+    intervals = {name: interval(values[name], run.sequences, 0) for name in METRICS}
     seconds: float | None = 0.0
     parameters = result.parameters
     if evaluation == "zero_shot":
@@ -185,7 +185,7 @@ def _mean_of(group: Sequence[Row]) -> Row:
     return Row(
         replace(first.run, name=f"{name} ({len(seeds)} seeds)"),
         values,
-        {m: [float(x.mean()), *bootstrap_interval(x)] for m, x in values.items()},
+        {m: [float(x.mean()), *interval(x, first.run.sequences, 0)] for m, x in values.items()},
         {
             part: [users, float(np.mean([r.slices[part][1] for r in group if part in r.slices]))]
             for part, (users, _) in first.slices.items()
@@ -214,7 +214,10 @@ def tables(rows: Sequence[Row], metric: str = METRICS[0]) -> list[list[Row]]:
     for group in groups.values():
         group.sort(key=lambda row: (-row.figures[metric][0], row.run.name))
         values = [row.values[metric] for row in group]
-        p_values = holm([permutation_p(values[0] - other) for other in values[1:]])
+        sequences = group[0].run.sequences
+        p_values = holm(
+            [permutation_p(by_sequence(values[0] - other, sequences)[0]) for other in values[1:]]
+        )
         result.append(
             [
                 group[0],

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
+from baselines.sequence.features import AGGREGATIONS
 from baselines.sequence.item_table import KINDS
 from baselines.sequence.objectives import check_goes_with, objective_named
 from recformer.files import UserError
@@ -174,6 +175,18 @@ class SequenceSettings(NetworkSettings):
         "learned number, as in finetune --method head",
     )
     projection_layers: int = flag(2, "linear layers from text to item vectors")
+    features: str | None = flag(
+        None,
+        "join the features of the folder (recformer process --features) with the items: concat, "
+        "sum or product",
+    )
+    feature_dropout: float = flag(0.0, "features: each of an item is left out so often in training")
+    swap_noise: float = flag(
+        0.0, "features: each of an item is that of another one so often in training"
+    )
+    soft_one_hot: int = flag(
+        0, "features: numbers as a soft one-hot over so many learned vectors, 0 for a projection"
+    )
     semantic_ids: str | None = flag(
         None, "file of recformer semantic-ids, for --items codes, tiger and gpt2_codes"
     )
@@ -201,6 +214,7 @@ class SequenceSettings(NetworkSettings):
         if self.hard_negatives and self.loss != "in_batch":
             raise UserError(f"--hard_negatives goes with --loss in_batch, not {self.loss}")
         self._check_sampling()
+        self._check_features()
 
     def _check_sampling(self) -> None:
         if not 0 <= self.negative_power < float("inf"):
@@ -219,6 +233,19 @@ class SequenceSettings(NetworkSettings):
         if self.label_smoothing and (self.loss not in SOFTMAXES or self.history_term):
             raise UserError(
                 f"--label_smoothing goes with --loss {', '.join(SOFTMAXES)} without --history_term"
+            )
+
+    def _check_features(self) -> None:
+        _at_least(self, 0, "soft_one_hot")
+        for name in ("feature_dropout", "swap_noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be from 0 to below 1")
+        if self.features is not None:
+            _one_of(self, "features", AGGREGATIONS)
+        elif self.feature_dropout or self.swap_noise or self.soft_one_hot:
+            raise UserError(
+                "--feature_dropout, --swap_noise and --soft_one_hot go with --features concat, sum "
+                "or product"
             )
 
 

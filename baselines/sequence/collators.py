@@ -37,14 +37,31 @@ class ItemSequences(Batch):
     order: Tensor | None = None
 
     @classmethod
-    def of(cls, items: np.ndarray, offsets: np.ndarray, predict: np.ndarray) -> ItemSequences:
-        return cls(torch.from_numpy(items), torch.from_numpy(offsets), torch.from_numpy(predict))
+    def of(
+        cls,
+        items: np.ndarray,
+        offsets: np.ndarray,
+        predict: np.ndarray,
+        interactions: np.ndarray | None = None,
+    ) -> ItemSequences:
+        """From arrays; `interactions` int64 (T,), which of the folder's each item is, -1 where it
+        is none, become the one feature of a place (`baselines.sequence.features`)."""
+        features = None if interactions is None else (torch.from_numpy(interactions),)
+        return cls(
+            torch.from_numpy(items), torch.from_numpy(offsets), torch.from_numpy(predict), features
+        )
 
 
 def lay_out(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Sequences end to end: items int64 (T,) and offsets int64 (B+1,)."""
     offsets = np.cumsum([0, *map(len, sequences)])
     return np.concatenate(sequences).astype(np.int64), offsets
+
+
+def newest_interactions(example: TrainExample | EvalExample, count: int) -> np.ndarray:
+    """Which of the folder's interactions the newest `count` items of an example are, int64."""
+    end = example.start + len(example.items)
+    return np.arange(end - min(count, len(example.items)), end)
 
 
 def places(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +106,8 @@ class CausalCollator:
         newest = [example.items[-(self.max_length + 1) :] for example in examples]
         items, offsets = lay_out([sequence[:-1] for sequence in newest])
         labels, _ = lay_out([sequence[1:] for sequence in newest])
-        history = ItemSequences.of(items, offsets, np.arange(len(items)))
+        own, _ = lay_out([newest_interactions(e, self.max_length + 1)[:-1] for e in examples])
+        history = ItemSequences.of(items, offsets, np.arange(len(items)), own)
         return TrainBatch(torch.from_numpy(labels), history)
 
 
@@ -119,7 +137,8 @@ class MaskedCollator:
             hidden[stop - 1] |= not hidden[start:stop].any()
         labels = items[hidden]
         items[hidden] = self.num_items
-        history = ItemSequences.of(items, offsets, np.flatnonzero(hidden))
+        own, _ = lay_out([newest_interactions(e, self.max_length) for e in examples])
+        history = ItemSequences.of(items, offsets, np.flatnonzero(hidden), own)
         return TrainBatch(torch.from_numpy(labels), history)
 
 
@@ -151,7 +170,8 @@ class PermutedCollator:
             order[start + predicted] = generator.permutation(len(predicted)) + 1
         predict = np.flatnonzero(order)
         labels = torch.from_numpy(items[predict])
-        history = ItemSequences.of(items, offsets, predict)
+        own, _ = lay_out([newest_interactions(e, self.max_length) for e in examples])
+        history = ItemSequences.of(items, offsets, predict, own)
         return TrainBatch(labels, replace(history, order=torch.from_numpy(order)))
 
     def _spans(self, length: int, generator: np.random.Generator) -> np.ndarray:
@@ -181,8 +201,12 @@ class ItemHistoryCollator:
         self.hidden_item = hidden_item
 
     def __call__(self, examples: Sequence[EvalExample]) -> EvalBatch[ItemSequences]:
-        histories = [example.items[-self.max_length :] for example in examples]
-        if self.hidden_item is not None:
-            histories = [np.append(h, self.hidden_item)[-self.max_length :] for h in histories]
+        length, hidden = self.max_length, self.hidden_item
+        histories = [example.items[-length:] for example in examples]
+        found = [newest_interactions(example, length) for example in examples]
+        if hidden is not None:
+            histories = [np.append(history, hidden)[-length:] for history in histories]
+            found = [np.append(places, -1)[-length:] for places in found]
         items, offsets = lay_out(histories)
-        return eval_batch(examples, ItemSequences.of(items, offsets, offsets[1:] - 1))
+        own, _ = lay_out(found)
+        return eval_batch(examples, ItemSequences.of(items, offsets, offsets[1:] - 1, own))

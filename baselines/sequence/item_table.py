@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.sequence.features import FeatureAggregation
 from recformer.files import UserError
 
 KINDS = ("id", "frozen", "init", "add", "codes")
@@ -36,6 +37,9 @@ class ItemTable(nn.Module):
         text_vectors: (N, H), for `frozen`, `init` and `add`.
         codes: int64 (N, L), for `codes`.
         projection_layers: linear layers of the projection, GELU between them.
+        num_trained: items from here on are new: nobody met them yet, so that training does not
+            know them; None: there are none.
+        features: of the items, which become part of their vectors; None: there are none.
     """
 
     text_vectors: Tensor
@@ -48,8 +52,12 @@ class ItemTable(nn.Module):
         text_vectors: np.ndarray | None = None,
         codes: np.ndarray | None = None,
         projection_layers: int = 2,
+        num_trained: int | None = None,
+        features: FeatureAggregation | None = None,
     ) -> None:
         super().__init__()
+        self.features = features
+        self.num_trained = num_items if num_trained is None else num_trained
         self.kind = kind
         self.num_items = num_items
         self._kept: Tensor | None = None
@@ -76,6 +84,13 @@ class ItemTable(nn.Module):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Vectors (S, D) of item ids (S)."""
+        vectors = self._without_features(item_ids)
+        if self.features is None:
+            return vectors
+        flat = self.features(vectors.flatten(0, -2), item_ids.flatten())
+        return flat.reshape(vectors.shape)
+
+    def _without_features(self, item_ids: Tensor) -> Tensor:
         if self.kind == "codes":
             return self.code_embedding(item_ids)
         if self.kind == "id":
@@ -88,12 +103,16 @@ class ItemTable(nn.Module):
     def all(self) -> Tensor:
         """Vectors (N, D) of all items in id order; without gradients computed once an evaluation.
 
+        In training those of the items that training knows, the first `num_trained`.
+
         What is kept is dropped as soon as the module goes into training mode.
         """
-        if self.kind == "id":
-            return self.item_embedding.weight
+        count = self.num_trained if self.training else self.num_items
+        if self.kind == "id" and self.features is None:
+            weight = self.item_embedding.weight
+            return weight if count == self.num_items else weight[:count]
         if self.training or torch.is_grad_enabled():
-            return self(torch.arange(self.num_items, device=self._device()))
+            return self(torch.arange(count, device=self._device()))
         if self._kept is None:
             ids = torch.arange(self.num_items, device=self._device())
             self._kept = torch.cat([self(part) for part in ids.split(100_000)])

@@ -211,7 +211,7 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         if negatives is None:
             negatives = self._negatives(labels)
         candidates = torch.cat([labels[:, None], negatives], dim=1)  # (P, 1 + K)
-        if candidates.numel() < scored.num_items:  # of a huge catalogue only what is asked for
+        if candidates.numel() < scored.num_trained:  # of a huge catalogue only what is asked for
             ids, candidates = candidates.unique(return_inverse=True)
             table = scored(ids)
         else:
@@ -228,16 +228,16 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         if objective.loss == "top1_max":
             return top1_max_loss(positive, others)
         calibration = objective.calibration if objective.loss == "gbce" else 0.0
-        return gbce_loss(positive, others, scored.num_items, calibration)
+        return gbce_loss(positive, others, scored.num_trained, calibration)
 
     @property
     def _sampled(self) -> bool:
         """Whether negatives are drawn at all: of a small catalogue they are all other items."""
-        return self.objective.num_negatives < self.scored.num_items - 1
+        return self.objective.num_negatives < self.scored.num_trained - 1
 
     def _negatives(self, labels: Tensor) -> Tensor:
         """Items (P, K) sampled for labels (P,); each other item once where there are no more."""
-        count, others = self.objective.num_negatives, self.scored.num_items - 1
+        count, others = self.objective.num_negatives, self.scored.num_trained - 1
         if self._sampled and self.objective.negative_power:
             return self.sampler(labels, count)
         if self._sampled:
@@ -250,7 +250,9 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
         if self.objective.negative_power:
             probability = self.sampler.log_probability(labels, negatives)
         else:
-            probability = torch.full_like(negatives, self.scored.num_items - 1).float().log().neg()
+            probability = (
+                torch.full_like(negatives, self.scored.num_trained - 1).float().log().neg()
+            )
         return log_expected_count(probability, negatives.shape[1])
 
     def _softmax_loss(self, users: Tensor, labels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def test_defaults_are_the_published_and_the_saved_ones() -> None:
         "cosine": False, "hard_negatives": 0, "separate_outputs": False, "items": "id",
         "text_encoder": None, "history_term": False, "projection_layers": 2, "semantic_ids": None,
         "negative_power": 0.0, "logq": False, "label_smoothing": 0.0,
+        "features": None, "feature_dropout": 0.0, "swap_noise": 0.0, "soft_one_hot": 0,
     }  # fmt: skip
     generative = {
         "semantic_ids": "f", "hidden_size": 128, "num_layers": 4, "num_heads": 6, "dropout": 0.1,

@@ -1,0 +1,144 @@
+"""Models window after window: weights go on, nothing leaks, a run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import baselines.__main__ as entry
+from baselines.__main__ import main
+from baselines.models import build
+from baselines.settings import settings_of
+from baselines.windows import go_on_from
+from recformer.data.windows import Windows
+from recformer.evaluation.runs import RankedRun, RunResult, read_ranks
+from recformer.files import UserError, read_json
+from tests.preparation.test_windows import folder
+
+SMALL = ["--hidden_size", "8", "--num_layers", "1", "--num_heads", "1", "--max_length", "6"]
+TRAIN = [*SMALL, "--num_train_epochs", "2", "--batch_size", "32", "--metric_ks", "5", "10"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("windows")).path
+
+
+def run(data: Path, out: Path, *flags: str) -> RunResult:
+    main(["--data_path", str(data), "--output_dir", str(out), *flags])
+    return RunResult.load(out)
+
+
+def test_untrained_lines_know_all_that_came_before(data: Path, tmp_path: Path) -> None:
+    result = run(data, tmp_path, "--model", "popularity", "--metric_ks", "5", "10")
+    windows = Windows.of(entry.ProcessedFolder.load(data))
+    assert windows is not None
+    assert [row["number"] for row in result.test["windows"]] == [1, 2, 3, 4]
+    columns = read_ranks(tmp_path / "ranks" / "untrained_test.parquet")
+    for number in (1, 3):  # by hand: how often every item was met before
+        view = windows.view(number)
+        counts = np.bincount(
+            windows.joined.items[windows.windows < number], minlength=view.num_items
+        )
+        chosen = windows.windows[columns["user_id"]] == number
+        for target, above, among in zip(
+            *(columns[n][chosen] for n in ("target", "above", "num_candidates"))
+        ):
+            assert above == (counts[: view.num_items] > counts[target]).sum()
+            assert among == view.num_items
+    assert result.test["num_users"] == len(columns["user_id"])
+    compared = RankedRun.read(tmp_path)
+    assert compared.sequences is not None
+    np.testing.assert_array_equal(compared.sequences, windows.joined.rows[columns["user_id"]])
+    assert (tmp_path / "windows.png").stat().st_size > 5000
+    assert (tmp_path / "windows.md").read_text().count("\n") == 8
+
+
+@pytest.mark.parametrize("mode", ["incremental", "scratch"])
+def test_a_run_goes_on_where_it_stopped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    flags = ["--model", "sasrec", "--windows", mode, *TRAIN]
+    whole = run(data, tmp_path / "whole", *flags)
+    inner = entry.run_one
+    seen: list[Any] = []
+
+    def stops(args: Any, settings: Any, view: Any, before: Any = None, **rest: Any) -> Any:
+        seen.append((view.window, None if before is None else before.parent.name))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return inner(args, settings, view, before, **rest)
+
+    monkeypatch.setattr(entry, "run_one", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "cut", *flags)
+    kept = (tmp_path / "cut/windows/002/metrics.json").stat().st_mtime_ns
+    again = run(data, tmp_path / "cut", *flags)
+    assert (tmp_path / "cut/windows/002/metrics.json").stat().st_mtime_ns == kept
+    earlier = [None, "001", "002"] if mode == "incremental" else [None] * 3
+    assert seen[:3] == list(zip([1, 2, 3], earlier))
+    for name in ("NDCG@10", "MRR", "intervals", "windows"):
+        assert again.test[name] == whole.test[name]
+    assert again.train_seconds is not None
+    assert list(again.stages) == [f"training {n}" for n in (1, 2, 3, 4)]
+    count = len(seen)
+    run(data, tmp_path / "cut", *flags)  # finished: nothing is done again
+    assert len(seen) == count
+
+
+def test_weights_go_on_and_tables_grow(data: Path, tmp_path: Path) -> None:
+    windows = Windows.of(entry.ProcessedFolder.load(data))
+    assert windows is not None
+    settings = settings_of("sasrec", {"hidden_size": 8, "num_heads": 1})
+    first, second = windows.view(1), windows.view(2)
+    assert first.num_items < second.num_items
+    args = ["--model", "sasrec", *TRAIN]
+    run(data, tmp_path, *args)
+    before = load_file(tmp_path / "windows/001/best_model/model.safetensors")
+    small = settings_of(
+        "sasrec", read_json(tmp_path / "windows/001/best_model/config.json")["settings"]
+    )
+    model = build("sasrec", small, second).model
+    torch.manual_seed(0)
+    new = model.state_dict()["inputs.item_embedding.weight"][first.num_items :].clone()
+    go_on_from(model, tmp_path / "windows/001/best_model")
+    table = model.state_dict()["inputs.item_embedding.weight"]
+    assert torch.equal(table[: first.num_items], before["inputs.item_embedding.weight"])
+    assert torch.equal(table[first.num_items :], new)
+    assert torch.equal(
+        model.state_dict()["network.seq_norm.weight"], before["network.seq_norm.weight"]
+    )
+    with pytest.raises(UserError, match="has shape|another model"):
+        go_on_from(build("sasrec", settings, second).model, tmp_path / "windows/001/best_model")
+
+
+def test_items_nobody_met_are_no_negatives(data: Path) -> None:
+    windows = Windows.of(entry.ProcessedFolder.load(data))
+    assert windows is not None
+    view = windows.view(2)
+    assert view.num_trained_items < view.num_items
+    for loss in ("softmax", "bce", "sampled_softmax"):
+        settings = settings_of(
+            "sasrec", {"hidden_size": 8, "num_heads": 1, "loss": loss, "num_negatives": 300}
+        )
+        built = build("sasrec", settings, view)
+        examples = [entry.SeqRecDataModule(
+            view, built.train_collator, built.eval_collator, 8
+        ).train_set[[(0, 1)]][0]]  # fmt: skip
+        built.model.training_loss(built.train_collator(examples)).backward()
+        grad = built.model.inputs.item_embedding.weight.grad
+        assert (grad[: view.num_trained_items] != 0).any(dim=1).all()
+        assert (grad[view.num_trained_items :] == 0).all()
+
+
+def test_run_folder_of_another_mode_is_refused(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path, "--model", "popularity")
+    with pytest.raises(UserError, match="holds another run .different: windows"):
+        run(data, tmp_path, "--model", "popularity", "--windows", "scratch")
+    assert "windows" in json.loads((tmp_path / "run.json").read_text())
