@@ -47,7 +47,8 @@ ABOVE = {
 BELOW = {
     "scripts/": "what the shell scripts share, this tree",
     "tests/": "in the folders of what they test; golden vectors of the published model",
-    "docs/": "results with commands, performance and why, the method `head`",
+    "experiments/": "studies of many runs, each a script that goes on where it stopped",
+    "docs/": "results with commands, performance and why, the method `head`, sessions",
 }
 
 

@@ -1,0 +1,188 @@
+"""The study of sessions: objectives, architectures, side features and other lines, day after day.
+
+python experiments/sessions.py --output_dir DIR [--ml100k FOLDER] [--seeds 1 2 3]
+
+Three data sets: the generated season; the same season with categories, brands and prices exchanged
+between products, where features must not help; and MovieLens-100K in weekly windows, where FOLDER
+holds RecBole's `ml-100k.inter` (or `.inter.gz`) and `ml-100k.item`. Each model is trained up to
+every window and judged on the next, with and without features, once a seed; `study.md` has means
+and deviations over seeds, and paired tests over sessions of each model with features against itself
+without. What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from baselines.__main__ import main as baseline
+from baselines.windows import draw_over_time
+from recformer.cli import exit_with_message, keep_freed_memory
+from recformer.commands.process import main as process
+from recformer.evaluation.compare import by_sequence
+from recformer.evaluation.metrics import per_user_metrics
+from recformer.evaluation.runs import RankedRun, RunResult
+from recformer.evaluation.seeds import mean_and_deviation
+from recformer.evaluation.statistics import holm, permutation_p
+from recformer.files import UserError, atomic_write, write_json
+from recformer.preparation.sample_season import FILE, write_season
+
+METRICS = ("NDCG@20", "Recall@20")
+UNTRAINED = ("popularity", "cooccurrence", "sknn", "vsknn")
+TRAINED: dict[str, list[str]] = {
+    "GRU4Rec": ["--model", "gru4rec"],
+    "SASRec": ["--model", "sasrec"],
+    "CLM GPT-2": ["--model", "transformer", "--arch", "gpt2", "--objective", "clm"],
+    "CLM XLNet": ["--model", "transformer", "--arch", "xlnet", "--objective", "clm"],
+    "MLM BERT": ["--model", "transformer", "--arch", "bert", "--objective", "mlm"],
+    "MLM XLNet": ["--model", "transformer", "--arch", "xlnet", "--objective", "mlm"],
+    "PLM XLNet": ["--model", "transformer", "--arch", "xlnet", "--objective", "plm"],
+    "RTD ELECTRA": ["--model", "transformer", "--arch", "electra", "--objective", "rtd"],
+    "RTD XLNet": ["--model", "transformer", "--arch", "xlnet", "--objective", "rtd"],
+}
+SIZES = [
+    "--hidden_size", "64", "--num_layers", "1", "--max_length", "20", "--batch_size", "64",
+    "--learning_rate", "3e-3", "--num_train_epochs", "12", "--verbose", "3", "--patience", "1",
+]  # fmt: skip
+FEATURES = ["--features", "concat", "--feature_dropout", "0.1"]
+
+
+def prepare(name: str, folder: Path, ml100k: Path | None) -> None:
+    """Write a processed folder, if it is not there."""
+    if (folder / "dataset.json").is_file():
+        return
+    if name == "ml100k":
+        assert ml100k is not None
+        log = next(path for path in sorted(ml100k.glob("ml-100k.inter*")))
+        process(
+            ["--file_path", str(log), "--meta_file_path", str(ml100k / "ml-100k.item")]
+            + ["--output_path", str(folder), "--split", "windows", "--window", "1w"]
+            + ["--min_interactions", "2", "--features", "class:list", "release_year:float", "hour"]
+        )
+        return
+    raw = folder.with_name(f"{name}_raw")
+    write_season(raw, shuffled=name == "shuffled_season")
+    process(
+        ["--file_path", str(raw / FILE), "--output_path", str(folder)]
+        + ["--protocol", "t4rec_rees46", "--session_column", "user_session"]
+        + ["--features", "price:float:item", "category_code:cat", "brand:cat", "hour"]
+    )
+
+
+def plan(seeds: list[int]) -> Iterator[tuple[str, int, list[str]]]:
+    """(row, seed, flags) of every run of a data set."""
+    for name in UNTRAINED:
+        yield name, seeds[0], ["--model", name]
+    for seed in seeds:  # a seed of everything before the next one
+        for name, flags in TRAINED.items():
+            for ending, more in (("", []), (" + features", FEATURES)):
+                yield name + ending, seed, [*flags, *SIZES, *more, "--seed", str(seed)]
+
+
+def run_all(data: Path, runs: Path, seeds: list[int]) -> int:
+    """Do what is not done; returns how many runs failed."""
+    failed = 0
+    for name, seed, flags in plan(seeds):
+        folder = runs / name / f"seed_{seed}"
+        if (folder / "metrics.json").is_file() and (folder / "windows.md").is_file():
+            continue
+        print(f"== {runs.name}, {name}, seed {seed}", flush=True)
+        try:
+            baseline(
+                ["--data_path", str(data), "--output_dir", str(folder), *flags]
+                + ["--metric_ks", "10", "20", "50"]
+            )
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed += 1
+    return failed
+
+
+def tabulate(runs: Path) -> tuple[str, dict[str, Any]]:
+    """The table of a data set, of all rows that have a finished run; and as data."""
+    names = [*UNTRAINED, *(n + e for n in TRAINED for e in ("", " + features"))]
+    rows: dict[str, dict[str, Any]] = {}
+    values: dict[str, np.ndarray] = {}
+    sequences = None
+    for name in names:
+        folders = sorted(path.parent for path in (runs / name).glob("seed_*/metrics.json"))
+        if not folders:
+            continue
+        results = [RunResult.load(folder) for folder in folders]
+        ranked = [RankedRun.read(folder) for folder in folders]
+        ties = ranked[0].rule["ties"]
+        sequences = ranked[0].sequences
+        each = [per_user_metrics(run.ranks, (20,), ties)["NDCG@20"] for run in ranked]
+        values[name] = np.mean(each, axis=0)
+        row: dict[str, Any] = {"seeds": len(folders)}
+        for metric in METRICS:
+            row[metric] = mean_and_deviation([result.test[metric] for result in results])
+        row["new"] = float(np.mean([r.test["slices"]["new target"]["NDCG@20"] for r in results]))
+        row["seconds"] = float(np.mean([result.train_seconds or 0.0 for result in results]))
+        row["test"] = results[0].test
+        rows[name] = row
+    pairs = [name for name in TRAINED if {name, f"{name} + features"} <= set(values)]
+    differences = {name: values[f"{name} + features"] - values[name] for name in pairs}
+    p_values = holm([permutation_p(by_sequence(d, sequences)[0]) for d in differences.values()])
+    tests = {
+        name: {"difference": float(difference.mean()), "p": p}
+        for (name, difference), p in zip(differences.items(), p_values, strict=True)
+    }
+    lines = [f"| {runs.name} | {' | '.join(METRICS)} | new products | seeds | training |"]
+    lines.append("|---|" + "---|" * (len(METRICS) + 3))
+    for name, row in sorted(rows.items(), key=lambda pair: -pair[1][METRICS[0]][0]):
+        cells = [f"{row[m][0]:.4f} ± {row[m][1]:.4f}" for m in METRICS]
+        if name in UNTRAINED:
+            cells = [f"{row[m][0]:.4f}" for m in METRICS]
+        cells += [f"{row['new']:.4f}", str(row["seeds"]), f"{row['seconds']:.0f} s"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| features against none, NDCG@20 of all targets | difference | p (Holm) |"]
+    lines.append("|---|---|---|")
+    lines += [f"| {n} | {t['difference']:+.4f} | {t['p']:.4f} |" for n, t in tests.items()]
+    if rows:
+        curves = {n: r["test"] for n, r in rows.items() if n in UNTRAINED or n.endswith("features")}
+        draw_over_time(
+            curves or {n: r["test"] for n, r in rows.items()}, "NDCG@20", runs.with_suffix(".png")
+        )
+    found = {n: {k: v for k, v in row.items() if k != "test"} for n, row in rows.items()}
+    return "\n".join(lines) + "\n", {"rows": found, "tests": tests}
+
+
+def main() -> None:
+    """Parse, prepare, run, tabulate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--ml100k", type=Path, metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", metavar="DATA", help="season shuffled_season ml100k")
+    parser.add_argument("--table", action="store_true", help="tabulate what is there, run nothing")
+    args = parser.parse_args()
+    keep_freed_memory()
+    names = ["season", "shuffled_season", *(["ml100k"] if args.ml100k else [])]
+    failed, tables, found = 0, [], {}
+    for name in names:
+        runs = args.output_dir / "runs" / name
+        if not args.table and (not args.only or name in args.only):
+            data = args.output_dir / "data" / name
+            prepare(name, data, args.ml100k)
+            failed += run_all(data, runs, args.seeds)
+        if runs.is_dir():
+            table, found[name] = tabulate(runs)
+            tables.append(table)
+    with atomic_write(args.output_dir / "study.md") as handle:
+        handle.write("\n".join(tables))
+    write_json(args.output_dir / "study.json", found, indent=1)
+    print("\n".join(tables))
+    if failed:
+        raise UserError(f"{failed} runs failed, see above; the others are in the table")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
