@@ -84,10 +84,12 @@ def plan(seeds: list[int]) -> Iterator[tuple[str, int, list[str]]]:
                 yield name + ending, seed, [*flags, *SIZES, *more, "--seed", str(seed)]
 
 
-def run_all(data: Path, runs: Path, seeds: list[int]) -> int:
-    """Do what is not done; returns how many runs failed."""
+def run_all(data: Path, runs: Path, seeds: list[int], models: list[str] | None) -> int:
+    """Do what is not done, of some models or all; returns how many runs failed."""
     failed = 0
     for name, seed, flags in plan(seeds):
+        if models is not None and name.removesuffix(" + features") not in models:
+            continue
         folder = runs / name / f"seed_{seed}"
         if (folder / "metrics.json").is_file() and (folder / "windows.md").is_file():
             continue
@@ -162,6 +164,9 @@ def main() -> None:
     parser.add_argument("--ml100k", type=Path, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", metavar="DATA", help="season shuffled_season ml100k")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help="rows of the table, such as sknn 'MLM BERT'"
+    )
     parser.add_argument("--table", action="store_true", help="tabulate what is there, run nothing")
     args = parser.parse_args()
     keep_freed_memory()
@@ -172,7 +177,7 @@ def main() -> None:
         if not args.table and (not args.only or name in args.only):
             data = args.output_dir / "data" / name
             prepare(name, data, args.ml100k)
-            failed += run_all(data, runs, args.seeds)
+            failed += run_all(data, runs, args.seeds, args.models)
         if runs.is_dir():
             table, found[name] = tabulate(runs)
             tables.append(table)

@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
     flags.report_bad_lines(counts["bad_lines"])
     for name, number in counts.get("filters", {}).items():
         print(f"{name.replace('_', ' ')}: {number}")
+    if args.meta_file_path is None:
+        found = ", ".join(dataset["parameters"]["attributes"])
+        said = f"their text is {found} of the interactions" if found else "they have no text"
+        print(f"no file of items (--meta_file_path): {said}")
     if sessions.asked:
         lengths = counts["histories"]
         print(

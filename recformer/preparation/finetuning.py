@@ -100,7 +100,8 @@ def prepare_finetuning(
     if item_source is not None:
         products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
         if of_items:
-            item_columns = item_source.read_columns(of_items, bad_lines)
+            # Lines that are broken were judged when the texts were read.
+            item_columns = item_source.read_columns(of_items, BadLines(skip=True))
     histories, review_counts, filtered = _histories(
         interaction_source,
         item_source,
