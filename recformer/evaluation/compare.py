@@ -106,7 +106,8 @@ def by_sequence(
     if sequences is None:
         return values, np.ones(len(values))
     _, group = np.unique(sequences, return_inverse=True)
-    return np.bincount(group, weights=values), np.bincount(group).astype(np.float64)
+    sums = np.bincount(group, weights=values).astype(np.float64)
+    return sums, np.bincount(group).astype(np.float64)
 
 
 def interval(

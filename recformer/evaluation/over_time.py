@@ -62,17 +62,17 @@ def figures_over_time(
         new; `windows`, a row each: `number`, `starts`, `num_users`, `num_sequences`, `num_new`,
         metrics and `intervals` by session.
     """
-    rows, draws, slices = [], [], _Pool()
+    rows: list[dict[str, Any]] = []
+    draws: list[dict[str, NDArray[np.float64]]] = []
+    slices = _Pool()
     for window in windows:
         values = per_user_metrics(window.ranks, ks, ties)
         _, of_group = np.unique(window.sequences, return_inverse=True)
         counts = np.bincount(of_group).astype(np.float64)
-        own = {
-            name: resampled_means(
-                np.bincount(of_group, weights=each), counts, window.number, RESAMPLES
-            )
-            for name, each in values.items()
-        }
+        own = {}
+        for name, each in values.items():
+            sums = np.bincount(of_group, weights=each).astype(np.float64)
+            own[name] = resampled_means(sums, counts, window.number, RESAMPLES)
         rows.append(
             {
                 "number": window.number,
