@@ -63,6 +63,7 @@ def prepare(name: str, folder: Path, ml100k: Path | None) -> None:
             ["--file_path", str(log), "--meta_file_path", str(ml100k / "ml-100k.item")]
             + ["--output_path", str(folder), "--split", "windows", "--window", "1w"]
             + ["--min_interactions", "2", "--features", "class:list", "release_year:float", "hour"]
+            + ["--skip_bad_lines"]  # one year is "unkonwn"
         )
         return
     raw = folder.with_name(f"{name}_raw")
