@@ -29,6 +29,8 @@ BENCHMARKS = {
     "tricks": "benchmarks.tricks:rows",
     "items": "benchmarks.item_encoding:rows",
     "ranking": "benchmarks.ranking:rows",
+    "search": "benchmarks.search:rows",
+    "catalogue": "benchmarks.catalogue:rows",
     "loader": "benchmarks.loader:rows",
     "tokenization": "benchmarks.tokenization:rows",
     "data_preparation": "benchmarks.data_preparation:rows",

@@ -60,7 +60,11 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "using": {
         "recommend": (
             "recformer.commands.recommend",
-            "recommend items for the histories in a file",
+            "recommend items for the histories in a file, or for all users",
+        ),
+        "index": (
+            "recformer.commands.index",
+            "build an approximate index of a large catalogue, its recall measured",
         ),
         "serve": (
             "recformer.commands.serve",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from recformer import RecformerConfig, RecformerForSeqRec, RecformerTokenizer
+from recformer import (
+    RecformerConfig,
+    RecformerForSeqRec,
+    RecformerModel,
+    RecformerTokenizer,
+)
 from recformer.data.catalogue import write_catalogue
 from recformer.data.collators import EvalExample, RecformerEvalCollator
 from recformer.data.histories import HistoryEvalCollator
@@ -21,7 +27,8 @@ from recformer.evaluation.evaluator import Evaluator
 from recformer.files import UserError, read_json
 from recformer.models import HeadOptions, RecformerForCatalogue
 from recformer.models.catalogue import token_bags
-from recformer.recommendation import CatalogueRecommender
+from recformer.recommendation import CatalogueRecommender, Explanation
+from recformer.recommendation.diversity import marginally_relevant
 from recformer.training.item_encoder import encode_items
 from tests.tiny import tiny_recformer
 
@@ -394,3 +401,181 @@ def test_the_head_reads_new_products_by_their_texts(headed: Path) -> None:
     by_name = recommender.recommend([["N9"]], k=50, filter_seen=True)[0]
     check(by_name, scores(text_vector(new)), error=1e-3)
     assert len(by_name.items) == 10
+
+
+# --- explaining, diversity, saving: both methods --------------------------------------------------
+
+
+@pytest.fixture(params=["published", "head"])
+def either(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue("folder" if request.param == "published" else "headed")
+
+
+@pytest.mark.parametrize("item", ["B2", "N0", "B6"])  # B6 is in the history
+def test_an_explanation_adds_up_and_is_what_is_lost_without(either: Path, item: str) -> None:
+    recommender = CatalogueRecommender.load(either)
+    history = ["B1", {"title": "stove", "brand": "Acme"}, "B6", "gone", "B1"]
+
+    def score(history: list) -> float:
+        (answer,) = recommender.recommend([history], k=50)
+        return dict(zip(answer.items, answer.scores, strict=True))[item]
+
+    found = recommender.explain(history, item)
+    assert found.score == pytest.approx(score(history), abs=1e-4)
+    assert [entry for entry, _ in found.history] == ["B1", history[1], "B6", "B1"]
+    for place, (_, carried) in zip((0, 1, 2, 4), found.history, strict=True):
+        without = history[:place] + history[place + 1 :]
+        assert carried == pytest.approx(score(history) - score(without), abs=1e-4)
+    carried = sum(value for _, value in found.history)
+    assert carried + found.history_remainder == pytest.approx(found.score, abs=1e-12)
+    text = (TEXTS | COLD)[item]
+    assert [name for name, _ in found.attributes] == list(text)
+    carried = sum(value for _, value in found.attributes)
+    assert carried + found.attributes_remainder == pytest.approx(found.score, abs=1e-12)
+    assert found.num_unknown == 1
+    assert (found.title, found.titles) == (text["title"], ["lamp", "stove", "torch", "lamp"])
+    assert found.sentence().startswith(f"“{text['title']}” has a score of {found.score:.3f}: ")
+
+
+def test_what_attributes_carry(either: Path) -> None:
+    """By the scores of texts that lack one of them; an item that nobody knows has no other."""
+    recommender = CatalogueRecommender.load(either)
+    item = {"title": "tent", "brand": "Acme"}
+    recommender.add_items({"X": item, "Y": {"brand": "Acme"}, "Z": {"title": "tent"}})
+    (answer,) = recommender.recommend([["B3", "B4"]], k=50)
+    scores = dict(zip(answer.items, answer.scores, strict=True))
+    for asked in (item, "X"):
+        found = recommender.explain(["B3", "B4"], asked)
+        assert found.item == asked
+        assert found.score == pytest.approx(scores["X"], abs=1e-4)
+        expected = [scores["X"] - scores["Y"], scores["X"] - scores["Z"]]
+        assert [value for _, value in found.attributes] == pytest.approx(expected, abs=1e-4)
+    # Alone, an item of the history and an attribute carry the whole score.
+    found = recommender.explain(["B3"], {"title": "tent"})
+    assert found.history == [("B3", found.score)]
+    assert found.attributes == [("title", found.score)]
+    assert (found.history_remainder, found.attributes_remainder) == (0, 0)
+
+
+def test_an_explanation_in_words() -> None:
+    found = Explanation(
+        item="B1",
+        score=0.5,
+        history=[("B2", 0.125), ("B3", -0.25), ("B4", 0.25), ("B5", 0.0625)],
+        history_remainder=0.3125,
+        attributes=[("brand", -0.1)],
+        attributes_remainder=0.6,
+        num_unknown=0,
+        title="Tent",
+        titles=["Lamp", "Rope", "Stove", "Map"],
+    )
+    assert found.sentence() == (
+        "“Tent” has a score of 0.500: of the history it is carried most by “Stove” (+0.250) and "
+        "“Lamp” (+0.125); of its own text nothing carries it alone."
+    )
+
+
+def test_what_cannot_be_explained(folder: Path) -> None:
+    recommender = CatalogueRecommender.load(folder)
+    for history, item, message in (
+        (["gone"], "B1", "nothing of the history is known"),
+        (["B1"], "gone", "'gone' is not in the catalogue of 10 items"),
+        (["B1"], {}, "the item has no text"),
+        ("B1", "B1", "history 0 is 'B1', expected a list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recommender.explain(history, item)
+
+
+def test_diversity_by_hand() -> None:
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.1])
+    vectors = torch.tensor([[2.0, 0], [1, 0], [0, 3], [-1, 0]])
+    assert marginally_relevant(scores, vectors, 4, 0.0) == [0, 1, 2, 3]
+    # second: .4 - .5, .35 - 0, .05 + .5; third: .4 - .5, .35 - 0
+    assert marginally_relevant(scores, vectors, 3, 0.5) == [0, 3, 2]
+    assert marginally_relevant(scores, vectors, 9, 1.0) == [0, 3, 2, 1]
+    assert marginally_relevant(scores[:0], vectors[:0], 2, 0.5) == []
+
+
+def test_diverse_recommendations(either: Path) -> None:
+    recommender = CatalogueRecommender.load(either)
+    (plain,) = recommender.recommend([["B2"]], k=50, allowed=NAMES)
+    (few,) = recommender.recommend([["B2"]], k=3, allowed=NAMES, diversity=0.7)
+    vectors = recommender.model.item_embedding.weight[[NAMES.index(name) for name in plain.items]]
+    places = marginally_relevant(torch.tensor(plain.scores), vectors, 3, 0.7)
+    assert few.items == [plain.items[place] for place in places]
+    assert few.items != plain.items[:3]
+    assert few.scores == [plain.scores[place] for place in places]
+    assert recommender.recommend([["B2"]], k=50, allowed=NAMES, diversity=0)[0] == plain
+    for wrong in (-0.1, 1.5, float("nan"), True):
+        with pytest.raises(UserError, match="expected a number from 0 to 1"):
+            recommender.recommend([["B2"]], diversity=wrong)
+
+
+def test_a_changed_catalogue_is_saved_and_loaded(either: Path, tmp_path: Path, monkeypatch) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(either, home)
+    recommender = CatalogueRecommender.load(home)
+    recommender.add_items({"N2": {"title": "lamp torch"}, "\ud83d": {"title": "map"}})
+    recommender.update_items({"B0": {"title": "rope map"}, "B4": {**TEXTS["B4"], "shelf": 7}})
+    recommender.remove_items(["B3", "N0"])
+    ask = ([["B0", "N2", "B3"], ["B5", "\ud83d"], []], 50)
+    before = recommender.recommend(*ask)
+    recommender.save(home)
+    recommender.save(tmp_path / "new")
+    for folder in (home, tmp_path / "new"):
+        with monkeypatch.context() as patch:
+            patch.setattr(RecformerModel, "encode", None)  # nothing is encoded
+            loaded = CatalogueRecommender.load(folder)
+        assert loaded.recommend(*ask) == before
+        assert loaded.recommend([["B1"]], where={"shelf": "7"})[0].items == ["B4"]
+        assert loaded.add_items({"N5": {"title": "lamp torch"}, "N6": {"title": "knife"}}) == 1
+        loaded.save(folder)
+        names = {path.name for path in folder.iterdir() if path.name.startswith("catalogue")}
+        assert len(names) == 2  # the store of before is gone
+        again = CatalogueRecommender.load(folder)
+        assert again.recommend(*ask) == loaded.recommend(*ask)
+        assert len(again) == 12
+    # The file of texts, where it is named, takes the place of what was saved.
+    (tmp_path / "meta.json").write_text(json.dumps(TEXTS))
+    assert len(CatalogueRecommender.load(home, tmp_path / "meta.json")) == 8
+
+
+def test_a_saved_catalogue_belongs_to_its_model(folder: Path, headed: Path, tmp_path: Path) -> None:
+    recommender = CatalogueRecommender.load(folder)
+    with pytest.raises(UserError, match="holds another model than this catalogue's"):
+        recommender.save(headed)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    with pytest.raises(UserError, match="holds something else"):
+        recommender.save(tmp_path / "notes")
+    home = tmp_path / "home"
+    recommender.save(home)
+    model = RecformerForSeqRec.from_pretrained(home)
+    with torch.no_grad():
+        model.item_embedding.weight[0] += 1
+    model.save_pretrained(home)
+    with pytest.raises(UserError, match="was saved with another model"):
+        CatalogueRecommender.load(home)
+    with pytest.raises(UserError, match="holds another model"):
+        recommender.save(home)
+    recommender.save(tmp_path / "other")
+    (store,) = (tmp_path / "other").glob("catalogue-*")
+    (store / "vectors.bin").write_bytes(b"\1" * (store / "vectors.bin").stat().st_size)
+    with pytest.raises(UserError, match=r"saved catalogue is damaged .*catalogue.json"):
+        CatalogueRecommender.load(tmp_path / "other")
+
+
+def test_rows_are_added_without_moving_those_there(folder: Path) -> None:
+    recommender = CatalogueRecommender.load(folder)
+    recommender.add_items({f"X{n}": {"title": f"tent {n}"} for n in range(300)})
+    tables = recommender.catalogue.view.tables
+    assert list(map(len, tables)) == [8, 2, 256, 44]
+    recommender.add_items({f"Y{n}": {"title": f"lamp {n}"} for n in range(600)})
+    after = recommender.catalogue.view.tables
+    assert list(map(len, after)) == [8, 2, 256, 512, 132]
+    assert [t.data_ptr() for t in tables] == [t.data_ptr() for t in after[:4]]
+    vectors = recommender.catalogue.view.at(np.array([10, 909, 310]))
+    for vector, text in zip(vectors, ("tent 0", "lamp 599", "lamp 0"), strict=True):
+        expected = Truth(folder).vector({"title": text})
+        assert torch.allclose(vector, expected, atol=1e-5)

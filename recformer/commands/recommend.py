@@ -1,94 +1,47 @@
-"""Recommendations of a finetuned model for histories in a file.
+"""Recommendations of a finetuned model for histories in a file, or for all users of its data.
 
 `recformer recommend --model result/best_model --histories FILE.jsonl --k 10`
+`recformer recommend --model result/best_model --all_users finetune_data/MyShop --output a.parquet`
 
 A line of the histories is {"user": …, "items": [name, …]}, oldest first, the names as in the data
 that the model was finetuned on; an item that no catalogue knows stands there by its attributes,
-{"title": …, …}. The file may be a pipe, gzipped, or begin with a byte order mark. A line of the
-answer is {"user": …, "items": […], "scores": […]}, best first, scores being cosines. Items that the
-catalogue does not hold are skipped and counted. A user of whom none is left gets popular items, or
-the newest, and the line says so: "fallback": "popular".
+{"title": …, …}. The file may be a pipe, gzipped, or begin with a byte order mark. Parquet, CSV, TSV
+and RecBole's files hold interactions or lists of items, as `recformer process` reads them.
 
-The catalogue is every product of meta_data.json, those that nobody has bought too: --meta_file with
-new products has them recommended at once, nothing is trained. Only they are encoded.
+A line of the answer is {"user": …, "items": […], "scores": […]}, best first, scores being cosines.
+Items that the catalogue does not hold are skipped and counted. A user of whom none is left gets
+popular items, or the newest, and the line says so: "fallback": "popular". An --output that ends in
+.parquet has these as columns and a row a user; the same command again goes on where it was cut off.
+
+The catalogue is every product of meta_data.json, those that nobody has bought too, or what was
+saved there. --catalogue brings more of them, in any form that `recformer process` reads, or other
+texts for those that are there: they are recommended at once, nothing is trained, and only what
+changed is encoded.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm.auto import tqdm
-
 from recformer.cli import command_parser, keep_freed_memory
 from recformer.files import UserError, atomic_write
+from recformer.preparation import flags
+from recformer.preparation.bad_lines import BadLines
+from recformer.preparation.tables import open_items
 from recformer.recommendation import CatalogueRecommender
-
-USERS_AT_ONCE = 64  # memory only
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-NAMED = 5  # users without a known item, in the message about them
-
-
-def read_histories(path: Path) -> Iterator[tuple[Any, list[Any]]]:
-    """User and items of every line; numbers as names of items are taken as text.
-
-    Raises:
-        UserError: a line is not as expected, or no UTF-8; names it.
-    """
-    with open(path, "rb") as file:
-        head = file.peek(4)[:4]
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{path} is UTF-16, expected UTF-8: iconv -f UTF-16 -t UTF-8 {path}")
-        lines = gzip.GzipFile(fileobj=file) if head.startswith(b"\x1f\x8b") else file
-        try:
-            for number, raw in enumerate(lines, 1):
-                line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
-                if line.strip():
-                    yield _parse(line, f"{path}:{number}")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is a gzip file that is cut off or damaged: {error}") from error
-
-
-def _parse(line: bytes, where: str) -> tuple[Any, list[Any]]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8 (byte 0x{line[error.start]:02x}); of a Latin-1 file: "
-            f"iconv -f LATIN1 -t UTF-8 {where.rpartition(':')[0]}"
-        ) from error
-    except RecursionError:
-        raise UserError(f"{where} is not JSON: nested too deep") from None
-    except ValueError as error:  # also a number of thousands of digits
-        raise UserError(f"{where} is not JSON: {error}") from error
-    items = row.get("items") if isinstance(row, dict) else None
-    right = isinstance(items, list) and all(
-        isinstance(item, str | int | dict) and not isinstance(item, bool) for item in items
-    )
-    if items is None or not right or "user" not in row:
-        shown = line.decode("utf-8").strip()[:80]
-        raise UserError(f'{where}: expected {{"user": …, "items": [name, …]}}, got {shown}')
-    return row["user"], items
-
-
-def read_names(path: Path) -> list[str]:
-    """The lines of a text file, blank ones left out.
-
-    Raises:
-        UserError: the file is not UTF-8.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+from recformer.recommendation.approximate import ApproximateIndex
+from recformer.recommendation.batch import Told, answered, write_parquet
+from recformer.recommendation.histories import (
+    History,
+    histories_of_folder,
+    read_histories,
+    read_names,
+)
 
 
 def _json_line(row: dict[str, Any], handle: IO[str]) -> str:
@@ -101,41 +54,38 @@ def _json_line(row: dict[str, Any], handle: IO[str]) -> str:
     return line + "\n"
 
 
-def write_recommendations(
+def write_lines(
     recommender: CatalogueRecommender,
-    path: Path,
+    histories: Iterable[History],
+    handle: IO[str],
     k: int,
     filter_seen: bool,
-    handle: IO[str],
-    allowed: Sequence[str] | None = None,
-) -> str:
-    """Answer every line of a file of histories; returns what is to be said about it."""
-    histories, left_out, unknown, total = read_histories(path), [], 0, 0
-    stand_in = "no"
-    with tqdm(desc="recommending", unit="user", file=sys.stderr, disable=None) as bar:
-        while users := list(islice(histories, USERS_AT_ONCE)):
-            answers = recommender.recommend(
-                [items for _, items in users], k, filter_seen, allowed=allowed
-            )
-            for (user, _), answer in zip(users, answers, strict=True):
-                line = {"user": user, "items": answer.items, "scores": answer.scores}
-                if answer.fallback:
-                    stand_in = line["fallback"] = answer.fallback
-                    left_out.append(user)
-                handle.write(_json_line(line, handle))
-                unknown += answer.num_unknown
-            total += len(users)
-            bar.update(len(users))
-    text = f"{_count(total, 'user')}; skipped {_count(unknown, 'item')} that the catalogue lacks"
-    if left_out:
-        names = ", ".join(map(str, left_out[:NAMED])) + (", …" if len(left_out) > NAMED else "")
-        text += f"; {_count(len(left_out), 'user')} had no other and got the {stand_in} items: "
-        text += names
-    return text
+    allowed: Sequence[str] | None,
+    total: int | None,
+) -> Told:
+    """A line of JSON for every history; returns what is to be said about them."""
+    told = Told()
+    for user, answer in answered(recommender, histories, k, filter_seen, allowed, total):
+        line = {"user": user, "items": answer.items, "scores": answer.scores}
+        if answer.fallback:
+            line["fallback"] = answer.fallback
+        handle.write(_json_line(line, handle))
+        told.add(user, answer.num_unknown, answer.fallback)
+    return told
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def take_catalogue(recommender: CatalogueRecommender, args: Any) -> str:
+    """Add and change the items of --catalogue; returns what is to be said about it."""
+    bad_lines = BadLines(skip=args.skip_bad_lines)
+    source = open_items(args.catalogue, flags.columns(args), args.attributes)
+    items, _ = source.read(clean=not args.no_clean, bad_lines=bad_lines)
+    flags.report_bad_lines(bad_lines.summary())
+    new = sum(name not in recommender for name in items)
+    encoded = recommender.put_items(items, keep=True)
+    return (
+        f"{args.catalogue}: {new:,} items added, {len(items) - new:,} were there; "
+        f"{encoded:,} texts encoded"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -144,8 +94,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="best_model of a `recformer finetune` run"
     )
-    parser.add_argument(
-        "--histories", required=True, type=Path, metavar="FILE", help="JSON Lines, see above"
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument(
+        "--histories", type=Path, metavar="FILE", help="JSON Lines or a table, see above"
+    )
+    whose.add_argument(
+        "--all_users",
+        type=Path,
+        metavar="FOLDER",
+        help="all users of a processed folder, with all they did, the test items too",
     )
     parser.add_argument("--k", type=int, default=10, help="items for each user")
     parser.add_argument(
@@ -158,30 +115,61 @@ def main(argv: Sequence[str] | None = None) -> None:
         "the model's folder)",
     )
     parser.add_argument(
+        "--catalogue",
+        type=Path,
+        metavar="FILE",
+        help="items to add, or with other texts, as CSV, TSV, Parquet, JSON Lines, …",
+    )
+    parser.add_argument(
         "--allow",
         type=Path,
         metavar="FILE",
         help="names of the only items to recommend, such as those in stock, one a line",
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="JSON Lines of recommendations (default: printed)"
+        "--approximate",
+        action="store_true",
+        help="search through the index that recformer index built (default: exactly)",
     )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON Lines of recommendations, or Parquet if it ends in .parquet (default: printed)",
+    )
+    flags.add_column_flags(parser)
+    flags.add_text_flags(parser, any_source=True)
+    flags.add_reading_flags(parser)
     args = parser.parse_args(argv)
+    flags.check_attributes(parser, args.attributes)
     keep_freed_memory()
     if args.k < 1:
         raise UserError(f"--k {args.k}: must be at least 1")
-    for path in (args.histories, args.allow):
+    for path in (args.histories, args.allow, args.catalogue):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
         if path is not None and path.is_dir():
             raise UserError(f"{path} is a folder, expected a file")
     allowed = None if args.allow is None else read_names(args.allow)
+    histories: Iterable[History]
+    total = None
+    if args.all_users is not None:
+        histories = histories_of_folder(args.all_users)
+        total = len(histories)
+    else:
+        histories = read_histories(args.histories, flags.columns(args))
     recommender = CatalogueRecommender.load(args.model, args.meta_file)
-    target: AbstractContextManager[IO[str]] = (
-        nullcontext(sys.stdout) if args.output is None else atomic_write(args.output)
-    )
-    with target as handle:
-        said = write_recommendations(
-            recommender, args.histories, args.k, args.filter_seen, handle, allowed
+    if args.approximate:
+        recommender.use_index(ApproximateIndex.load(Path(args.model), recommender.catalogue.view))
+    if args.catalogue is not None:
+        print(take_catalogue(recommender, args), file=sys.stderr)
+    options = (args.k, args.filter_seen, allowed, total)
+    if args.output is not None and args.output.suffix == ".parquet":
+        told = write_parquet(recommender, histories, args.output, *options)
+    else:
+        target: AbstractContextManager[IO[str]] = (
+            nullcontext(sys.stdout) if args.output is None else atomic_write(args.output)
         )
-    print(said, file=sys.stderr)
+        with target as handle:
+            told = write_lines(recommender, histories, handle, *options)
+    print(told, file=sys.stderr)

@@ -80,6 +80,10 @@ class PairTerms:
         keys, gone = self.rows * self.num_items + self.cols, rows * self.num_items + cols
         return self._chosen(~np.isin(keys, gone))
 
+    def where(self, kept: NDArray[np.bool_]) -> PairTerms:
+        """The terms of the pairs (P,) that are kept."""
+        return self._chosen(kept)
+
     def by_item(self) -> PairTerms:
         """The same, sorted by item: the pairs of a chunk of items are then one slice."""
         return self._chosen(np.argsort(self.cols, kind="stable"))

@@ -171,6 +171,6 @@ def _ids(values: ArrayLike, name: str, count: int) -> NDArray[np.int64]:
     return ids
 
 
-def _same_length(name: str, got: int, expected: int) -> None:
+def _same_length(name: str, got: int, expected: int, each: str = "a user") -> None:
     if got != expected:
-        raise UserError(f"{name} have length {got}, expected {expected}, one a user")
+        raise UserError(f"{name} have length {got}, expected {expected}, one {each}")

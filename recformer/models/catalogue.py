@@ -245,9 +245,10 @@ class CatalogueHead(nn.Module):
 
     def history_additions(self, histories: Histories, cosines: Tensor) -> Tensor:
         """Terms added to the cosines (U,) of `histories.distinct`; zeros without that part."""
-        return self._addition(cosines, histories.newest)
+        return self.addition(cosines, histories.newest)
 
-    def _addition(self, cosines: Tensor, newest: Tensor) -> Tensor:
+    def addition(self, cosines: Tensor, newest: Tensor) -> Tensor:
+        """What is added to cosines (U,) of items that histories hold at ages `newest` (U,)."""
         if not self.options.history_term:
             return torch.zeros_like(cosines)
         return (self.history_factor - 1) * cosines + self.history_bias[newest.clamp(max=AGES - 1)]
@@ -262,7 +263,7 @@ class CatalogueHead(nn.Module):
             raise UserError("it is not known how often items were bought: call fit first")
 
         def rescored(cosines: Tensor, places: Tensor) -> Tensor:
-            return cosines + self._addition(cosines, histories.newest[places])
+            return cosines + self.addition(cosines, histories.newest[places])
 
         return softmax_loss_with_terms(
             self.user_vectors(histories, table),

@@ -33,7 +33,14 @@ from recformer.preparation.forms import LOOK_AT, RawFile, open_file, read_object
 from recformer.preparation.lines import check_encoding, first_lines
 from recformer.preparation.logs import InteractionSource
 
-__all__ = ["Columns", "InteractionSource", "ItemSource", "open_sources"]
+__all__ = [
+    "Columns",
+    "InteractionSource",
+    "ItemSource",
+    "open_interactions",
+    "open_items",
+    "open_sources",
+]
 
 # Of a column of lists beside the item that came next, given the item's name.
 _LISTS_BEFORE_ITEM = ("{}list", "history{}", "{}history", "{}seq")
@@ -106,14 +113,7 @@ def open_sources(
             found are listed.
     """
     paths = [Path(interactions), Path(items)]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        raise FileNotFoundError(f"no such file: {', '.join(missing)}")
-    for path in paths:
-        if not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is a pipe or a device, expected a file: it is read twice")
-    if columns.encoding is not None:
-        check_encoding(columns.encoding)
+    _check_paths(paths, columns)
     log, catalogue = (open_file(path, columns) for path in paths)
     # Where the user says what is what, there is nothing to guess: a catalogue may name its users.
     if columns.encoding is None:
@@ -122,6 +122,31 @@ def open_sources(
             paths[1:] if catalogue.kind == "json" and columns.item_key is None else [],
         )
     return _interaction_source(log, columns), _item_source(catalogue, columns.item_key, attributes)
+
+
+def open_interactions(path: str | os.PathLike, columns: Columns) -> InteractionSource:
+    """As `open_sources`, of a file of interactions alone."""
+    _check_paths([Path(path)], columns)
+    return _interaction_source(open_file(Path(path), columns), columns)
+
+
+def open_items(
+    path: str | os.PathLike, columns: Columns, attributes: Sequence[str] | None
+) -> ItemSource:
+    """As `open_sources`, of a file of items alone."""
+    _check_paths([Path(path)], columns)
+    return _item_source(open_file(Path(path), columns), columns.item_key, attributes)
+
+
+def _check_paths(paths: Sequence[Path], columns: Columns) -> None:
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"no such file: {', '.join(missing)}")
+    for path in paths:
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a pipe or a device, expected a file: it is read twice")
+    if columns.encoding is not None:
+        check_encoding(columns.encoding)
 
 
 def _interaction_source(file: RawFile, columns: Columns) -> InteractionSource:

@@ -78,7 +78,7 @@ class Served:
             )
         self.folder, self.name, self.metrics = folder, name, metrics
         self.recommender = CatalogueRecommender.load(folder, meta_file)
-        self.base: dict[str, Any] = dict(self.recommender._texts)
+        self.base: dict[str, Any] = dict(self.recommender.texts)
         self._names = sorted(self.base)
         self.shape = Shape.of(self.base)
         self.search = TextSearch({n: self._words(item) for n, item in self.base.items()})
@@ -158,7 +158,7 @@ class Served:
         if len(wanted) == 1 and self.shape.category in self.shape.names:
             return Filters(where=((self.shape.category, tuple(wanted)),))
         found = []
-        for name, item in list(self.recommender._texts.items()):
+        for name, item in list(self.recommender.texts.items()):
             value = item.get(self.shape.category)
             if wanted <= set(value if isinstance(value, list) else [value]):
                 found.append(name)
@@ -166,7 +166,7 @@ class Served:
 
     def attributes(self, name: str) -> Item | None:
         """Of an item of the catalogue as it is now."""
-        return self.recommender._texts.get(name)
+        return self.recommender.texts.get(name)
 
     def recommend(self, question: Question, filters: Filters) -> Recommended:
         """As `CatalogueRecommender.recommend`, of one history; hidden items are not offered."""

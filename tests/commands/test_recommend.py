@@ -5,16 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from recformer import RecformerForSeqRec, RecformerTokenizer
 from recformer.commands.recommend import main
+from recformer.data.processed import Sequences, write_processed
 from recformer.files import UserError
-from recformer.recommendation import CatalogueRecommender
+from recformer.recommendation import CatalogueRecommender, batch
 from tests.tiny import tiny_recformer
 
 WORDS = ("tent", "lamp", "stove", "rope", "boots", "map", "torch", "knife")
@@ -192,3 +196,127 @@ def test_a_folder_that_cannot_recommend_is_refused(folder, tmp_path):
         main(["--model", str(folder), "--histories", "none", "--k", "0"])
     with pytest.raises(FileNotFoundError, match="none does not exist"):
         main(["--model", str(folder), "--histories", "none"])
+
+
+# --- many users at once ---------------------------------------------------------------------------
+
+
+def table(path: Path) -> list[dict]:
+    return pq.read_table(path).to_pylist()
+
+
+def test_all_users_of_a_processed_folder(folder, tmp_path, capsys):
+    write_processed(
+        tmp_path / "data",
+        train=Sequences.from_lists([[0, 1], [2]]),
+        val=Sequences.from_lists([[2], []]),
+        test=Sequences.from_lists([[1], [3]]),
+        user_names=["ann", "bob"],
+        asins=NAMES[:4],
+        meta={name: TEXTS[name] for name in NAMES[:4]},
+        dataset={},
+    )
+    out = tmp_path / "all.parquet"
+    flags = ["--model", str(folder), "--all_users", str(tmp_path / "data"), "--k", "3"]
+    main([*flags, "--output", str(out), "--filter_seen"])
+    expected = CatalogueRecommender.load(folder).recommend(
+        [["B0", "B1", "B2", "B1"], ["B2", "B3"]], 3, True
+    )
+    assert table(out) == [
+        {"user": u, "items": a.items, "scores": a.scores, "num_unknown": 0, "fallback": None}
+        for u, a in zip(("ann", "bob"), expected, strict=True)
+    ]
+    assert "2 users; skipped 0 items" in capsys.readouterr().err
+    assert list(tmp_path.glob(".*")) == []  # no parts stay
+    with pytest.raises(SystemExit):
+        main([*flags, "--histories", "x"])
+
+
+def test_histories_as_tables(folder, tmp_path):
+    lines = ["user_id,item_id,time", "ann,B1,20", "bob,gone,1", "ann,B3,10", "bob,B0,2"]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    histories = [["B3", "B1"], ["gone", "B0"]]
+    pq.write_table(pa.table({"user": ["ann", "bob"], "items": histories}), tmp_path / "h.parquet")
+    jsonl = [
+        json.dumps({"user": u, "items": h}) for u, h in zip(("ann", "bob"), histories, strict=True)
+    ]
+    (tmp_path / "h.jsonl").write_text("\n".join(jsonl))
+    rows = []
+    for name in ("log.csv", "h.parquet", "h.jsonl"):
+        out = tmp_path / "out.parquet"
+        main(["--model", str(folder), "--histories", str(tmp_path / name), "--output", str(out)])
+        rows.append(table(out))
+    assert rows[0] == rows[1] == rows[2]
+    assert [row["num_unknown"] for row in rows[0]] == [0, 1]
+    scores = expected_scores(folder, ["B3", "B1"])
+    assert rows[0][0]["items"] == sorted(scores, key=lambda name: -scores[name])
+
+
+def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batch, "USERS_AT_ONCE", 2)
+    lines = [{"user": u, "items": [f"B{u}", "gone"] if u != 3 else []} for u in range(7)]
+    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--model", str(folder), "--histories", str(tmp_path / "h.jsonl"), "--output"]
+    main([*flags, str(tmp_path / "whole.parquet")])
+    capsys.readouterr()
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    calls = []
+    recommend = CatalogueRecommender.recommend
+
+    def dying(self, histories, *args, **kwargs):
+        calls.append(len(histories))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return recommend(self, histories, *args, **kwargs)
+
+    monkeypatch.setattr(CatalogueRecommender, "recommend", dying)
+    out = tmp_path / "out.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        main([*flags, str(out)])
+    assert not out.exists()
+    (parts,) = tmp_path.glob(".out.parquet.parts-*")
+    _, second = sorted(parts.iterdir())
+    second.write_bytes(second.read_bytes()[:-9])  # cut off on the disk, too
+    main([*flags, str(out)])
+    assert out.read_bytes() == whole
+    assert calls == [2, 2, 2, 2, 2, 1]  # the first part was there
+    said = capsys.readouterr().err
+    assert "7 users; skipped 6 items" in said
+    assert "1 user had no other and got the newest items: 3" in said
+    assert "the answers of 2 users were there from an earlier run" in said
+    assert not parts.exists()
+    # With other options nothing of an earlier run is used, and nothing of it stays.
+    calls[:] = []
+    with pytest.raises(KeyboardInterrupt):
+        main([*flags, str(out)])
+    calls[:] = [9] * 9
+    main([*flags, str(out), "--k", "2"])
+    assert [len(row["items"]) for row in table(out)] == [2] * 7
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_catalogue_of_ones_own(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "h").write_text('{"user": 1, "items": ["B3", "N1"]}\n')
+    (tmp_path / "items.csv").write_text(
+        "item_id,title\nN1,tent lamp\nB2,knife rope\nB1,lamp\n", encoding="utf-8"
+    )
+    flags = ("--catalogue", str(tmp_path / "items.csv"))
+    home = Path(shutil.copytree(folder, tmp_path / "home"))
+    (row,) = answers(home, tmp_path / "h", tmp_path / "o", *flags)
+    assert "1 items added, 2 were there; 2 texts encoded" in capsys.readouterr().err
+    recommender = CatalogueRecommender.load(folder)
+    recommender.add_items({"N1": {"title": "tent lamp"}})
+    recommender.update_items({"B2": {"title": "knife rope"}})
+    (expected,) = recommender.recommend([["B3", "N1"]], 10)
+    assert row["items"] == expected.items
+    assert row["scores"] == pytest.approx(expected.scores, abs=1e-6)
+    encoded = []
+    encode = RecformerForSeqRec.encode
+    monkeypatch.setattr(
+        RecformerForSeqRec, "encode", lambda self, packed: encoded.append(1) or encode(self, packed)
+    )
+    assert answers(home, tmp_path / "h", tmp_path / "o", *flags) == [row]
+    assert encoded == [1]  # the history; the texts are kept beside the model
+    (tmp_path / "items.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="none of the columns"):
+        answers(home, tmp_path / "h", tmp_path / "o", *flags)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recformer.evaluation import exact, ranking
 from recformer.evaluation import top_items as top_items_module
 from recformer.evaluation.evaluator import Evaluator
-from recformer.evaluation.exact import TIE_TOLERANCE
+from recformer.evaluation.exact import TIE_TOLERANCE, item_norms
 from recformer.evaluation.metrics import coverage, gini, per_user_metrics
 from recformer.evaluation.negatives import sample_unseen
 from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
@@ -616,6 +616,54 @@ def test_top_items_of_a_collapsed_encoder():
     assert (values == values[:, :1]).all()
     got, _ = top_items_by_vectors(torch.zeros(1, 64), items, 300)
     assert got.tolist() == [[*range(200), *[-1] * 100]]
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_top_items_closer_than_float32_can_tell(cosine):
+    """All scores within 1e-6 of each other: the float32 product decides nothing."""
+    generator = torch.Generator().manual_seed(0)
+    items = 1 + 1e-6 * torch.randn(300, 64, generator=generator)
+    users = torch.randn(5, 64, generator=generator).abs()
+    expected = exact_top(users, items, 9, ([0], [3]), cosine)
+    for chunk_size in (40, 300):
+        got, _ = top_items_by_vectors(users, items, 9, ([0], [3]), chunk_size, cosine)
+        assert got.tolist() == expected
+        one, _ = top_items_by_vectors(users[1:2], items, 9, None, chunk_size, cosine)
+        assert one.tolist() == expected[1:2]
+
+
+def test_top_items_in_the_order_that_costs_most():
+    """Each item is better than all before it."""
+    items = torch.stack([torch.arange(500.0), torch.ones(500)], dim=1)
+    got, _ = top_items_by_vectors(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), items, 3, None, 100)
+    assert got.tolist() == [[499, 498, 497], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-12])
+def test_items_offered_and_norms_known(cosine, scale):
+    users, items, _ = catalogue(num_users=8)
+    users, items = users[:6], items * scale
+    offered = np.random.default_rng(1).random(len(items)) < 0.3
+    hidden = np.flatnonzero(~offered)
+    pairs = (np.repeat(np.arange(6), len(hidden)), np.tile(hidden, 6))
+    added = (np.array([0, 0, 1]), np.array([hidden[0], 2, 2]), np.array([9.0, 0.5, -0.5]))
+    expected = top_items_by_vectors(users, items, 15, pairs, cosine=cosine, additions=added)
+    norms = item_norms(items)
+    assert torch.allclose(norms.double(), items.double().norm(dim=1), rtol=1e-5)
+    for known in (None, norms):
+        for count in (6, 1):
+            mine = tuple(values[: 3 if count == 6 else 2] for values in added)
+            got = top_items_by_vectors(
+                users[:count], items, 15, None, 70, cosine, mine, offered, known
+            )
+            assert got[0].tolist() == expected[0][:count].tolist()
+            assert got[1].tolist() == expected[1][:count].tolist()
+    with pytest.raises(ValueError, match="offered have length 5, expected 300, one an item"):
+        top_items_by_vectors(users, items, 15, offered=offered[:5])
+    items[7, 0] = torch.nan
+    with pytest.raises(ValueError, match="item vector in row 7 holds NaN"):
+        item_norms(items)
 
 
 def test_memory_of_top_items_is_that_of_a_chunk():

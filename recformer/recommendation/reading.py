@@ -1,0 +1,167 @@
+"""How histories become vectors of users, by either method of finetuning.
+
+Shapes: B users, or histories, M items, H hidden.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recformer.data.collators import pack_sequences
+from recformer.data.histories import histories_of
+from recformer.data.items import ItemsInMemory
+from recformer.evaluation.additions import Additions
+from recformer.models import RecformerForCatalogue, RecformerForSeqRec
+from recformer.models.catalogue import token_bags
+from recformer.recommendation.view import View
+from recformer.tokenization import Item, RecformerTokenizer
+from recformer.training.item_encoder import (
+    TOKENS_PER_BATCH,
+    catalogue_vectors,
+    encode_items,
+    token_budget_batches,
+)
+
+PathLike = str | os.PathLike
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The histories of a request.
+
+    Attributes:
+        items: attributes of every item that one of them holds.
+        rows: (M,) the row in the catalogue of each, -1 of those that are given by attributes.
+        known: of each history the places in `items` of what is known, oldest first.
+        unknown: how many items of each history are not.
+    """
+
+    items: list[Item]
+    rows: NDArray[np.int64]
+    known: list[NDArray[np.int64]]
+    unknown: list[int]
+
+
+class Sequences:
+    """How a `RecformerForSeqRec` reads: a history is one sequence of texts."""
+
+    def __init__(self, model: RecformerForSeqRec, tokenizer: RecformerTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def item_vectors(self, store: ItemsInMemory, cache_dir: PathLike | None = None) -> Tensor:
+        """(M, H) vectors of tokenised items, of which there is at least one."""
+        return _encoded(self.model, store, cache_dir)
+
+    @torch.no_grad()
+    def users(
+        self, asked: Asked, numbers: list[int], view: View
+    ) -> tuple[Tensor, Additions | None]:
+        """(B, H) vectors of some histories, and what is added to the scores of single items."""
+        config = self.model.config
+        most = config.max_item_embeddings - 1
+        sequences = [asked.known[number][-most:] for number in numbers]
+        store = ItemsInMemory.of(asked.items, self.tokenizer)
+        lengths = np.array([1 + int(store.lengths[sequence].sum()) for sequence in sequences])
+        lengths = np.minimum(lengths, config.max_token_num)
+        users = torch.empty(len(sequences), config.hidden_size, device=self.model.device)
+        for rows in token_budget_batches(lengths, TOKENS_PER_BATCH):
+            packed = pack_sequences(store, [sequences[row] for row in rows], config)
+            vectors = self.model.encode(packed.to(self.model.device))
+            users[torch.from_numpy(rows).to(users.device)] = vectors.float()
+        return users, None
+
+    def users_and_items(self, asked: Asked, items: list[Item], view: View) -> tuple[Tensor, Tensor]:
+        """Vectors of all histories (B, H) and of some texts (M, H), out of the same batch."""
+        alone = [np.array([len(asked.items) + number]) for number in range(len(items))]
+        joined = Asked(
+            [*asked.items, *items],
+            np.append(asked.rows, np.full(len(items), -1)),
+            [*asked.known, *alone],
+            [*asked.unknown, *[0] * len(items)],
+        )
+        vectors, _ = self.users(joined, list(range(len(joined.known))), view)
+        return vectors[: len(asked.known)], vectors[len(asked.known) :]
+
+    def scores(self, cosines: Tensor, ages: list[int | None]) -> Tensor:
+        """Scores (B,) of one item for each history, from its cosines.
+
+        Args:
+            cosines: (B,) float64.
+            ages: how many items came after it where the history holds it.
+        """
+        return cosines
+
+
+class ItemByItem:
+    """How a `RecformerForCatalogue` reads: a history is the vectors of its items."""
+
+    def __init__(self, model: RecformerForCatalogue, tokenizer: RecformerTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.no_grad()
+    def item_vectors(self, store: ItemsInMemory, cache_dir: PathLike | None = None) -> Tensor:
+        """As `Sequences`: of texts alone, as of items that nobody has bought."""
+        encoded = _encoded(self.model.longformer, store, cache_dir)
+        return self.model.head.text_vectors(encoded, token_bags(store).to(encoded.device))
+
+    @torch.no_grad()
+    def users(
+        self, asked: Asked, numbers: list[int], view: View
+    ) -> tuple[Tensor, Additions | None]:
+        """As `Sequences`."""
+        table = self._vectors(asked.items, asked.rows, view)
+        sequences = [asked.known[number] for number in numbers]
+        histories = histories_of(sequences, self.model.head.options.max_history).to(table.device)
+        users = self.model.head.user_vectors(histories, table)
+        known = table[histories.distinct]
+        cosines = (users[histories.rows].double() * known.double()).sum(dim=-1)
+        added = self.model.head.history_additions(histories, cosines).double().cpu().numpy()
+        items = asked.rows[histories.distinct.cpu().numpy()]
+        mine = items >= 0  # what no catalogue knows cannot be recommended
+        return users, (histories.rows.cpu().numpy()[mine], items[mine], added[mine])
+
+    @torch.no_grad()
+    def users_and_items(self, asked: Asked, items: list[Item], view: View) -> tuple[Tensor, Tensor]:
+        """As `Sequences`."""
+        rows = np.append(asked.rows, np.full(len(items), -1))
+        table = self._vectors([*asked.items, *items], rows, view)
+        histories = histories_of(asked.known, self.model.head.options.max_history)
+        users = self.model.head.user_vectors(histories.to(table.device), table)
+        return users, table[len(asked.items) :]
+
+    @torch.no_grad()
+    def scores(self, cosines: Tensor, ages: list[int | None]) -> Tensor:
+        """As `Sequences`."""
+        read = self.model.head.options.max_history
+        scores = cosines.clone()
+        for number, age in enumerate(ages):
+            if age is not None and age < read:
+                place = slice(number, number + 1)
+                newest = torch.tensor([age], device=cosines.device)
+                scores[place] += self.model.head.addition(cosines[place], newest)
+        return scores
+
+    def _vectors(self, items: list[Item], rows: NDArray[np.int64], view: View) -> Tensor:
+        """(M, H) of the catalogue's rows, and of the texts of those that have none."""
+        found = view.at(rows[rows >= 0])
+        table = found.new_empty(len(rows), found.shape[1])
+        table[torch.from_numpy(rows >= 0).to(table.device)] = found
+        given = np.flatnonzero(rows < 0)
+        if len(given):
+            store = ItemsInMemory.of([items[place] for place in given], self.tokenizer)
+            table[torch.from_numpy(given).to(table.device)] = self.item_vectors(store)
+        return table
+
+
+def _encoded(model: Any, store: ItemsInMemory, cache_dir: PathLike | None) -> Tensor:
+    """(M, H) of the encoder, kept in files where there is a folder for them."""
+    if cache_dir is None:
+        return encode_items(model, store, progress=False)
+    return torch.from_numpy(catalogue_vectors(model, store, cache_dir)).to(model.device)
