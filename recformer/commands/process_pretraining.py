@@ -7,7 +7,7 @@ checkout write the published ids, without a prefix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recformer.cli import command_parser
@@ -77,11 +77,7 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
         filters=flags.filters(args),
     )
     flags.report_bad_lines(dataset["counts"]["bad_lines"])
-    for name, total in dataset["files"].items():
-        print(
-            f"{Path(args.output_dir) / name}: {total['sequences']} sequences, "
-            f"{total['interactions']} interactions"
-        )
+    _print_files(args.output_dir, dataset["files"])
 
 
 def items(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
@@ -156,8 +152,12 @@ def sequences(argv: Sequence[str] | None = None, beside: Path | None = None) -> 
     )
     written = dataset["sequences"]
     flags.report_bad_lines(written["counts"]["bad_lines"])
-    for name, total in written["files"].items():
+    _print_files(args.output_dir, written["files"])
+
+
+def _print_files(output_dir: str, totals: Mapping[str, Mapping[str, int]]) -> None:
+    for name, total in totals.items():
         print(
-            f"{Path(args.output_dir) / name}: {total['sequences']} sequences, "
+            f"{Path(output_dir) / name}: {total['sequences']} sequences, "
             f"{total['interactions']} interactions"
         )

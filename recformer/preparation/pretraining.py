@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -26,6 +26,7 @@ from recformer.data.processed import (
     DATASET_FILE,
     META_FILE,
     TRAIN_FILE,
+    Sequences,
     write_mapping,
 )
 from recformer.files import UserError, atomic_write, read_json
@@ -107,15 +108,17 @@ def prepare_pretraining_sources(
     output = _writable_folder(output_dir)
     bad_lines = BadLines(skip=skip_bad_lines)
     counts: dict[str, Any] = {}
-    totals = {name: {"sequences": 0, "interactions": 0} for name in (TRAIN_FILE, DEV_FILE)}
     digest = hashlib.sha256()
     with ExitStack() as stack:
         # Left in reverse order: dataset.json is the last to take its name.
-        handles = {
-            name: stack.enter_context(atomic_write(output / name))
+        about, meta, *handles = (
+            stack.enter_context(atomic_write(output / name))
             for name in (DATASET_FILE, META_FILE, TRAIN_FILE, DEV_FILE)
+        )
+        files = {
+            name: _SequenceFile(name, handle, digest)
+            for name, handle in zip((TRAIN_FILE, DEV_FILE), handles)
         }
-        borders = dict.fromkeys((TRAIN_FILE, DEV_FILE), "[\n")
 
         def items_of_all() -> Iterator[tuple[str, dict[str, str]]]:
             for (source, file_name), (interaction_source, item_source) in zip(members, opened):
@@ -137,18 +140,12 @@ def prepare_pretraining_sources(
                     "histories": histories.counts,
                 }
                 ids = [f"{source.name}:{name}" for name in histories.item_names]
-                for row in range(len(histories.sequences)):
-                    line = json.dumps([ids[item] for item in histories.sequences[row]])
-                    digest.update(f"{file_name} {line}\n".encode())
-                    handles[file_name].write(borders[file_name] + line)
-                    borders[file_name] = ",\n"
-                totals[file_name]["sequences"] += len(histories.sequences)
-                totals[file_name]["interactions"] += len(histories.sequences.items)
+                files[file_name].add(histories.sequences, ids)
                 yield from ((key, products[name]) for key, name in zip(ids, histories.item_names))
 
-        write_mapping(handles[META_FILE], items_of_all())
-        for name in (TRAIN_FILE, DEV_FILE):
-            handles[name].write("\n]\n")
+        write_mapping(meta, items_of_all())
+        for file in files.values():
+            file.end()
         dataset = {
             "source": {
                 source.name: {
@@ -172,11 +169,41 @@ def prepare_pretraining_sources(
                 **({"columns": columns.named()} if columns.named() else {}),
             },
             "counts": {"sources": counts, "bad_lines": bad_lines.summary()},
-            "files": totals,
+            "files": {name: file.total for name, file in files.items()},
             "split_hash": digest.hexdigest(),
         }
-        json.dump(dataset, handles[DATASET_FILE], ensure_ascii=False, indent=2)
+        json.dump(dataset, about, ensure_ascii=False, indent=2)
     return dataset
+
+
+class _SequenceFile:
+    """A file of sequences while it is written: a JSON list, one sequence of ids a line.
+
+    Args:
+        name: of the file, which enters the digest with each of its lines.
+        handle: of the file.
+        digest: content hash of all files.
+
+    Attributes:
+        total: number of sequences and of interactions so far.
+    """
+
+    def __init__(self, name: str, handle: IO[str], digest: Any) -> None:
+        self.name, self.handle, self.digest = name, handle, digest
+        self.total = {"sequences": 0, "interactions": 0}
+
+    def add(self, sequences: Sequences, ids: Sequence[str]) -> None:
+        """Write sequences of item numbers by the items' ids."""
+        for row in range(len(sequences)):
+            line = json.dumps([ids[item] for item in sequences[row]])
+            self.digest.update(f"{self.name} {line}\n".encode())
+            self.handle.write((",\n" if self.total["sequences"] else "[\n") + line)
+            self.total["sequences"] += 1
+        self.total["interactions"] += len(sequences.items)
+
+    def end(self) -> None:
+        """Close the list."""
+        self.handle.write("\n]\n")
 
 
 def prepare_pretraining_items(
@@ -304,8 +331,7 @@ def prepare_pretraining(
         about = stack.enter_context(atomic_write(output / DATASET_FILE))
         for file_name, members in ((DEV_FILE, [dev_category]), (TRAIN_FILE, list(categories))):
             handle = stack.enter_context(atomic_write(output / file_name))
-            num_sequences = num_interactions = 0
-            border = "[\n"
+            file = _SequenceFile(file_name, handle, digest)
             for name in members:
                 interactions, review_counts = read_interactions(reviews[name], known, bad_lines)
                 histories = build_histories(
@@ -319,22 +345,15 @@ def prepare_pretraining(
                     "duplicate_reviews": count_duplicates(interactions),
                     **histories.counts,
                 }
-                sequences, asins = histories.sequences, histories.item_names
-                for row in range(len(sequences)):
-                    line = json.dumps([asins[item] for item in sequences[row]])
-                    digest.update(f"{file_name} {line}\n".encode())
-                    handle.write(border + line)
-                    border = ",\n"
-                num_sequences += len(sequences)
-                num_interactions += len(sequences.items)
-            handle.write("\n]\n")
-            if num_sequences == 0:
+                file.add(histories.sequences, histories.item_names)
+            file.end()
+            if not file.total["sequences"]:
                 raise UserError(
                     f"no sequence is left for {file_name} from {', '.join(members)}: of the "
                     f"reviews, none or too few are of products in {output / META_FILE} (was it "
                     f"made from these categories?), or the sample of users is empty"
                 )
-            totals[file_name] = {"sequences": num_sequences, "interactions": num_interactions}
+            totals[file_name] = file.total
         dataset = {
             **older,
             "sequences": {
