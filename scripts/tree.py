@@ -45,7 +45,7 @@ ABOVE = {
     "finetune_data/": "raw reviews and metadata -> a processed folder",
 }
 BELOW = {
-    "scripts/": "what the shell scripts share, this tree",
+    "scripts/": "shared by the shell scripts; the check of a fresh machine; this tree",
     "tests/": "in the folders of what they test; golden vectors of the published model",
     "experiments/": "studies of many runs, each a script that goes on where it stopped",
     "docs/": "results with commands, performance and why, the method `head`, sessions",
