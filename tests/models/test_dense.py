@@ -13,7 +13,6 @@ from torch import Tensor
 from recformer import PackedTokens, RecformerConfig, RecformerModel
 from recformer.config import POOLER_TYPES
 from recformer.data.items import ItemsInMemory
-from recformer.files import UserError
 from recformer.models import HeadOptions, RecformerForCatalogue
 from recformer.models.catalogue import token_bags
 from recformer.models.dense import INPUTS, DenseEncoder, DenseItemEncoder
