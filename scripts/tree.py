@@ -28,6 +28,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("recformer.training",),
     ("recformer.pretrain", "recformer.finetune", "recformer.recommendation"),
     ("recformer.serving",),
+    ("recformer.export",),
     ("recformer.commands",),
     ("recformer.__main__", *DOORS),
     ("baselines",),
@@ -49,6 +50,7 @@ BELOW = {
     "tests/": "in the folders of what they test; golden vectors of the published model",
     "experiments/": "studies of many runs, each a script that goes on where it stopped",
     "docs/": "results with commands, performance and why, the method `head`, sessions",
+    "docs/": "results with commands, performance and why, the method `head`, guides",
 }
 
 

@@ -99,9 +99,10 @@ def _embedded(
 
 
 def _layer(
-    layer: RecformerLayer, hidden: Tensor, mask: Tensor, tokens: Tensor, first_only: bool
+    layer: nn.Module, hidden: Tensor, mask: Tensor, tokens: Tensor, first_only: bool
 ) -> Tensor:
     """(B, L, H) -> (B, L, H), or (B, 1, H) of `<s>` if `first_only`."""
+    assert isinstance(layer, RecformerLayer)
     attention = layer.attention
     context = _from_first(attention.self, hidden, tokens)  # (B, 1, H)
     if first_only:
