@@ -1,14 +1,15 @@
-"""Run what the README says, as it stands there, on a machine that has only Python and pip.
+"""Run what the README, guides and examples say, on a machine that has only Python and pip.
 
     python scripts/fresh_machine.py [--keep FOLDER] [--show]
 
 HEAD is cloned into an empty folder; a new virtual environment with pip alone stands for the
 machine's Python; the home folder is empty; of the environment's variables only those remain that
-say how to reach package registries. There every block of commands of the README runs, in order, in
-one session; then the wheel is built, installed into a second such environment, and does the main
-job in a folder without the checkout. Nothing but packages is downloaded: models of the hub are
-replaced by tiny random ones of the same names in the hub's cache. The first step that fails ends
-all with exit status 1, its name and its last lines.
+say how to reach package registries. There every block of commands of the README, of the guides in
+`docs/` and of the READMEs in `examples/` runs, in order, in one session; then the wheel is built,
+installed into a second such environment, and does the main job in a folder without the checkout.
+Nothing but packages is downloaded: models of the hub are replaced by tiny random ones of the same
+names in the hub's cache. The first step that fails ends all with exit status 1, its name and its
+last lines.
 
 A comment before a block says how it is run, and none of it shows on the page:
 
@@ -294,10 +295,15 @@ def _system_folders() -> list[str]:
 # What is run. ------------------------------------------------------------------------------------
 
 
-def readme(machine: Machine, clone: Path) -> None:
-    """Every block of the clone's README, in one session, and `--help` of every command in it."""
+def pages(root: Path) -> list[Path]:
+    """Pages whose blocks run, in the order of their run."""
+    guides = sorted((root / "docs").glob("guides/*.md"))
+    return [root / "README.md", *guides, *sorted((root / "examples").glob("*/README.md"))]
+
+
+def documentation(machine: Machine, clone: Path) -> None:
+    """Every block of the clone's pages, in one session, and `--help` of every command in them."""
     machine.new_session(clone)
-    page = (clone / "README.md").read_text(encoding="utf-8")
     made: set[str] = set()
 
     def with_packages(program: str, *arguments: str) -> None:
@@ -327,6 +333,25 @@ def _help_of(commands: Sequence[str]) -> str:
     words = " ".join(shlex.quote(f"{command} --help") for command in commands)
     each = 'said=$(bash -c "$1" 2>&1 </dev/null) || { echo "$said"; exit 1; }'
     return f"printf '%s\\0' {words} | xargs -0 -n 1 -P 2 bash -c {shlex.quote(each)} _"
+    listed: dict[str, None] = {}
+    for path in pages(clone):
+        page, title = path.read_text(encoding="utf-8"), str(path.relative_to(clone))
+        listed |= dict.fromkeys(scripts(page))
+        for block, text in programs(blocks(page)):
+            for name in block.fixtures:
+                if name not in made:
+                    FIXTURES[name](clone, with_packages)
+                    made.add(name)
+            command = text
+            if block.language == "python":
+                # Not beside the checkout: its folder is called recformer, as the package is.
+                program = machine.folder / "snippets" / f"{path.stem}_line_{block.line}.py"
+                program.parent.mkdir(exist_ok=True)
+                program.write_text(text)
+                command = f"python {shlex.quote(str(program))}"
+            machine.step(f"{title}, {block.name}", command, prints=block.prints)
+    if commands := [f"{command} --help >help || {{ cat help; false; }}" for command in listed]:
+        machine.step(f"--help of {len(commands)} commands", "\n".join(commands))
 
 
 WHEEL = """
@@ -405,7 +430,7 @@ def run(folder: Path, *, show: bool) -> int:
         source = shlex.quote(str(ROOT))
         machine.new_session(folder)
         machine.step("clone", f"git clone --quiet {source} {shlex.quote(str(clone))}")
-        readme(machine, clone)
+        documentation(machine, clone)
         installed(machine, clone)
     except StepFailed as failed:
         failure = failed

@@ -64,7 +64,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def tiny_bert(path: Path, words: list[str]) -> Path:
+def tiny_bert(path: Path, words: list[str], positions: int = 128) -> Path:
     """A random BERT of 8 hidden units that knows `words` (ids 5, 6, …), as a folder."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (path / "vocab.txt").write_text("\n".join(vocabulary))
@@ -79,7 +79,7 @@ def tiny_bert(path: Path, words: list[str]) -> Path:
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=16,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         initializer_range=0.5,
     )
     BertModel(config).save_pretrained(path)

@@ -106,6 +106,17 @@ def test_the_readme_is_classified_and_runs_what_it_promises(
     assert sum(b.language == "python" and b.not_run is None for b in found) >= 4
 
 
+def test_guides_and_examples_are_classified_too(fresh: ModuleType, repository: Path) -> None:
+    found = {
+        path.relative_to(repository).as_posix(): fresh.blocks(path.read_text(encoding="utf-8"))
+        for path in fresh.pages(repository)
+    }
+    assert next(iter(found)) == "README.md"
+    shop = found["examples/shop/README.md"]
+    assert sum(b.language == "bash" and b.not_run is None for b in shop) == 4
+    assert any(b.not_run is None for b in found["docs/guides/serving-elsewhere.md"])
+
+
 @pytest.fixture
 def machine(fresh: ModuleType, tmp_path: Path):
     (tmp_path / "home").mkdir()
@@ -191,7 +202,7 @@ def test_the_first_failure_ends_the_run(
         fresh.subprocess.run([*git, *command], cwd=root, check=True)
     assert fresh.run(machine.folder, show=False) == 1
     out, err = capfd.readouterr()
-    assert "FAILED: README, line 6: wc -l purchases.csv; exit 3: exit status 3" in err
+    assert "FAILED: README.md, line 6: wc -l purchases.csv; exit 3: exit status 3" in err
     assert "561 purchases.csv" in err
-    assert "README, line 2: echo fine" in out
+    assert "README.md, line 2: echo fine" in out
     assert "never" not in out + err
