@@ -24,7 +24,8 @@ WORDS = ["bike", "light", "lock", "helmet", "pump", "chain", "red", "black", "al
 def commands() -> list[list[str]]:
     """Words of every command of the README, in order."""
     text = "\n".join(re.findall(r"```bash\n(.*?)```", (SHOP / "README.md").read_text(), re.DOTALL))
-    return [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def make(folder: Path, seed: int = 0) -> None:
