@@ -75,14 +75,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
             "recformer.commands.benchmark",
             "measure speed and memory against named peers",
         ),
-        "recommend": ("recformer.commands.recommend", "items for the histories in a file"),
-        "serve": ("recformer.commands.serve", "recommendations over HTTP, and a page to try them"),
-        "encode": ("recformer.commands.encode", "vectors of a whole catalogue"),
         "export": (
             "recformer.commands.export",
-            "item vectors for other search engines, the encoder as ONNX",
+            "write item vectors for other search engines, the encoder as ONNX",
         ),
-        "benchmark": ("recformer.commands.benchmark", "speed and memory against named peers"),
     },
 }
 

@@ -311,28 +311,6 @@ def documentation(machine: Machine, clone: Path) -> None:
         environment = machine.environment | {"PYTHONPATH": str(clone)}
         subprocess.run([python, "-c", program, *arguments], cwd=clone, env=environment, check=True)
 
-    for block, text in programs(blocks(page)):
-        for name in block.fixtures:
-            if name not in made:
-                FIXTURES[name](clone, with_packages)
-                made.add(name)
-        command = text
-        if block.language == "python":
-            # Not beside the checkout: its folder is called recformer, as the package is.
-            program = machine.folder / "snippets" / f"line_{block.line}.py"
-            program.parent.mkdir(exist_ok=True)
-            program.write_text(text)
-            command = f"python {shlex.quote(str(program))}"
-        machine.step(f"README, {block.name}", command, prints=block.prints)
-    if commands := scripts(page):
-        machine.step(f"README, --help of {len(commands)} commands", _help_of(commands))
-
-
-def _help_of(commands: Sequence[str]) -> str:
-    """Ask every command for its help, two at a time; the output of one that fails is printed."""
-    words = " ".join(shlex.quote(f"{command} --help") for command in commands)
-    each = 'said=$(bash -c "$1" 2>&1 </dev/null) || { echo "$said"; exit 1; }'
-    return f"printf '%s\\0' {words} | xargs -0 -n 1 -P 2 bash -c {shlex.quote(each)} _"
     listed: dict[str, None] = {}
     for path in pages(clone):
         page, title = path.read_text(encoding="utf-8"), str(path.relative_to(clone))
@@ -350,8 +328,15 @@ def _help_of(commands: Sequence[str]) -> str:
                 program.write_text(text)
                 command = f"python {shlex.quote(str(program))}"
             machine.step(f"{title}, {block.name}", command, prints=block.prints)
-    if commands := [f"{command} --help >help || {{ cat help; false; }}" for command in listed]:
-        machine.step(f"--help of {len(commands)} commands", "\n".join(commands))
+    if commands := list(listed):
+        machine.step(f"--help of {len(commands)} commands", _help_of(commands))
+
+
+def _help_of(commands: Sequence[str]) -> str:
+    """Ask every command for its help, two at a time; the output of one that fails is printed."""
+    words = " ".join(shlex.quote(f"{command} --help") for command in commands)
+    each = 'said=$(bash -c "$1" 2>&1 </dev/null) || { echo "$said"; exit 1; }'
+    return f"printf '%s\\0' {words} | xargs -0 -n 1 -P 2 bash -c {shlex.quote(each)} _"
 
 
 WHEEL = """
