@@ -35,7 +35,13 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def box(
-    axes: Axes, x: float, y: float, width: float, text: str = "", colour: str = GREY, height=0.8
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    text: str = "",
+    colour: str = GREY,
+    height: float = 0.8,
 ) -> None:
     """A filled box with a word in it."""
     axes.add_patch(Rectangle((x, y), width - 0.06, height, color=colour, linewidth=0))
