@@ -49,7 +49,6 @@ BELOW = {
     "scripts/": "shared by the shell scripts; the check of a fresh machine; this tree",
     "tests/": "in the folders of what they test; golden vectors of the published model",
     "experiments/": "studies of many runs, each a script that goes on where it stopped",
-    "docs/": "results with commands, performance and why, the method `head`, sessions",
     "examples/": "a shop from its CSV files to a page, in four commands",
     "docs/": "results with commands, performance and why, the method `head`, guides",
 }
