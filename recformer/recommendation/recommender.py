@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from recformer.recommendation.saving import (
     save_catalogue,
 )
 from recformer.recommendation.search import best_rows
-from recformer.recommendation.view import Offered, View
+from recformer.recommendation.view import Offered, Rows, View
 from recformer.tokenization import Item, RecformerTokenizer
 from recformer.training.item_encoder import item_keys
 
@@ -220,6 +220,25 @@ class CatalogueRecommender:
     def texts(self) -> Mapping[str, Item]:
         """{name: attributes} of the catalogue as it is, not to be written to."""
         return self.catalogue.texts
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of a vector."""
+        return int(self.catalogue.view.tables[0].shape[1])
+
+    def rows(self, at_once: int = 8192) -> Iterator[tuple[list[str], Tensor, list[Item]]]:
+        """All items that are offered, in the order in which ties fall, some at a time.
+
+        Yields:
+            names, vectors (n, H) as the model gives them, and attributes.
+        """
+        now = self.catalogue.snapshot()
+        kept = np.setdiff1d(np.arange(len(now.view)), now.view.gone, assume_unique=True)
+        table = Rows(now.view.tables, kept)
+        for start in range(0, len(kept), at_once):
+            names = [now.view.names[row] for row in kept[start : start + at_once]]
+            vectors = table[start : start + at_once]
+            yield names, vectors, [now.texts.get(name, {}) for name in names]
 
     # --- asking -------------------------------------------------------------------------------
 
