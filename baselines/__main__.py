@@ -10,15 +10,13 @@ On a folder that was split by windows it trains up to each window and judges on 
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning import seed_everything
+from lightning import Callback, seed_everything
 from safetensors.torch import save
 
 from baselines.arguments import BaselineArguments, BaselineRunArguments, read_config
@@ -43,8 +41,13 @@ from recformer.training.seeds import run_seeds, summarize
 from recformer.training.trainer import Compute
 
 
-def run(args: BaselineRunArguments) -> dict[str, Any]:
+def run(args: BaselineRunArguments, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Train where there is something to train, evaluate, and write; returns `metrics.json`.
+
+    Args:
+        args: flags.
+        callbacks: Lightning's, of a caller that watches training; not in windows, which are many
+            trainings.
 
     Raises:
         FileNotFoundError, UserError: as `ProcessedFolder.load`, a flag that the model does not
@@ -78,7 +81,7 @@ def run(args: BaselineRunArguments) -> dict[str, Any]:
     )
     windows = Windows.of(folder)
     if windows is None:
-        return run_one(args, settings, folder, started=started).as_dict()
+        return run_one(args, settings, folder, started=started, callbacks=callbacks).as_dict()
 
     def run_view(own: BaselineRunArguments, view: WindowView, before: Path | None) -> RunResult:
         return run_one(own, settings, view, before, quiet=True)
@@ -99,6 +102,7 @@ def run_one(
     *,
     quiet: bool = False,
     started: float | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunResult:
     """Train and evaluate on one folder, or on one window's view of it.
 
@@ -109,6 +113,7 @@ def run_one(
         before: best_model folder of the window before, whose weights go on; None: from scratch.
         quiet: print no figures.
         started: when the command began, by the monotonic clock; None: now.
+        callbacks: as `run`.
     """
     started = time.monotonic() if started is None else started
     compute = Compute.of(args)
@@ -152,7 +157,9 @@ def run_one(
     result = experiment.finished
     with experiment.folder as output:
         if result is None or not output.has("ranks", *leaves):
-            result = train_and_evaluate(experiment, args, settings, built, folder, started)
+            result = train_and_evaluate(
+                experiment, args, settings, built, folder, started, callbacks
+            )
     if is_first() and not quiet:
         print("\n" + experiment.headline(result.test))
         print(report({args.model: result.test}, args.metric))
@@ -170,6 +177,7 @@ def train_and_evaluate(
     built: Built,
     folder: ProcessedFolder,
     started: float,
+    callbacks: Sequence[Callback] = (),
 ) -> RunResult:
     """Do what is left of `run`, which began at `started` by the monotonic clock."""
     trains = built.train_collator is not None and not args.evaluate_only
@@ -177,7 +185,7 @@ def train_and_evaluate(
     name = "published" if args.evaluate_only else "untrained"
     if trains:
         name = "trained"
-        stages["training"] = experiment.train("training", args.patience)
+        stages["training"] = experiment.train("training", args.patience, callbacks)
     around = [CodeAccuracy] if args.model in GENERATE else []
     evaluations = {name: experiment.evaluate(name, lambda: [make() for make in around])}
     weights = [p for p in built.model.parameters() if p.requires_grad]
@@ -218,22 +226,24 @@ def save_best(
         write_checksums(new)
 
 
+def parse(argv: Sequence[str] | None) -> BaselineRunArguments:
+    """Flags of the command as their dataclass; those of `--config` and `--protocol` below them."""
+    parser = flags_parser("baseline", __doc__, BaselineArguments)
+    parser.add_argument("--config", help="YAML file of flags; those given on the line win")
+    argv = with_protocol(argv, "evaluation")
+    known, _ = parser.parse_known_args(argv)
+    if known.config is not None:
+        parser.set_defaults(**read_config(known.config))
+    args, _ = parser.parse_args_into_dataclasses(argv)
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
-    parser = flags_parser("baseline", __doc__, BaselineArguments)
-    parser.add_argument(
-        "--config", help="YAML file of flags; a flag given on the line wins", metavar="FILE"
-    )
-    finder = argparse.ArgumentParser(add_help=False)
-    finder.add_argument("--config")
-    known, line = finder.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    if known.config is not None:
-        line = [*read_config(known.config), *line]  # of a flag given twice the later one counts
-    line = with_protocol(line, "evaluation")
-    args, _ = parser.parse_args_into_dataclasses(line)
+    args = parse(argv)
     if args.seeds is not None:
         output_dir = args.output_dir or f"result/{args.model}"
-        summarize(run_seeds("baseline", line, output_dir), output_dir)
+        summarize(run_seeds("baseline", argv, output_dir), output_dir)
         return
     keep_freed_memory()
     run(args)

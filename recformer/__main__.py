@@ -50,6 +50,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "training and evaluation on a catalogue": {
         "finetune": ("recformer.finetune", "finetune on a processed folder and evaluate"),
         "baseline": ("baselines.__main__", "train and evaluate a baseline"),
+        "sweep": ("baselines.sweep", "search settings of a model by validation"),
         "semantic-ids": ("baselines.semantic_ids.__main__", "make codes of items from their texts"),
     },
     "comparing": {

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import seed_everything
+from lightning import Callback, seed_everything
 
 from recformer.checkpoints.card import RECOMMENDING, write_card
 from recformer.cli import exit_with_message, flags_parser, keep_freed_memory
@@ -185,6 +185,7 @@ class Run:
 
     stages: tuple[str, ...] = ("stage1", "stage2")
     schedule = "linear"
+    callbacks: Sequence[Callback] = ()  # of the caller, in training
 
     def __init__(self, args: FinetuneArguments) -> None:
         args.check()
@@ -294,7 +295,7 @@ class Run:
 
     def train(self, stage: str, best_before: float | None) -> StageResult:
         """Train "stage1" (items anew every epoch) or "stage2" (item table kept)."""
-        around = [self._item_table(every_epoch=stage == "stage1")]
+        around = [self._item_table(every_epoch=stage == "stage1"), *self.callbacks]
         return self.experiment.train(stage, PATIENCE[stage], around, best_before)
 
     def _item_table(self, every_epoch: bool) -> ItemTable:
@@ -375,7 +376,8 @@ class HeadRun(Run):
         return self.experiment.evaluate(name, lambda: [self._head_table()])
 
     def train(self, stage: str, best_before: float | None) -> StageResult:
-        return self.experiment.train(stage, PATIENCE[stage], [self._head_table()], best_before)
+        around = [self._head_table(), *self.callbacks]
+        return self.experiment.train(stage, PATIENCE[stage], around, best_before)
 
     def _head_table(self) -> HeadTable:
         interactions = np.bincount(self.folder.train.items, minlength=self.folder.num_items)
@@ -386,10 +388,16 @@ class HeadRun(Run):
         super().save_best(test)
 
 
-def run(args: FinetuneArguments) -> dict[str, Any]:
-    """Finetune and evaluate; returns what `metrics.json` holds."""
+def run(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    """Finetune and evaluate; returns what `metrics.json` holds.
+
+    Args:
+        args: flags.
+        callbacks: Lightning's, of a caller that watches training.
+    """
     started = time.monotonic()
     this = HeadRun(args) if args.method == "head" else Run(args)
+    this.callbacks = callbacks
     experiment = this.experiment
     result = experiment.finished
     leaves = () if args.zero_shot else (this.best_model, args.ckpt, "curves.png")
@@ -443,13 +451,19 @@ def train_and_evaluate(this: Run, started: float) -> RunResult:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse flags and run."""
+def parse(argv: Sequence[str] | None) -> FinetuneArguments:
+    """Flags of the command as their dataclass, with the defaults of the method."""
     parser = flags_parser("finetune", __doc__, FinetuneArguments)
     line = with_protocol(argv, "evaluation")
     if parser.parse_known_args(line)[0].method == "head":
         parser.set_defaults(**HEAD_DEFAULTS)
     (args,) = parser.parse_args_into_dataclasses(line)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags and run."""
+    args = parse(argv)
     if args.seeds is not None:
         summarize(run_seeds("finetune", argv, args.output_dir), args.output_dir)
         return
