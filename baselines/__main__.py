@@ -10,6 +10,8 @@ On a folder that was split by windows it trains up to each window and judges on 
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -226,15 +228,23 @@ def save_best(
         write_checksums(new)
 
 
-def parse(argv: Sequence[str] | None) -> BaselineRunArguments:
-    """Flags of the command as their dataclass; those of `--config` and `--protocol` below them."""
-    parser = flags_parser("baseline", __doc__, BaselineArguments)
-    parser.add_argument("--config", help="YAML file of flags; those given on the line win")
-    argv = with_protocol(argv, "evaluation")
-    known, _ = parser.parse_known_args(argv)
+def flags_of(argv: Sequence[str] | None) -> list[str]:
+    """The command's flags, with those of `--config` and `--protocol` before them."""
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--config")
+    known, line = finder.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     if known.config is not None:
-        parser.set_defaults(**read_config(known.config))
-    args, _ = parser.parse_args_into_dataclasses(argv)
+        line = [*read_config(known.config), *line]  # of a flag given twice the later one counts
+    return with_protocol(line, "evaluation")
+
+
+def parse(argv: Sequence[str] | None) -> BaselineRunArguments:
+    """Flags of the command as their dataclass."""
+    parser = flags_parser("baseline", __doc__, BaselineArguments)
+    parser.add_argument(
+        "--config", help="YAML file of flags; a flag given on the line wins", metavar="FILE"
+    )
+    args, _ = parser.parse_args_into_dataclasses(flags_of(argv))
     return args
 
 
@@ -243,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.seeds is not None:
         output_dir = args.output_dir or f"result/{args.model}"
-        summarize(run_seeds("baseline", argv, output_dir), output_dir)
+        summarize(run_seeds("baseline", flags_of(argv), output_dir), output_dir)
         return
     keep_freed_memory()
     run(args)
