@@ -35,6 +35,7 @@ BENCHMARKS = {
     "tokenization": "benchmarks.tokenization:rows",
     "data_preparation": "benchmarks.data_preparation:rows",
     "gsasrec": "benchmarks.sequence_models:rows",
+    "objectives": "benchmarks.objectives:rows",
     "generation": "benchmarks.generation:rows",
 }
 

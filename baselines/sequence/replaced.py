@@ -75,8 +75,7 @@ class ReplacedItemRecommender(SequenceRecommender):
         """Item ids (P,) drawn from the softmax of the scores of predictions (P, D)."""
         users, table = self._sides(users, self.scored.all())
         step = max(1, CHUNK_ELEMENTS // len(table))
-        parts = [(part @ table.T).softmax(dim=-1).multinomial(1) for part in users.split(step)]
-        return torch.cat(parts)[:, 0]
+        return torch.cat([_drawn(part @ table.T) for part in users.split(step)])
 
     def discriminator_loss(self, history: ItemSequences, labels: Tensor, drawn: Tensor) -> Tensor:
         """Mean binary cross-entropy over all places.
@@ -93,3 +92,10 @@ class ReplacedItemRecommender(SequenceRecommender):
         replaced = torch.zeros_like(logits)
         replaced[history.predict] = (drawn != labels).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, replaced)
+
+
+def _drawn(scores: Tensor) -> Tensor:
+    """One item (P,) a row of scores (P, N), by their softmax: one random number a row, not N."""
+    ends = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    places = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device) * ends[:, -1:]
+    return torch.searchsorted(ends, places, right=True)[:, 0].clamp(max=ends.shape[1] - 1)
