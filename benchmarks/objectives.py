@@ -115,8 +115,8 @@ def one_call() -> Iterator[None]:
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
     """Rows on generated data."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = generated(Path(scratch), 40 if quick else 32 * BATCH_SIZE)
-        yield from rows_of(folder, 1 if quick else 16)
+        folder = generated(Path(scratch), 40 if quick else 16 * BATCH_SIZE)
+        yield from rows_of(folder, 1 if quick else 8)
 
 
 def rows_of(folder: ProcessedFolder, num_batches: int) -> Iterator[dict[str, Any]]:
