@@ -56,8 +56,8 @@ echo "== training only a head on it, which knows the catalogue (docs/method.md)"
     --pretrain_ckpt "$OUTPUT_DIR/pretrain_ckpt/recformer_pretrain_ckpt" \
     "${SMALL_HEAD[@]}" --output_dir "$OUTPUT_DIR/head" --seed "$SEED"
 
-echo "== the lines to beat: popularity and text neighbours (TF-IDF)"
-for line in popularity text_neighbours; do
+echo "== the lines to beat: popularity, text neighbours (TF-IDF), what is bought together"
+for line in popularity text_neighbours cooccurrence; do
     "$PYTHON" -m baselines --model "$line" --data_path "$SAMPLE_DATA" \
         --output_dir "$OUTPUT_DIR/$line" >/dev/null
 done
@@ -65,6 +65,7 @@ done
 echo "== test users of $SAMPLE_TARGET, every item ranked"
 "$PYTHON" -m recformer compare --against "Recformer with a head" --output_dir "$OUTPUT_DIR" \
     "popularity=$OUTPUT_DIR/popularity" "TF-IDF neighbours=$OUTPUT_DIR/text_neighbours" \
+    "co-occurrence=$OUTPUT_DIR/cooccurrence" \
     "Recformer, random weights=$OUTPUT_DIR/untrained" \
     "Recformer, pretrained=$OUTPUT_DIR/recformer:zero_shot" \
     "Recformer, finetuned=$OUTPUT_DIR/recformer" \

@@ -90,6 +90,11 @@ class FinetuneArguments(RunArguments, ModelArguments):
     whiten: bool = flag(True, "head: decorrelate the encoder's vectors over the catalogue")
     bag_size: int = flag(HeadOptions.bag_size, "head: size of the trained token bag; 0: none")
     offsets: bool = flag(True, "head: learn an offset an item")
+    next_offsets: bool = flag(
+        False,
+        "head: learn a second offset an item, for what comes after it; pays where the order of "
+        "sequences says much",
+    )
     offset_dropout: float = flag(
         HeadOptions.offset_dropout, "head: share of offsets left out of a training step"
     )

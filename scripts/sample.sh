@@ -82,4 +82,4 @@ SMALL_FINETUNING=(
     --batch_size 32 --gradient_accumulation_steps 1 --learning_rate 2e-3
 )
 # shellcheck disable=SC2034
-SMALL_HEAD=(--method head)
+SMALL_HEAD=(--method head --next_offsets)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recformer import finetune as entry
 from recformer.data.collators import EvalExample
@@ -149,6 +150,17 @@ def test_every_part_can_be_left_out(shop, tmp_path, part) -> None:
     assert result["stages"]["head"]["best"] is not None
     saved = read_json(tmp_path / "best_model" / "config.json")["head"]
     assert saved[part] is False
+
+
+def test_next_offsets_learn_what_comes_after(shop, tmp_path) -> None:
+    # Every user goes round the shop in one direction: what is bought together is no direction.
+    result = run(head_arguments(shop, tmp_path / "with", next_offsets=True, offset_dropout=0.0))
+    saved = load_file(tmp_path / "with" / "best_model" / "model.safetensors")
+    assert saved["head.next_offset"].abs().max() > 0
+    assert read_json(tmp_path / "with" / "best_model" / "config.json")["head"]["next_offsets"]
+    plain = run(head_arguments(shop, tmp_path / "without", offset_dropout=0.0))
+    losses = [r["stages"]["head"]["rows"][1]["train/loss"] for r in (result, plain)]
+    assert losses[0] < losses[1]
 
 
 def test_two_processes_train_as_one(shop, tmp_path) -> None:

@@ -323,9 +323,19 @@ def test_readers_see_whole_catalogues_while_it_changes(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny_recformer(tmp_path_factory.mktemp("head"), ["title", "brand", "Acme", *WORDS])
+    return with_head(tmp_path_factory.mktemp("head"))
+
+
+@pytest.fixture(scope="module")
+def with_next_offsets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_head(tmp_path_factory.mktemp("next"), next_offsets=True)
+
+
+def with_head(place: Path, next_offsets: bool = False) -> Path:
+    path = tiny_recformer(place, ["title", "brand", "Acme", *WORDS])
     config = RecformerConfig.from_pretrained(path)
-    config.head = HeadOptions(bag_size=6, max_history=4).as_dict()
+    options = HeadOptions(bag_size=6, max_history=4, next_offsets=next_offsets)
+    config.head = options.as_dict()
     config.item_num = len(WORDS)
     model = RecformerForCatalogue(config)
     model.longformer = RecformerForSeqRec.from_pretrained(path).longformer
@@ -338,6 +348,9 @@ def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("offset", "log_recency", "history_bias"):
             weight = getattr(model.head, name)
             weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+        if options.next_offsets:
+            weight = model.head.next_offset
+            weight.add_(torch.randn(weight.shape, generator=generator))
     model.set_catalogue(vectors, bags)
     model.refresh_table()
     model.save_pretrained(path)
@@ -346,7 +359,9 @@ def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_head_recommends_as_it_is_evaluated(headed: Path) -> None:
+@pytest.mark.parametrize("name", ["headed", "with_next_offsets"])
+def test_the_head_recommends_as_it_is_evaluated(name: str, request: pytest.FixtureRequest) -> None:
+    headed = request.getfixturevalue(name)
     model = RecformerForCatalogue.from_pretrained(headed).eval()
     rng = np.random.default_rng(0)
     examples = [
@@ -394,7 +409,7 @@ def test_the_head_reads_new_products_by_their_texts(headed: Path) -> None:
     check(by_text, scores(text_vector(new)), error=1e-3)  # whitening blows up rounding
     assert len(by_text.items) == 10
     head = model.head
-    own = scores(vectors["N1"])
+    own = scores(vectors["N1"])  # which is beyond the items that it was trained with
     own["N1"] = float(head.history_factor * own["N1"] + head.history_bias[0])
     check(by_name, dict(sorted(own.items(), key=lambda pair: -pair[1])), error=1e-3)
     assert recommender.add_items({"N9": new}) == 1
@@ -406,9 +421,9 @@ def test_the_head_reads_new_products_by_their_texts(headed: Path) -> None:
 # --- explaining, diversity, saving: both methods --------------------------------------------------
 
 
-@pytest.fixture(params=["published", "head"])
+@pytest.fixture(params=["folder", "headed", "with_next_offsets"])
 def either(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue("folder" if request.param == "published" else "headed")
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("item", ["B2", "N0", "B6"])  # B6 is in the history

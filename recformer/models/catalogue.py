@@ -6,13 +6,14 @@ first (docs/method.md has the reasons):
 
     x_i = n([n(W (n(e_i) - m)), s n(B^T b_i)])                      text: whitening and a bag
     v_i = n(x_i + d_i), |d_i| <= 1, 0 for items nobody bought       item: text and a learned offset
-    u   = n(sum_a exp(r_a) v_h[a])                                  user: newer items weigh more
+    u   = n(sum_a exp(r_a) (v_h[a] + f_h[a]))                       user: newer items weigh more
     s(u, i) = cos(u, v_i),  for i in h:  g cos(u, v_i) + t_age      score: a term for known items
 
-n(.) divides by the length. Trained by the softmax over all items that were ever bought, every item
-of a user's history being a target behind those before it. Items that nobody bought are no
-negatives, and items bought c < 20 times count as sqrt(c / 20) of one: they are seldom or never a
-target, and would otherwise be pushed away from where their texts put them.
+n(.) divides by the length; f is a second offset, bounded as d is, and 0 unless `next_offsets` asks
+for it. Trained by the softmax over all items that were ever bought, every item of a user's history
+being a target behind those before it. Items that nobody bought are no negatives, and items bought
+c < 20 times count as sqrt(c / 20) of one: they are seldom or never a target, and would otherwise be
+pushed away from where their texts put them.
 
 Shapes: N items, M any items, H encoder, G bag, D = H + G, V vocabulary, S tokens of all bags,
 P histories, W items of all histories, U distinct items of all histories.
@@ -57,6 +58,8 @@ class HeadOptions:
         whiten: decorrelate the encoder's vectors over the catalogue.
         bag_size: G, size of the trained token bag; 0: none.
         offsets: learn an offset an item.
+        next_offsets: learn a second offset an item, for its place in a history: what comes after it
+            where the order of a sequence says so.
         offset_dropout: share of items whose offset is left out of a training step.
         recency: newer items weigh more; otherwise all alike.
         history_term: items of the history have a score of their own.
@@ -69,6 +72,7 @@ class HeadOptions:
     whiten: bool = True
     bag_size: int = 384
     offsets: bool = True
+    next_offsets: bool = False
     offset_dropout: float = 0.5
     recency: bool = True
     history_term: bool = True
@@ -179,6 +183,8 @@ class CatalogueHead(nn.Module):
             self.bag_scale = nn.Parameter(torch.ones(()))
         if options.offsets:
             self.offset = nn.Parameter(torch.zeros(config.item_num, hidden + bag))
+        if options.next_offsets:
+            self.next_offset = nn.Parameter(torch.zeros(config.item_num, hidden + bag))
         decay = math.log(FIRST_DECAY) if options.recency else 0.0
         weights = decay * torch.arange(options.max_history)
         self.log_recency = nn.Parameter(weights, requires_grad=options.recency)
@@ -229,18 +235,41 @@ class CatalogueHead(nn.Module):
         """(N, D) of length 1: the catalogue's text vectors (N, D) with the learned offsets."""
         if not self.options.offsets:
             return text
-        offset = self.offset / self.offset.norm(dim=1, keepdim=True).clamp(min=1)
-        kept = self.bought
+        return F.normalize(text + self._bounded(self.offset, self.bought), dim=-1)
+
+    def _bounded(self, offsets: Tensor, kept: Tensor) -> Tensor:
+        """Offsets (M, D) of length 1 at most, 0 where they are not to be `kept` (M,); in training a
+        share of the others is left out."""
+        offsets = offsets / offsets.norm(dim=1, keepdim=True).clamp(min=1)
         if self.training and self.options.offset_dropout:
             kept = kept & (torch.rand(len(kept), device=kept.device) >= self.options.offset_dropout)
-        return F.normalize(text + offset * kept[:, None], dim=-1)
+        return offsets * kept[:, None]
 
-    def user_vectors(self, histories: Histories, table: Tensor) -> Tensor:
-        """(P, D) of length 1, from the vectors (M, D) of the items that histories name by row."""
+    def user_vectors(
+        self, histories: Histories, table: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """(P, D) of length 1.
+
+        Args:
+            histories: name items by their place in the table.
+            table: (M, D) vectors of items.
+            rows: (M,) int64, which items of the trained catalogue they are, -1 for others; None:
+                the table is that of the catalogue.
+        """
         weights = self.log_recency.exp()[histories.ages]
-        users = F.embedding_bag(
-            histories.items, table, histories.offsets[:-1], mode="sum", per_sample_weights=weights
-        )
+
+        def summed(items: Tensor, vectors: Tensor) -> Tensor:
+            starts = histories.offsets[:-1]
+            return F.embedding_bag(items, vectors, starts, mode="sum", per_sample_weights=weights)
+
+        users = summed(histories.items, table)
+        if self.options.next_offsets:
+            places, items = histories.items.unique(return_inverse=True)
+            numbers = places if rows is None else rows.to(places.device)[places]
+            trained = (numbers >= 0) & (numbers < len(self.bought))
+            numbers = numbers * trained
+            kept = self.bought[numbers] & trained
+            users = users + summed(items, self._bounded(self.next_offset[numbers], kept))
         return F.normalize(users, dim=-1)
 
     def history_additions(self, histories: Histories, cosines: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class ItemByItem:
         table = self._vectors(asked.items, asked.rows, view)
         sequences = [asked.known[number] for number in numbers]
         histories = histories_of(sequences, self.model.head.options.max_history).to(table.device)
-        users = self.model.head.user_vectors(histories, table)
+        users = self.model.head.user_vectors(histories, table, torch.from_numpy(asked.rows))
         known = table[histories.distinct]
         cosines = (users[histories.rows].double() * known.double()).sum(dim=-1)
         added = self.model.head.history_additions(histories, cosines).double().cpu().numpy()
@@ -133,7 +133,9 @@ class ItemByItem:
         rows = np.append(asked.rows, np.full(len(items), -1))
         table = self._vectors([*asked.items, *items], rows, view)
         histories = histories_of(asked.known, self.model.head.options.max_history)
-        users = self.model.head.user_vectors(histories.to(table.device), table)
+        users = self.model.head.user_vectors(
+            histories.to(table.device), table, torch.from_numpy(rows)
+        )
         return users, table[len(asked.items) :]
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from recformer import RecformerForSeqRec
 from recformer.commands.export import main
 from recformer.data.items import ItemsInMemory
+from recformer.export.vectors import export_vectors
 from recformer.files import UserError, read_json
 from recformer.models import HeadOptions, RecformerForCatalogue
 from recformer.models.catalogue import token_bags
@@ -251,3 +253,12 @@ def test_a_failure_leaves_the_older_export(work: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="no space"):
         main(["--model", "result/best_model", "--forms", "parquet", "qdrant", "pgvector"])
     assert {p: p.read_bytes() for p in Path("export").rglob("*") if p.is_file()} == before
+
+
+def test_next_offsets_are_in_no_export(headed: Path, monkeypatch) -> None:
+    recommender = CatalogueRecommender.load(headed / "result" / "best_model")
+    options = replace(recommender.model.head.options, next_offsets=True)
+    monkeypatch.setattr(recommender.model.head, "options", options)
+    with pytest.raises(UserError, match="trained with --next_offsets"):
+        export_vectors(recommender, headed / "none", ["parquet"], "model")
+    assert not (headed / "none").exists()

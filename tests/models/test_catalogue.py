@@ -65,7 +65,11 @@ def scores_by_hand(made: RecformerForCatalogue, history: list[int]) -> torch.Ten
     head, table = made.head, made.item_embedding.weight.double()
     newest = history[::-1][:4]
     weights = head.log_recency.double().exp()
-    user = F.normalize(sum(weights[age] * table[item] for age, item in enumerate(newest)), dim=0)
+    read = table.clone()
+    if head.options.next_offsets:
+        bounded = head.next_offset / head.next_offset.norm(dim=1, keepdim=True).clamp(min=1)
+        read += bounded.double() * head.bought[:, None]
+    user = F.normalize(sum(weights[age] * read[item] for age, item in enumerate(newest)), dim=0)
     scores = table @ user
     for item in set(newest):
         if made.head.options.history_term:
@@ -135,12 +139,39 @@ def test_dropped_offsets_leave_the_text() -> None:
     assert 0 < int(kept.sum()) < int(made.head.bought.sum())
 
 
+def test_next_offsets_are_of_the_items_of_the_catalogue_alone() -> None:
+    made = model(next_offsets=True)
+    with torch.no_grad():
+        made.head.next_offset.copy_(torch.randn(N, H + G))
+    table = made.item_embedding.weight
+    users = made.user_vectors(batch_of([[0, 1, 3], [5]], [2, 2]).history)
+    # The same items as another table holds them, with one that no catalogue knows beside them.
+    order = torch.tensor([5, 3, 1, 0])
+    other = torch.cat([table[order], table[:1]])
+    rows = torch.cat([order, torch.tensor([-1])])
+    again = made.head.user_vectors(batch_of([[3, 2, 1], [0]], [2, 2]).history, other, rows)
+    assert torch.allclose(users, again, atol=1e-6)
+    (plain,) = made.head.user_vectors(batch_of([[4]], [2]).history, other, rows)
+    assert torch.allclose(plain, table[0], atol=1e-6)  # -1: nothing is known of what comes after
+    (moved,) = made.head.user_vectors(batch_of([[3]], [2]).history, other, rows)
+    assert (moved - table[0]).abs().max() > 0.1
+    beyond = torch.tensor([N, N, N, N, N])  # products added since
+    (plain,) = made.head.user_vectors(batch_of([[3]], [2]).history, other, beyond)
+    assert torch.allclose(plain, table[0], atol=1e-6)
+
+
 @pytest.mark.parametrize(
-    "given", [{}, {"history_term": False}, {"recency": False}, {"bag_size": 0}, {"whiten": False}]
-)
+    "given",
+    [
+        {}, {"history_term": False}, {"recency": False}, {"bag_size": 0}, {"whiten": False},
+        {"next_offsets": True},
+    ],
+)  # fmt: skip
 def test_ranks_are_those_of_the_equations(given) -> None:
     made = model(**given)
     with torch.no_grad():
+        if made.head.options.next_offsets:
+            made.head.next_offset.copy_(torch.randn(N, H + made.head.options.bag_size))
         if made.head.options.history_term:
             made.head.history_bias.copy_(torch.tensor([-0.3, 0.2, 0.5, 0.0, -0.1, 0.4]))
     histories = [[0, 1, 2, 1], [5], [6, 4, 3, 2, 1, 0]]
