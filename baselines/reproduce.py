@@ -40,7 +40,7 @@ DONE = "reproduced.json"  # in a run's folder: which command made it
 
 @dataclass(frozen=True)
 class Data:
-    """How a processed folder is made.
+    """Recipe of a processed folder.
 
     Attributes:
         name: within the experiment.
@@ -226,7 +226,7 @@ class Reproduction:
         return found
 
     def _roots(self, data: Data) -> list[Path]:
-        """Where raw files may lie."""
+        """Folders in which raw files may lie."""
         own = [self.output_dir / "raw" / data.name]
         return own if data.sample is not None else [*self.raw, *own]
 
@@ -332,7 +332,7 @@ def verdict(run: Run, row: Row) -> str:
 
 
 def report(reproduction: Reproduction, found: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
-    """What reproduction.json holds: a record a row, tests within each data set, and versions."""
+    """Content of reproduction.json: a record a row, tests within each data set, and versions."""
     records = []
     for name in dict.fromkeys(run.data for run, _ in found):
         ours = [(run, row) for run, row in found if run.data == name]

@@ -59,7 +59,7 @@ def lay_out(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def newest_interactions(example: TrainExample | EvalExample, count: int) -> np.ndarray:
-    """Which of the folder's interactions the newest `count` items of an example are, int64."""
+    """Places of an example's newest `count` items among the folder's interactions, int64."""
     end = example.start + len(example.items)
     return np.arange(end - min(count, len(example.items)), end)
 

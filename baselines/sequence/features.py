@@ -163,7 +163,7 @@ class FeatureAggregation(nn.Module):
 
 
 class InteractionFeatures(FeatureAggregation):
-    """What `SequenceRecommender.embed` calls: features of interactions at the places of a batch."""
+    """Features of interactions at the places of a batch; `SequenceRecommender.embed` calls it."""
 
     def forward(self, items: Tensor, features: tuple[Tensor, ...]) -> Tensor:  # type: ignore[override]
         """Item vectors (T, D), and the interaction that each of them is, (T,); -1 where it is none,

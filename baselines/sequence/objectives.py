@@ -1,4 +1,4 @@
-"""What a sequence model may be trained on, and which architectures can be: one table.
+"""Objectives of sequence models and the architectures that they fit: one table.
 
     clm  causal: the next item from those before it (Radford et al., 2018; SASRec)
     mlm  masked: hidden items from both sides (Devlin et al., 2019; BERT4Rec, section 3.6)

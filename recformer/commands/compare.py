@@ -64,7 +64,7 @@ def pair_cells(pairs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
 
 
 def captions(run: RankedRun, metric: str) -> tuple[str, str]:
-    """What stands above both tables: the rules that all runs share with `run`, and the test."""
+    """Text above both tables: the rules that all runs share with `run`, and the test."""
     rule, users = run.rule, len(run.user_ids)
     seen = "filtered" if rule["filter_seen"] else "kept"
     return (

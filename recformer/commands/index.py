@@ -26,7 +26,7 @@ from recformer.recommendation.histories import read_histories
 
 
 def table(manifest: Manifest) -> str:
-    """What was measured, a line a depth."""
+    """Measurements, one line for each depth."""
     name = "clusters looked at" if manifest.kind == "ivf" else "nodes looked at"
     lines = [f"{name:<20}{f'recall@{manifest.k}':>10}{'ms a query':>12}"]
     for each in manifest.measured:

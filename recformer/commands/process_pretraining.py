@@ -67,14 +67,7 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
         sources[:-1],
         sources[-1],
         args.output_dir,
-        attributes=args.attributes,
-        clean=not args.no_clean,
-        min_interactions=args.min_interactions,
-        user_sample_rate=args.user_sample_rate,
-        seed=args.seed,
-        skip_bad_lines=args.skip_bad_lines,
-        columns=flags.columns(args),
-        filters=flags.filters(args),
+        **flags.shared_options(args),
     )
     flags.report_bad_lines(dataset["counts"]["bad_lines"])
     _print_files(args.output_dir, dataset["files"])

@@ -1,4 +1,4 @@
-"""What a finetuned folder keeps of its data, so that it can recommend without it."""
+"""Data that a finetuned folder keeps to recommend without its processed folder."""
 
 from __future__ import annotations
 

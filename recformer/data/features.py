@@ -82,7 +82,7 @@ class Encoded:
 
 
 def features_of(folder: ProcessedFolder) -> list[Feature]:
-    """What dataset.json declares."""
+    """The declaration in dataset.json."""
     return [Feature(**entry) for entry in (folder.dataset or {}).get("features", [])]
 
 
@@ -126,7 +126,7 @@ def encode_features(folder: ProcessedFolder) -> dict[Of, list[Encoded]]:
 
 
 def _trained(folder: ProcessedFolder) -> np.ndarray:
-    """Which interactions of the joined splits training knows, bool."""
+    """Mask of the interactions of the joined splits that training knows, bool."""
     offsets = folder.interaction_offsets()
     lengths = np.diff(offsets)
     within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)

@@ -221,7 +221,7 @@ class ProcessedFolder:
         )
 
     def interaction_offsets(self) -> np.ndarray:
-        """Where the interactions of each user begin in interactions.parquet, int64 (U+1,); a
+        """Place where the interactions of each user begin in interactions.parquet, int64 (U+1,); a
         training sequence and every history are the first ones of their user."""
         return _offsets(self.train.lengths + self.val.lengths + self.test.lengths)
 

@@ -31,7 +31,7 @@ SPLIT_NAME = "windows"
 
 @dataclass(frozen=True, eq=False)
 class WindowView(ProcessedFolder):
-    """What is known at the end of window t, and what window t + 1 asks.
+    """Knowledge at the end of window t, and the questions of window t + 1.
 
     The model has ids for what window t + 1 offers, the first `num_items`; of those from
     `num_trained_items` on nothing is known yet: nobody met them up to window t.

@@ -28,7 +28,7 @@ def differ_in_seed_alone(one: Mapping[str, Any], other: Mapping[str, Any]) -> bo
 
 
 def common_name(names: Sequence[str]) -> str:
-    """What the names of one model's runs share: `head` of `head_s1` and `head_s2`."""
+    """The common part of the names of one model's runs: `head` of `head_s1` and `head_s2`."""
     folders = {name.rpartition("/")[0] for name in names}
     if len(folders) == 1 and "" not in folders:  # NAME/seed_1, NAME/seed_2
         return folders.pop()

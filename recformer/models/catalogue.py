@@ -277,7 +277,7 @@ class CatalogueHead(nn.Module):
         return self.addition(cosines, histories.newest)
 
     def addition(self, cosines: Tensor, newest: Tensor) -> Tensor:
-        """What is added to cosines (U,) of items that histories hold at ages `newest` (U,)."""
+        """Terms added to cosines (U,) of items that histories hold at ages `newest` (U,)."""
         if not self.options.history_term:
             return torch.zeros_like(cosines)
         return (self.history_factor - 1) * cosines + self.history_bias[newest.clamp(max=AGES - 1)]

@@ -186,7 +186,7 @@ def of_time(name: str, histories: Histories) -> pl.Series:
 
 
 def _kind(raw: pl.Series) -> str:
-    """What values are: numbers with fractions, lists, or categories."""
+    """Kind of values: numbers with fractions, lists, or categories."""
     if raw.dtype.is_float():
         whole = raw.drop_nulls().drop_nans()
         return "cat" if len(whole) and bool((whole == whole.floor()).all()) else "float"

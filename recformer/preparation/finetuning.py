@@ -16,14 +16,17 @@ from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.catalogues import text_of_log
 from recformer.preparation.features import OF_TIME, Asked, check_everywhere, make_features
 from recformer.preparation.options import (
+    DEFAULT_COLUMNS,
+    DEFAULT_FILTERS,
+    DEFAULT_SPLIT,
     NO_SESSIONS,
     Filters,
     SessionOptions,
     SplitOptions,
-    _histories,
-    _writable_folder,
+    read_histories,
+    shared_parameters,
+    writable_folder,
 )
-from recformer.preparation.pretraining import _DEFAULT_COLUMNS, _DEFAULT_FILTERS, _DEFAULT_SPLIT
 from recformer.preparation.splits import DROPPED, TEST, TRAIN
 from recformer.preparation.tables import (
     Columns,
@@ -46,9 +49,9 @@ def prepare_finetuning(
     user_sample_rate: float = 1.0,
     seed: int = 0,
     skip_bad_lines: bool = False,
-    columns: Columns = _DEFAULT_COLUMNS,
-    filters: Filters = _DEFAULT_FILTERS,
-    options: SplitOptions = _DEFAULT_SPLIT,
+    columns: Columns = DEFAULT_COLUMNS,
+    filters: Filters = DEFAULT_FILTERS,
+    options: SplitOptions = DEFAULT_SPLIT,
     sessions: SessionOptions = NO_SESSIONS,
     features: Sequence[Asked] = (),
     protocol: Mapping[str, Any] | None = None,
@@ -92,7 +95,7 @@ def prepare_finetuning(
             file_path, meta_file_path, columns, attributes
         )
     of_log, of_items = _places(features, interaction_source, item_source)
-    output = _writable_folder(output_path)
+    output = writable_folder(output_path)
     bad_lines = BadLines(skip=skip_bad_lines)
     products: dict[str, dict[str, str]] = {}
     metadata_counts: dict[str, int] = {}
@@ -102,7 +105,7 @@ def prepare_finetuning(
         if of_items:
             # Lines that are broken were judged when the texts were read.
             item_columns = item_source.read_columns(of_items, BadLines(skip=True))
-    histories, review_counts, filtered = _histories(
+    histories, review_counts, filtered = read_histories(
         interaction_source,
         item_source,
         products if item_source is not None else Everything(),
@@ -161,14 +164,16 @@ def prepare_finetuning(
                     name if name == column else f"{name}={column}"
                     for name, column in (item_source.attributes if item_source else in_log).items()
                 ],
-                "clean": clean,
-                "min_interactions": min_interactions,
-                "user_sample_rate": user_sample_rate,
-                "seed": seed,
-                "skip_bad_lines": skip_bad_lines,
-                **filters.asked_for(),
+                **shared_parameters(
+                    clean,
+                    min_interactions,
+                    user_sample_rate,
+                    seed,
+                    skip_bad_lines,
+                    filters,
+                    columns,
+                ),
                 **sessions.asked_for(),
-                **({"columns": columns.named()} if columns.named() else {}),
             },
             "split": split.about,
             **({"features": [one.as_dict() for one in made.features]} if features else {}),
@@ -198,7 +203,7 @@ class Everything:
 def _places(
     features: Sequence[Asked], log: InteractionSource, items: ItemSource | None
 ) -> tuple[list[str], list[str]]:
-    """Which of the features' columns are of the interactions, and which of the items.
+    """Columns of the features: those of the interactions, and those of the items.
 
     Raises:
         UserError: a name stands twice, or there is no such column.

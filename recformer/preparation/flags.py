@@ -191,7 +191,7 @@ def add_session_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def session_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> SessionOptions:
-    """What `add_session_flags` parsed."""
+    """Values of the flags of `add_session_flags`."""
     if args.session_gap is not None and args.session_column is not None:
         parser.error("--session_gap finds sessions by time, --session_column by name: give one")
     if args.previous_sessions and args.session_gap is None and args.session_column is None:
@@ -337,6 +337,20 @@ def split_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if "window" in given:
         given["window"] = parse_duration(given["window"])
     return SplitOptions(split=args.split, **given)
+
+
+def shared_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that `prepare_finetuning` and `prepare_pretraining_sources` share."""
+    return {
+        "attributes": args.attributes,
+        "clean": not args.no_clean,
+        "min_interactions": args.min_interactions,
+        "user_sample_rate": args.user_sample_rate,
+        "seed": args.seed,
+        "skip_bad_lines": args.skip_bad_lines,
+        "columns": columns(args),
+        "filters": filters(args),
+    }
 
 
 def check_attributes(parser: argparse.ArgumentParser, attributes: list[str] | None) -> None:

@@ -23,7 +23,7 @@ from recformer.preparation.splits import (
     split_leave_one_out,
     split_temporal,
 )
-from recformer.preparation.tables import InteractionSource, ItemSource
+from recformer.preparation.tables import Columns, InteractionSource, ItemSource
 from recformer.preparation.windows import Windowed, split_windows
 
 
@@ -54,7 +54,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """Which sequences are sessions, see `recformer.preparation.sessions`.
+    """Rules that make sequences sessions, see `recformer.preparation.sessions`.
 
     Attributes:
         gap: seconds of a pause that ends a session; None: sequences are those of the source.
@@ -72,7 +72,7 @@ class SessionOptions:
         return self.named or self.gap is not None
 
     def asked_for(self) -> dict[str, Any]:
-        """What was asked for, for dataset.json."""
+        """The options that were given, for dataset.json."""
         found = {"session_gap_seconds": self.gap, "previous_sessions": self.previous or None}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -124,7 +124,31 @@ class SplitOptions:
         return split
 
 
-def _histories(
+DEFAULT_COLUMNS, DEFAULT_FILTERS, DEFAULT_SPLIT = Columns(), Filters(), SplitOptions()
+
+
+def shared_parameters(
+    clean: bool,
+    min_interactions: int,
+    user_sample_rate: float,
+    seed: int,
+    skip_bad_lines: bool,
+    filters: Filters,
+    columns: Columns,
+) -> dict[str, Any]:
+    """Parameters of every preparation from raw files, as dataset.json records them."""
+    return {
+        "clean": clean,
+        "min_interactions": min_interactions,
+        "user_sample_rate": user_sample_rate,
+        "seed": seed,
+        "skip_bad_lines": skip_bad_lines,
+        **filters.asked_for(),
+        **({"columns": columns.named()} if columns.named() else {}),
+    }
+
+
+def read_histories(
     source: InteractionSource,
     items: ItemSource | None,
     products: Container[str],
@@ -201,7 +225,7 @@ def _histories(
     return histories, counts, filtered
 
 
-def _writable_folder(path: str | os.PathLike) -> Path:
+def writable_folder(path: str | os.PathLike) -> Path:
     """A folder or a path that may become one; found out before any long work."""
     folder = Path(path)
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())

@@ -38,7 +38,14 @@ from recformer.preparation.amazon import (
     read_reviews,
 )
 from recformer.preparation.bad_lines import BadLines
-from recformer.preparation.options import Filters, SplitOptions, _histories, _writable_folder
+from recformer.preparation.options import (
+    DEFAULT_COLUMNS,
+    DEFAULT_FILTERS,
+    Filters,
+    read_histories,
+    shared_parameters,
+    writable_folder,
+)
 from recformer.preparation.splits import (
     build_histories,
     count_duplicates,
@@ -56,9 +63,6 @@ PRETRAINING_CATEGORIES = (
 )
 DEV_CATEGORY = "CDs_and_Vinyl"
 DEV_FILE = "dev.json"
-
-
-_DEFAULT_COLUMNS, _DEFAULT_FILTERS, _DEFAULT_SPLIT = Columns(), Filters(), SplitOptions()
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ def prepare_pretraining_sources(
     user_sample_rate: float = 1.0,
     seed: int = 0,
     skip_bad_lines: bool = False,
-    columns: Columns = _DEFAULT_COLUMNS,
-    filters: Filters = _DEFAULT_FILTERS,
+    columns: Columns = DEFAULT_COLUMNS,
+    filters: Filters = DEFAULT_FILTERS,
 ) -> dict[str, Any]:
     """Write meta_data.json, train.json and dev.json from sources of any form.
 
@@ -105,7 +109,7 @@ def prepare_pretraining_sources(
         open_sources(source.interactions, source.items, columns, attributes)
         for source, _ in members
     ]
-    output = _writable_folder(output_dir)
+    output = writable_folder(output_dir)
     bad_lines = BadLines(skip=skip_bad_lines)
     counts: dict[str, Any] = {}
     digest = hashlib.sha256()
@@ -123,7 +127,7 @@ def prepare_pretraining_sources(
         def items_of_all() -> Iterator[tuple[str, dict[str, str]]]:
             for (source, file_name), (interaction_source, item_source) in zip(members, opened):
                 products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
-                histories, review_counts, filtered = _histories(
+                histories, review_counts, filtered = read_histories(
                     interaction_source,
                     item_source,
                     products,
@@ -160,13 +164,15 @@ def prepare_pretraining_sources(
                     source.name: item_source.attributes
                     for (source, _), (_, item_source) in zip(members, opened)
                 },
-                "clean": clean,
-                "min_interactions": min_interactions,
-                "user_sample_rate": user_sample_rate,
-                "seed": seed,
-                "skip_bad_lines": skip_bad_lines,
-                **filters.asked_for(),
-                **({"columns": columns.named()} if columns.named() else {}),
+                **shared_parameters(
+                    clean,
+                    min_interactions,
+                    user_sample_rate,
+                    seed,
+                    skip_bad_lines,
+                    filters,
+                    columns,
+                ),
             },
             "counts": {"sources": counts, "bad_lines": bad_lines.summary()},
             "files": {name: file.total for name, file in files.items()},
@@ -240,7 +246,7 @@ def prepare_pretraining_items(
     metadata = [_meta_path(meta_root, name) for name in names]
     reviews = [_review_path(seq_root, name) for name in names]
     check_raw_files(reviews, metadata)
-    output = _writable_folder(output_dir)
+    output = writable_folder(output_dir)
 
     bad_lines = BadLines(skip=skip_bad_lines)
     reviewed = {review.asin for path in reviews for review in read_reviews(path, bad_lines)}
@@ -318,7 +324,7 @@ def prepare_pretraining(
     names = _all_categories(categories, dev_category)
     reviews = {name: _review_path(seq_root, name) for name in names}
     check_raw_files(list(reviews.values()))
-    output = _writable_folder(output_dir)
+    output = writable_folder(output_dir)
     known = _known_asins(output / META_FILE)
     older = read_json(output / DATASET_FILE) if (output / DATASET_FILE).is_file() else {}
 

@@ -131,7 +131,7 @@ def parse_duration(text: str) -> int:
 
 
 def units_a_second(times: np.ndarray, flag: str) -> int:
-    """How many units of a source make a second: 1, 10³, 10⁶ or 10⁹, told by their size.
+    """Units of a source in a second, by the size of its times: 1, 10³, 10⁶ or 10⁹.
 
     Args:
         times: int64 (M,), moments since 1970 in one unit.

@@ -140,7 +140,7 @@ def split_windows(
 def _lower_half(
     names: list[str], rows: np.ndarray, windows: np.ndarray, judged: np.ndarray, seed: int
 ) -> np.ndarray:
-    """Which interactions are of the half of their window's judged sequences with the lower draws,
+    """Mask of the interactions of the half of their window's judged sequences with the lower draws,
     bool (M,); of an odd number the smaller half."""
     pairs, of_pair = np.unique(np.stack([windows, rows]), axis=1, return_inverse=True)
     draws = _draws([f"{names[row]} {window}" for window, row in pairs.T.tolist()], seed)

@@ -1,4 +1,4 @@
-"""What a recommender is asked and what it answers."""
+"""Questions to a recommender, and its answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMED = 2  # items and attributes that a sentence names
 
 @dataclass(frozen=True)
 class Recommended:
-    """What one user is offered.
+    """Items offered to one user.
 
     Attributes:
         items: names of the items, best first; fewer than asked for where the catalogue ends.
@@ -38,7 +38,7 @@ class Recommended:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a score is made of, by leaving one thing out at a time.
+    """Parts of a score, found by leaving one thing out at a time.
 
     An item of the history carries what the score loses without it: s(h, i) - s(h without j, i),
     where nothing left to read scores 0. An attribute of the item carries what the score of the

@@ -39,7 +39,7 @@ DEPTHS = {"ivf": (1, 2, 4, 8, 16, 32, 64, 128, 256), "hnsw": (16, 32, 64, 128, 2
 
 @dataclass(frozen=True)
 class Measured:
-    """How an index searches at one depth.
+    """Search of an index at one depth, measured.
 
     Attributes:
         depth: clusters (ivf) or nodes (hnsw) that are looked at.
@@ -54,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of an index.
+    """Facts about an index.
 
     Attributes:
         key: hash of the vectors.

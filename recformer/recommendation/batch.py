@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 
 @dataclass
 class Told:
-    """What is to be said of many answers.
+    """Summary of many answers.
 
     Attributes:
         users, unknown: how many users, and items of theirs that the catalogue does not hold.

@@ -97,7 +97,7 @@ class LiveCatalogue:
     # --- asking -------------------------------------------------------------------------------
 
     def read_histories(self, histories: Sequence[Sequence[HistoryItem]]) -> Asked:
-        """What is known of the items of histories; under `lock`.
+        """Knowledge about the items of histories; under `lock`.
 
         Raises:
             UserError: what is no list of names or items.
@@ -141,7 +141,7 @@ class LiveCatalogue:
         blocked: Iterable[str] = (),
         where: Mapping[str, str | Collection[str]] | None = None,
     ) -> Offered:
-        """Which rows of the present view may be offered; under `lock`.
+        """Rows of the present view that may be offered; under `lock`.
 
         Raises:
             UserError: a string in place of a list, no allowed item in the catalogue, an attribute

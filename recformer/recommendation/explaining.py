@@ -1,4 +1,4 @@
-"""What a score is made of: it is computed anew with one thing left out at a time.
+"""Parts of a score: it is computed anew with one thing left out at a time.
 
 Shapes: V variants of a history, W variants of an item's text, H hidden.
 """
@@ -87,7 +87,7 @@ def explained(
 
 
 def _age(asked: Asked, history: np.ndarray, row: int | None) -> int | None:
-    """How many items of a history came after an item of the catalogue; None if it has it not."""
+    """Number of items of a history after an item of the catalogue; None if it is not there."""
     if row is None:
         return None
     places = np.flatnonzero(asked.rows[history] == row)

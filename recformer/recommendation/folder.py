@@ -66,7 +66,7 @@ def model_key(model: Model) -> str:
 
 
 def stamp_of(folder: Path) -> tuple[Path, int, int] | None:
-    """Which file holds the weights, and which version of it."""
+    """The file of the weights and its version."""
     path = (folder / "model.safetensors").absolute()
     if not path.is_file():
         return None

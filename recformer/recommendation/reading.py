@@ -1,4 +1,4 @@
-"""How histories become vectors of users, by either method of finetuning.
+"""From histories to vectors of users, by either method of finetuning.
 
 Shapes: B users, or histories, M items, H hidden.
 """
@@ -50,7 +50,7 @@ class Asked:
 
 
 class Sequences:
-    """How a `RecformerForSeqRec` reads: a history is one sequence of texts."""
+    """Reader of a `RecformerForSeqRec`: a history is one sequence of texts."""
 
     def __init__(self, model: RecformerForSeqRec, tokenizer: RecformerTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -100,7 +100,7 @@ class Sequences:
 
 
 class ItemByItem:
-    """How a `RecformerForCatalogue` reads: a history is the vectors of its items."""
+    """Reader of a `RecformerForCatalogue`: a history is the vectors of its items."""
 
     def __init__(self, model: RecformerForCatalogue, tokenizer: RecformerTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer

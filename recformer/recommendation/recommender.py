@@ -356,7 +356,7 @@ class CatalogueRecommender:
         return self._reader.users(asked, filled, view)[0]
 
     def explain(self, history: Sequence[HistoryItem], item: HistoryItem) -> Explanation:
-        """How much each item of a history, and each attribute of an item, carries of its score.
+        """Share of a score that each item of the history, and each attribute of the item, carries.
 
         Args:
             history: as one of `recommend`.
@@ -475,7 +475,7 @@ class CatalogueRecommender:
         return answers
 
     def _fallback(self, view: View, k: int, offered: Offered) -> Recommended:
-        """What is offered to a user of whom nothing is known."""
+        """Items offered to a user of whom nothing is known."""
         mask = offered.mask(len(view))
         if not self.counts:
             newest = np.flatnonzero(mask)[::-1][:k]

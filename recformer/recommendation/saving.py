@@ -49,7 +49,7 @@ TRIES = 5  # a reader's, while others save
 
 @dataclass(frozen=True)
 class SavedCatalogue:
-    """What was saved.
+    """A saved catalogue.
 
     Attributes:
         texts: {name: attributes} of N items, in the order of their rows.
@@ -138,7 +138,7 @@ def load_catalogue(folder: Path, base: int, model_key: str) -> SavedCatalogue | 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a store is made of, but for the vectors of the rows `others`."""
+    """Content of a store, without the vectors of the rows `others`."""
 
     pieces: list[bytes]
     gone: NDArray[np.int64]

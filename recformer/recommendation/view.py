@@ -80,7 +80,7 @@ class Blocks:
             rows = rows[room:]
 
     def tables(self) -> tuple[Tensor, ...]:
-        """What is filled, a table a block."""
+        """The filled rows, one table for each block."""
         if not self._blocks:
             return ()
         return (*self._blocks[:-1], self._blocks[-1][: self._filled])
@@ -119,7 +119,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Offered:
-    """Which rows of a view a request may be answered with.
+    """Rows of a view that a request may be answered with.
 
     Attributes:
         only: these, ascending; None: all but `out`.
@@ -142,7 +142,7 @@ class Offered:
 def places_among(
     rows: NDArray[np.int64], wanted: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which of some rows stand in the ascending `rows`, and where those do."""
+    """Mask of the rows that stand in the ascending `rows`, and their places there."""
     if not len(rows):
         return np.zeros(len(wanted), bool), np.zeros(len(wanted), np.int64)
     places = np.searchsorted(rows, wanted).clip(max=len(rows) - 1)
