@@ -37,6 +37,7 @@ BENCHMARKS = {
     "gsasrec": "benchmarks.sequence_models:rows",
     "objectives": "benchmarks.objectives:rows",
     "generation": "benchmarks.generation:rows",
+    "serving": "benchmarks.serving:rows",
 }
 
 

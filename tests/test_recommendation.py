@@ -594,3 +594,34 @@ def test_rows_are_added_without_moving_those_there(folder: Path) -> None:
     for vector, text in zip(vectors, ("tent 0", "lamp 599", "lamp 0"), strict=True):
         expected = Truth(folder).vector({"title": text})
         assert torch.allclose(vector, expected, atol=1e-5)
+
+
+def test_remembered_histories_are_not_read_again(folder: Path, monkeypatch) -> None:
+    plain, recommender = CatalogueRecommender.load(folder), CatalogueRecommender.load(folder)
+    recommender.remember_users(2)
+    encode, read = RecformerForSeqRec.encode, []
+
+    def counted(self, packed):
+        read.append(len(packed.cu_seqlens) - 1)
+        return encode(self, packed)
+
+    histories = [["B1", "B2"], ["B3"], ["B1", "B2"], [{"title": "lamp tent"}]]
+    expected = plain.recommend(histories, k=5)
+    monkeypatch.setattr(RecformerForSeqRec, "encode", counted)
+
+    def check(asked: list, count: int) -> None:
+        read.clear()
+        for answer, number in zip(recommender.recommend([histories[n] for n in asked], k=5), asked):
+            assert answer.items == expected[number].items
+            assert answer.scores == pytest.approx(expected[number].scores, abs=1e-6)
+        assert sum(read) == count
+
+    check([0, 1, 2], 2)  # 0 and 2 are the same
+    check([0, 1], 0)
+    check([3], 1)  # 0, used least recently, is forgotten
+    check([1, 3], 0)
+    check([0], 1)
+    recommender.update_items({"B2": {"title": "another text"}})
+    read.clear()
+    recommender.recommend([histories[0]], k=5)
+    assert sum(read) == 1

@@ -69,6 +69,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="feedback of items that were shown and nothing else: not offered again, not read as "
         "history (default: read)",
     )
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="read histories in bfloat16, on processors made for it more than twice as fast "
+        "(docs/guides/serving.md)",
+    )
     parser.add_argument("--threads", type=int, help="that compute (default: all cores)")
     parser.add_argument("--max_batch", type=int, default=64, help="histories in a batch (64)")
     parser.add_argument("--max_k", type=int, default=1000, help="items an answer (1000)")
@@ -174,7 +180,7 @@ def serve(args: argparse.Namespace, key: str | None) -> None:
     listening = listen(args.host, args.port)  # before the long work: the address may be taken
     store = Store(args.database)
     limits = Limits(body=args.max_body, k=args.max_k, rows=args.max_rows, batch=args.max_batch)
-    service = Service(folders, store, limits, args.shown_types, args.meta_file)
+    service = Service(folders, store, limits, args.shown_types, args.meta_file, args.bf16)
     config = uvicorn.Config(
         create_app(service, key, users),
         log_config=None,

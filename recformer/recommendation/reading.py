@@ -6,6 +6,7 @@ Shapes: B users, or histories, M items, H hidden.
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,7 @@ class Sequences:
 
     def __init__(self, model: RecformerForSeqRec, tokenizer: RecformerTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.remembered = Remembered(0)
 
     def item_vectors(self, store: ItemsInMemory, cache_dir: PathLike | None = None) -> Tensor:
         """(M, H) vectors of tokenised items, of which there is at least one."""
@@ -68,13 +70,22 @@ class Sequences:
         most = config.max_item_embeddings - 1
         sequences = [asked.known[number][-most:] for number in numbers]
         store = ItemsInMemory.of(asked.items, self.tokenizer)
-        lengths = np.array([1 + int(store.lengths[sequence].sum()) for sequence in sequences])
+        # The tokens of a history are all that its vector depends on.
+        keys = [_tokens(store, sequence) for sequence in sequences]
+        read = {key: self.remembered.get(key) for key in dict.fromkeys(keys)}
+        found = {key: vector for key, vector in read.items() if vector is not None}
+        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        new = sorted(place for key, place in first.items() if key not in found)
+        lengths = np.array([1 + int(store.lengths[sequences[place]].sum()) for place in new])
         lengths = np.minimum(lengths, config.max_token_num)
-        users = torch.empty(len(sequences), config.hidden_size, device=self.model.device)
         for rows in token_budget_batches(lengths, TOKENS_PER_BATCH):
-            packed = pack_sequences(store, [sequences[row] for row in rows], config)
-            vectors = self.model.encode(packed.to(self.model.device))
-            users[torch.from_numpy(rows).to(users.device)] = vectors.float()
+            places = [new[row] for row in rows]
+            packed = pack_sequences(store, [sequences[place] for place in places], config)
+            vectors = self.model.encode(packed.to(self.model.device)).float()
+            for place, vector in zip(places, vectors, strict=True):
+                found[keys[place]] = vector
+                self.remembered.put(keys[place], vector)
+        users = torch.stack([found[key] for key in keys])
         return users, None
 
     def users_and_items(self, asked: Asked, items: list[Item], view: View) -> tuple[Tensor, Tensor]:
@@ -97,6 +108,44 @@ class Sequences:
             ages: how many items came after it where the history holds it.
         """
         return cosines
+
+
+def _tokens(store: ItemsInMemory, sequence: NDArray[np.int64]) -> bytes:
+    """The tokens of some items end to end, with the border of each."""
+    parts = [(store.offsets[item], store.offsets[item + 1]) for item in sequence]
+    ids = [store.input_ids[start:stop].tobytes() for start, stop in parts]
+    types = [store.token_type_ids[start:stop].tobytes() for start, stop in parts]
+    return b"".join([*ids, *types, store.lengths[sequence].tobytes()])
+
+
+class Remembered:
+    """Vectors of the histories that were read last, by their tokens; from any thread.
+
+    Args:
+        most: vectors kept, the least recently used forgotten first; 0 keeps none.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._vectors: dict[bytes, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Tensor | None:
+        """The vector, which counts as used; None where there is none."""
+        with self._lock:
+            vector = self._vectors.pop(key, None)
+            if vector is not None:
+                self._vectors[key] = vector
+            return vector
+
+    def put(self, key: bytes, vector: Tensor) -> None:
+        """Keep a vector."""
+        if self._most < 1:
+            return
+        with self._lock:
+            self._vectors[key] = vector.clone()  # not the batch that it is a row of
+            if len(self._vectors) > self._most:
+                del self._vectors[next(iter(self._vectors))]
 
 
 class ItemByItem:

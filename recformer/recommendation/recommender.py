@@ -35,7 +35,7 @@ from recformer.recommendation.diversity import (
 )
 from recformer.recommendation.explaining import explained
 from recformer.recommendation.folder import Model, model_key, model_of, names_of, stamp_of, texts_of
-from recformer.recommendation.reading import ItemByItem, Sequences
+from recformer.recommendation.reading import ItemByItem, Remembered, Sequences
 from recformer.recommendation.saving import (
     CATALOGUE_FILE,
     SavedCatalogue,
@@ -239,6 +239,15 @@ class CatalogueRecommender:
             names = [now.view.names[row] for row in kept[start : start + at_once]]
             vectors = table[start : start + at_once]
             yield names, vectors, [now.texts.get(name, {}) for name in names]
+
+    def remember_users(self, most: int) -> None:
+        """Keep the vectors of the last `most` histories that were read, by the tokens of them.
+
+        A history that is asked again is then not read again. A model with a head has no use for
+        this: it reads no texts of known items.
+        """
+        if isinstance(self._reader, Sequences):
+            self._reader.remembered = Remembered(most)
 
     # --- asking -------------------------------------------------------------------------------
 

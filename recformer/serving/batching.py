@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -113,39 +113,3 @@ class ModelThread(Generic[Kind, Question, Answer]):
                     self._do([waiting])
             else:
                 batch[0].future.set_exception(error)
-
-
-class Recent(Generic[Answer]):
-    """Values by key, the least recently used forgotten first; for one thread.
-
-    Args:
-        most: values kept; 0 keeps none.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._values: dict[Hashable, Answer] = {}
-
-    def get(self, key: Hashable) -> Answer | None:
-        """The value, which counts as used; None where there is none."""
-        value = self._values.pop(key, None)
-        if value is not None:
-            self._values[key] = value
-        return value
-
-    def put(self, key: Hashable, value: Answer) -> None:
-        """Keep a value."""
-        if self._most < 1:
-            return
-        self._values[key] = value
-        if len(self._values) > self._most:
-            del self._values[next(iter(self._values))]
-
-
-def frozen(value: Any) -> Hashable:
-    """A hashable form of JSON, equal where the values are; attributes keep their order."""
-    if isinstance(value, Mapping):
-        return ("{", *((key, frozen(each)) for key, each in value.items()))
-    if isinstance(value, list | tuple):
-        return ("[", *map(frozen, value))
-    return (type(value).__name__, value)

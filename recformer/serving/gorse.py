@@ -29,6 +29,7 @@ from recformer.serving.schemas import (
     UserIterator,
     UserPatch,
     Word,
+    check_name,
 )
 from recformer.serving.service import Service
 from recformer.serving.store import FeedbackRow
@@ -345,16 +346,17 @@ def recommend(
     """
     service = service_of(request)
     delay = _duration(write_back_delay)
+    if write_back_type:
+        check_name(write_back_type)
     k = checked(n + offset, service.limits.k, "n + offset")
     answer = Recommended([], [])
     if n:
         answer, _ = service.recommend_to(user_id, k, category or [])
     scores = _scores(answer, offset)
     if write_back_type and scores:
-        kind = Feedback(feedback_type=write_back_type, user_id=user_id, item_id="x").feedback_type
         rows = [
             FeedbackRow(
-                feedback_type=kind,
+                feedback_type=write_back_type,
                 user_id=user_id,
                 item_id=score.id,
                 value=0.0,

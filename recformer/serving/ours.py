@@ -16,6 +16,8 @@ from recformer.serving.service import MAIN, ModelName
 
 router = APIRouter(prefix="/v1")
 
+MOST_EXPLAINED = 100  # items of a history; each is left out once
+
 Value = Annotated[Text | float | list[Text], AfterValidator(check_labels)]
 Attributes = Annotated[
     dict[Annotated[Word, StringConstraints(min_length=1)], Value],
@@ -35,6 +37,7 @@ class RecommendRequest(BaseModel):
     allowed: list[Word] | None = None
     blocked: list[Word] = []
     where: Where = {}
+    diversity: Annotated[float, Field(ge=0, le=1)] = 0.0
     model: ModelName = MAIN
 
 
@@ -44,6 +47,14 @@ class SimilarRequest(BaseModel):
     item: Entry
     k: Annotated[int, Field(ge=1)] = 10
     where: Where = {}
+    model: ModelName = MAIN
+
+
+class ExplainRequest(BaseModel):
+    """A history and an item, of the catalogue or not."""
+
+    history: History
+    item: Entry
     model: ModelName = MAIN
 
 
@@ -87,6 +98,34 @@ class Answer(BaseModel):
     fallback: str | None = None
     model: str
     version: int
+
+
+class HistoryPart(BaseModel):
+    """What an item of the history carries of a score."""
+
+    item: str | dict[str, Any]
+    title: str
+    carries: float
+
+
+class AttributePart(BaseModel):
+    """What an attribute of the item carries of its score."""
+
+    attribute: str
+    carries: float
+
+
+class ExplainAnswer(BaseModel):
+    """What a score is made of; each list with its remainder adds up to the score."""
+
+    score: float
+    sentence: str
+    history: list[HistoryPart]
+    history_remainder: float
+    attributes: list[AttributePart]
+    attributes_remainder: float
+    num_unknown: int
+    model: str
 
 
 class Reason(BaseModel):
@@ -188,6 +227,7 @@ def recommend(asked: RecommendRequest, request: Request) -> Answer:
         filter_seen=asked.filter_seen,
         allowed=None if asked.allowed is None else tuple(asked.allowed),
         where=_where(asked.where),
+        diversity=asked.diversity,
     )
     history: list[HistoryItem] = list(asked.history[-service.limits.history :])
     question = Question(history, asked.k, frozenset(asked.blocked))
@@ -205,9 +245,39 @@ def similar(asked: SimilarRequest, request: Request) -> Answer:
     return _answer(served, served.similar(asked.item, asked.k, Filters(where=_where(asked.where))))
 
 
+@router.post("/explain")
+def explain(asked: ExplainRequest, request: Request) -> ExplainAnswer:
+    """How much each item of a history and each attribute of an item carries of its score."""
+    service = service_of(request)
+    served = service.model(asked.model)
+    checked(len(asked.history), MOST_EXPLAINED, "the length of history")
+    if isinstance(asked.item, str) and served.attributes(asked.item) is None:
+        raise HTTPException(404, f"there is no item {asked.item!r}")
+    found = served.explain(asked.history, asked.item)
+    return ExplainAnswer(
+        score=found.score,
+        sentence=found.sentence(),
+        history=[
+            HistoryPart(
+                item=dict(entry) if isinstance(entry, Mapping) else str(entry),
+                title=title,
+                carries=carries,
+            )
+            for (entry, carries), title in zip(found.history, found.titles, strict=True)
+        ],
+        history_remainder=found.history_remainder,
+        attributes=[
+            AttributePart(attribute=name, carries=carries) for name, carries in found.attributes
+        ],
+        attributes_remainder=found.attributes_remainder,
+        num_unknown=found.num_unknown,
+        model=served.name,
+    )
+
+
 @router.post("/reasons")
 def reasons(asked: ReasonsRequest, request: Request) -> Reasons:
-    """What carries most of the scores of some items, in one batch."""
+    """What carries most of the scores of some items, in one batch; `explain` says more of one."""
     service = service_of(request)
     served = service.model(asked.model)
     history = asked.history[-service.limits.history :]

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recformer.data.items import ItemsInMemory
 from recformer.files import UserError
-from recformer.recommendation import CatalogueRecommender, HistoryItem, Recommended
+from recformer.recommendation import CatalogueRecommender, Explanation, HistoryItem, Recommended
 from recformer.serving.batching import ModelThread
 from recformer.serving.items import Shape
 from recformer.serving.metrics import Metrics
@@ -21,6 +23,8 @@ from recformer.tokenization import Item
 
 # Up to so many items are left out of a longer answer; more of them narrow the candidates.
 FEW_LEFT_OUT = 256
+# Histories whose vectors are kept, for users who ask again; some MB.
+USERS_REMEMBERED = 10_000
 # Newest entries of a history that are left out, one at a time, to say what carries a score.
 REASONS_TRIED = 20
 # Items encoded at a time, between which requests are answered.
@@ -35,6 +39,7 @@ class Filters:
     allowed: tuple[str, ...] | None = None
     blocked: tuple[str, ...] = ()
     where: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    diversity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Served:
         meta_file: as `CatalogueRecommender.load` has it.
         most: questions in a batch.
         metrics: counts batches.
+        bf16: compute in bfloat16 what reads texts; scores move in the fourth digit.
 
     Attributes:
         recommender: the model with its catalogue.
@@ -70,6 +76,7 @@ class Served:
         metrics: Metrics,
         meta_file: Path | None = None,
         most: int = 64,
+        bf16: bool = False,
     ) -> None:
         if not (folder / "model.safetensors").is_file():
             raise UserError(
@@ -78,6 +85,9 @@ class Served:
             )
         self.folder, self.name, self.metrics = folder, name, metrics
         self.recommender = CatalogueRecommender.load(folder, meta_file)
+        self.recommender.remember_users(USERS_REMEMBERED)
+        if bf16:
+            _encode_in_bfloat16(self.recommender.model.longformer)
         self.base: dict[str, Any] = dict(self.recommender.texts)
         self._names = sorted(self.base)
         self.shape = Shape.of(self.base)
@@ -95,10 +105,10 @@ class Served:
 
     # --- changes ------------------------------------------------------------------------------
 
-    def apply(self, rows: Sequence[ItemRow]) -> None:
+    def apply(self, rows: Sequence[ItemRow], at_once: int = AT_ONCE) -> None:
         """Take changed items over; of an item without text those of the folder hold."""
-        for start in range(0, len(rows), AT_ONCE):
-            part = rows[start : start + AT_ONCE]
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
             self.thread.run(lambda part=part: self._apply(part))  # type: ignore[misc]
 
     def effective(self, row: ItemRow) -> dict[str, Any]:
@@ -119,12 +129,8 @@ class Served:
         if gone:
             self.recommender.remove_items(gone)
             self.search.remove(gone)
-        new = {name: item for name, item in texts.items() if name not in self.recommender}
-        if new:
-            self.recommender.add_items(new)
-        changed = {name: item for name, item in texts.items() if name not in new}
-        if changed:
-            self.recommender.update_items(changed)
+        if texts:
+            self.recommender.put_items(texts)
         self.search.put({name: self._words(item) for name, item in texts.items()})
         names = set(wanted)
         hidden = {row.item_id for row in rows if row.is_hidden and wanted[row.item_id]}
@@ -221,26 +227,55 @@ class Served:
             found[name] = (tried[best], carried[best])
         return found
 
+    def explain(self, history: Sequence[HistoryItem], item: HistoryItem) -> Explanation:
+        """As `CatalogueRecommender.explain`."""
+        return self.thread.run(lambda: self.recommender.explain(history, item))
+
     def _answers(self, filters: Filters, questions: list[Question]) -> list[Recommended]:
         start = time.perf_counter()
         hidden = self.hidden
         many = len(hidden) > FEW_LEFT_OUT
         blocked = (*filters.blocked, *hidden) if many else filters.blocked
         left_out = [question.left_out | (frozenset() if many else hidden) for question in questions]
-        answers = self.recommender.recommend(
-            [question.history for question in questions],
-            max(question.k + len(names) for question, names in zip(questions, left_out)),
-            filters.filter_seen,
-            allowed=filters.allowed,
-            blocked=blocked,
-            where=dict(filters.where),
-        )
+        histories = [question.history for question in questions]
+        if filters.diversity:  # what is left out would change what is chosen behind it
+            answers = [
+                self.recommender.recommend(
+                    [question.history],
+                    question.k,
+                    filters.filter_seen,
+                    allowed=filters.allowed,
+                    blocked=(*blocked, *names),
+                    where=dict(filters.where),
+                    diversity=filters.diversity,
+                )[0]
+                for question, names in zip(questions, left_out, strict=True)
+            ]
+        else:
+            answers = self.recommender.recommend(
+                histories,
+                max(question.k + len(names) for question, names in zip(questions, left_out)),
+                filters.filter_seen,
+                allowed=filters.allowed,
+                blocked=blocked,
+                where=dict(filters.where),
+            )
         self.metrics.batches.labels(self.name).observe(len(questions))
         self.metrics.computing.labels(self.name).observe(time.perf_counter() - start)
         return [
             _without(answer, names, question.k)
             for answer, names, question in zip(answers, left_out, questions, strict=True)
         ]
+
+
+def _encode_in_bfloat16(encoder: Any) -> None:
+    encode, device = encoder.encode, encoder.device.type
+
+    def encode_in_bfloat16(packed: Any) -> Any:
+        with torch.autocast(device, torch.bfloat16):
+            return encode(packed)
+
+    encoder.encode = encode_in_bfloat16
 
 
 def _without(answer: Recommended, names: frozenset[str], k: int) -> Recommended:

@@ -27,6 +27,9 @@ logger = logging.getLogger("recformer.serving")
 # Feedback may come from a clock that is ahead (microseconds).
 CLOCK_ERROR = 5_000_000
 
+# Changed items that a model takes over at a time while nobody asks it.
+ROWS_AT_ONCE = 1024
+
 ModelName = Literal["main", "beside"]
 MAIN: ModelName = "main"
 BESIDE: ModelName = "beside"
@@ -65,6 +68,7 @@ class Service:
         shown_types: kinds of feedback that say that an item was shown and nothing else: it is not
             offered again, and not read as history.
         meta_file: as `CatalogueRecommender.load` has it, for the main model.
+        bf16: see `Served`.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class Service:
         limits: Limits | None = None,
         shown_types: Sequence[str] = ("read",),
         meta_file: Path | None = None,
+        bf16: bool = False,
     ) -> None:
+        self.bf16 = bf16
         self.folders, self.store, self.meta_file = folders, store, meta_file
         self.limits = limits or Limits()
         self.shown_types = frozenset(shown_types)
@@ -86,7 +92,7 @@ class Service:
         self._served: dict[str, Served] = {}
         for name in folders:
             served = self._load(name)
-            served.apply(store.items())
+            served.apply(store.items(), ROWS_AT_ONCE)
             self._served[name] = served
 
     @property
@@ -111,7 +117,8 @@ class Service:
 
     def _load(self, name: str) -> Served:
         meta = self.meta_file if name == MAIN else None
-        return Served(self.folders[name], name, self.metrics, meta, self.limits.batch)
+        most = self.limits.batch
+        return Served(self.folders[name], name, self.metrics, meta, most, self.bf16)
 
     def reload(self, name: str) -> Served:
         """Load a model's folder again beside the model that answers, then put it in its place.
@@ -128,7 +135,7 @@ class Service:
                 rows, self._changes = self.store.items(), []
             try:
                 served = self._load(name)
-                served.apply(rows)
+                served.apply(rows, ROWS_AT_ONCE)
                 with self._changing:
                     served.apply(self._changes)
                     served.version = self._served[name].version + 1

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from recformer.serving.batching import ModelThread, Recent
+from recformer.serving.batching import ModelThread
 
 
 class Busy:
@@ -86,15 +86,3 @@ def test_a_closed_thread_finishes_what_waits_and_serves_latecomers() -> None:
         assert [future.result(10) for future in futures] == [0, 10]
         assert thread.ask("a", 2) == 20
         assert thread.run(lambda: "late") == "late"
-
-
-def test_the_least_recently_used_is_forgotten() -> None:
-    recent: Recent[int] = Recent(2)
-    recent.put("a", 1)
-    recent.put("b", 2)
-    assert recent.get("a") == 1
-    recent.put("c", 3)
-    assert (recent.get("a"), recent.get("b"), recent.get("c")) == (1, None, 3)
-    nothing: Recent[int] = Recent(0)
-    nothing.put("a", 1)
-    assert nothing.get("a") is None

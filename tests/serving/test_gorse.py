@@ -237,6 +237,7 @@ def test_feedback_on_an_unknown_item_makes_it_and_waits_for_its_text(client: Tes
         ("GET", "/api/items?n=10001", None, "at most 10000"),
         ("GET", "/api/recommend/u?n=600&offset=600", None, "at most 1000"),
         ("GET", "/api/recommend/u?write-back-delay=1y", None, "no duration"),
+        ("GET", "/api/recommend/u?write-back-type=a/b", None, "is no name"),
         ("GET", "/api/feedback?cursor=abc", None, "no cursor"),
     ],
 )

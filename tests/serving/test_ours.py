@@ -14,6 +14,8 @@ from recformer.data.processed import Sequences, write_processed
 from recformer.recommendation import CatalogueRecommender
 from recformer.serving.app import create_app
 from recformer.serving.examples import ExampleUsers
+from recformer.serving.metrics import Metrics
+from recformer.serving.served import Filters, Question, Served
 from recformer.serving.service import BusyError, Service
 from tests.serving.conftest import NAMES, TEXTS, MakeService, client_of, make_model
 
@@ -58,12 +60,34 @@ def test_filters(client: TestClient) -> None:
         assert "\n" not in answer.json()["detail"]
 
 
+def test_diversity(client: TestClient, service: Service) -> None:
+    client.patch("/api/item/B6", json={"IsHidden": True}).raise_for_status()
+    for diversity in (0.5, 1.0):
+        (expected,) = service.main.recommender.recommend(
+            [["B1"]], 4, filter_seen=True, blocked=["B2", "B6"], diversity=diversity
+        )
+        answer = ask(client, "recommend", history=["B1"], k=4, blocked=["B2"], diversity=diversity)
+        assert names(answer) == expected.items
+
+
 def test_similar_items_by_name_and_by_text(client: TestClient, service: Service) -> None:
     (first, *_) = service.main.recommender.similar_items("B1", 3).items
     assert names(ask(client, "similar", item="B1", k=3))[0] == first
     expected = service.main.recommender.similar_items({"title": "lamp torch"}, 3)
     assert names(ask(client, "similar", item={"title": "lamp torch"}, k=3)) == expected.items
     assert client.post("/v1/similar", json={"item": "nothing"}).status_code == 404
+
+
+def test_bfloat16_is_near(model_folder: Path) -> None:
+    exact, fast = (Served(model_folder, "main", Metrics(), bf16=bf16) for bf16 in (False, True))
+    question = Question(["B1", "B6", {"title": "torch map"}], 8)
+    left, right = (served.recommend(question, Filters()) for served in (exact, fast))
+    other = dict(zip(right.items, right.scores, strict=True))
+    for name, score in zip(left.items, left.scores, strict=True):
+        assert other[name] == pytest.approx(score, abs=0.02)
+    assert left.scores != right.scores
+    for served in (exact, fast):
+        served.thread.close()
 
 
 def test_search(client: TestClient) -> None:
@@ -82,6 +106,19 @@ def test_search(client: TestClient) -> None:
     assert (found("cafe"), found("becher")) == ([], ["N"])
     client.delete("/api/item/N").raise_for_status()
     assert found("becher") == []
+
+
+def test_explanations_add_up(client: TestClient, service: Service) -> None:
+    history = ["B1", {"title": "torch map"}, "B4"]
+    answer = ask(client, "explain", history=history, item="B6")
+    assert [part["item"] for part in answer["history"]] == history
+    assert [part["attribute"] for part in answer["attributes"]] == ["title", "brand", "category"]
+    for parts in ("history", "attributes"):
+        total = sum(part["carries"] for part in answer[parts]) + answer[f"{parts}_remainder"]
+        assert total == pytest.approx(answer["score"])
+    assert "torch" in answer["sentence"]
+    assert client.post("/v1/explain", json={"history": ["B1"], "item": "?"}).status_code == 404
+    assert client.post("/v1/explain", json={"history": [], "item": "B1"}).status_code == 400
 
 
 def test_reasons_are_what_the_score_loses(client: TestClient, service: Service) -> None:

@@ -3,6 +3,7 @@
 
 const SHOWN = 10;
 const LOOKED_AT = 100; // for the place of what really came next
+const EXPLAINED = 5; // items of the history in an explanation
 const KEY = "recformer-key";
 const byId = (id) => document.getElementById(id);
 
@@ -74,8 +75,10 @@ function historyChanged() {
   list.replaceChildren(
     ...state.history.map((item, place) => {
       const row = made("li");
+      const title = made("span", item.title);
+      title.title = item.title;
       row.append(
-        made("span", item.title),
+        title,
         button("Remove", `Remove ${item.title}`, () => {
           state.history.splice(place, 1);
           historyChanged();
@@ -270,8 +273,11 @@ async function explain(place, item, model) {
     row.append(made("td", text), made("td", signed(value)));
     table.append(row);
   };
-  for (const part of found.history) line(part.title, part.carries);
-  line("all of the history together", found.history_remainder);
+  const parts = [...found.history].sort((a, b) => Math.abs(b.carries) - Math.abs(a.carries));
+  for (const part of parts.slice(0, EXPLAINED)) line(part.title, part.carries);
+  const rest = parts.slice(EXPLAINED).reduce((sum, part) => sum + part.carries, 0);
+  if (parts.length > EXPLAINED) line(`${parts.length - EXPLAINED} more of the history`, rest);
+  line("the history jointly", found.history_remainder);
   for (const part of found.attributes) line(`its ${part.attribute}`, part.carries);
   place.replaceChildren(made("p", found.sentence), table);
 }
