@@ -393,7 +393,7 @@ def test_a_toy_grammar_is_learned(make: Make, codes: np.ndarray) -> None:
     model.train()
     for epoch in range(160):
         batch = collator([TrainExample(0, items, epoch) for items in sequences])
-        loss = model.training_loss(batch).item()
+        loss = model.training_loss(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

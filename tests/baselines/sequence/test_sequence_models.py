@@ -498,7 +498,9 @@ MODELS: dict[str, dict] = {
     "bert4rec": LONGER,
     "transformer": {},
     "xlnet plm": {"model": "transformer", "arch": "xlnet", "objective": "plm"} | LONGER,
-    "electra rtd": {"model": "transformer", "arch": "electra", "objective": "rtd"} | LONGER,
+    "electra rtd": {
+        "model": "transformer", "arch": "electra", "objective": "rtd", **LONGER, "learning_rate": 5e-3,
+    },
     "sasrec frozen": {"model": "sasrec", "items": "frozen"},
     "sasrec init": {
         "model": "sasrec", "items": "init", "cosine": True, "temperature": 0.2,
