@@ -499,7 +499,8 @@ MODELS: dict[str, dict] = {
     "transformer": {},
     "xlnet plm": {"model": "transformer", "arch": "xlnet", "objective": "plm"} | LONGER,
     "electra rtd": {
-        "model": "transformer", "arch": "electra", "objective": "rtd", **LONGER, "learning_rate": 5e-3,
+        "model": "transformer", "arch": "electra", "objective": "rtd", **LONGER,
+        "learning_rate": 5e-3,
     },
     "sasrec frozen": {"model": "sasrec", "items": "frozen"},
     "sasrec init": {
