@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RankedRun, RunResult
 from recformer.evaluation.seeds import mean_and_deviation
 from recformer.evaluation.statistics import holm, permutation_p
-from recformer.files import UserError, atomic_write, write_json
+from recformer.files import UserError, atomic_write
 from recformer.preparation.sample_season import FILE, write_season
 
 METRICS = ("NDCG@20", "Recall@20")
@@ -46,8 +47,8 @@ TRAINED: dict[str, list[str]] = {
     "RTD XLNet": ["--model", "transformer", "--arch", "xlnet", "--objective", "rtd"],
 }
 SIZES = [
-    "--hidden_size", "64", "--num_layers", "1", "--max_length", "20", "--batch_size", "64",
-    "--learning_rate", "3e-3", "--num_train_epochs", "12", "--verbose", "3", "--patience", "1",
+    "--hidden_size", "64", "--num_layers", "1", "--max_length", "20", "--batch_size", "16",
+    "--learning_rate", "3e-3", "--num_train_epochs", "24", "--verbose", "4", "--patience", "1",
 ]  # fmt: skip
 FEATURES = ["--features", "concat", "--feature_dropout", "0.1"]
 
@@ -106,54 +107,95 @@ def run_all(data: Path, runs: Path, seeds: list[int], models: list[str] | None) 
     return failed
 
 
-def tabulate(runs: Path) -> tuple[str, dict[str, Any]]:
-    """The table of a data set, of all rows that have a finished run; and as data."""
-    names = [*UNTRAINED, *(n + e for n in TRAINED for e in ("", " + features"))]
-    rows: dict[str, dict[str, Any]] = {}
-    values: dict[str, np.ndarray] = {}
-    sequences = None
-    for name in names:
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: one model, a run a seed.
+
+    Attributes:
+        figures: of the test, by seed.
+        values: NDCG@20 of every target, mean over seeds.
+        sequences: the session of each target.
+        seconds: of training, mean over seeds.
+    """
+
+    figures: list[dict[str, Any]]
+    values: np.ndarray
+    sequences: np.ndarray
+    seconds: float
+
+    def over_seeds(self, metric: str) -> tuple[float, float]:
+        """Mean and standard deviation of a metric."""
+        return mean_and_deviation([each[metric] for each in self.figures])
+
+
+def rows_of(runs: Path) -> dict[str, Row]:
+    """The rows of a data set that have a finished run."""
+    rows = {}
+    for name in [*UNTRAINED, *(n + ending for n in TRAINED for ending in ("", " + features"))]:
         folders = sorted(path.parent for path in (runs / name).glob("seed_*/metrics.json"))
         if not folders:
             continue
         results = [RunResult.load(folder) for folder in folders]
         ranked = [RankedRun.read(folder) for folder in folders]
-        ties = ranked[0].rule["ties"]
-        sequences = ranked[0].sequences
-        each = [per_user_metrics(run.ranks, (20,), ties)["NDCG@20"] for run in ranked]
-        values[name] = np.mean(each, axis=0)
-        row: dict[str, Any] = {"seeds": len(folders)}
-        for metric in METRICS:
-            row[metric] = mean_and_deviation([result.test[metric] for result in results])
-        row["new"] = float(np.mean([r.test["slices"]["new target"]["NDCG@20"] for r in results]))
-        row["seconds"] = float(np.mean([result.train_seconds or 0.0 for result in results]))
-        row["test"] = results[0].test
-        rows[name] = row
-    pairs = [name for name in TRAINED if {name, f"{name} + features"} <= set(values)]
-    differences = {name: values[f"{name} + features"] - values[name] for name in pairs}
-    p_values = holm([permutation_p(by_sequence(d, sequences)[0]) for d in differences.values()])
-    tests = {
-        name: {"difference": float(difference.mean()), "p": p}
-        for (name, difference), p in zip(differences.items(), p_values, strict=True)
-    }
-    lines = [f"| {runs.name} | {' | '.join(METRICS)} | new products | seeds | training |"]
+        ties, sequences = ranked[0].rule["ties"], ranked[0].sequences
+        assert sequences is not None  # they are runs over windows
+        values = [per_user_metrics(run.ranks, (20,), ties)["NDCG@20"] for run in ranked]
+        seconds = float(np.mean([result.train_seconds or 0.0 for result in results]))
+        rows[name] = Row([r.test for r in results], np.mean(values, axis=0), sequences, seconds)
+    return rows
+
+
+def figures_table(title: str, rows: dict[str, Row]) -> list[str]:
+    """A line a row, best first."""
+    lines = [f"| {title} | {' | '.join(METRICS)} | new items | seeds | training |"]
     lines.append("|---|" + "---|" * (len(METRICS) + 3))
-    for name, row in sorted(rows.items(), key=lambda pair: -pair[1][METRICS[0]][0]):
-        cells = [f"{row[m][0]:.4f} ± {row[m][1]:.4f}" for m in METRICS]
-        if name in UNTRAINED:
-            cells = [f"{row[m][0]:.4f}" for m in METRICS]
-        cells += [f"{row['new']:.4f}", str(row["seeds"]), f"{row['seconds']:.0f} s"]
+    for name, row in sorted(rows.items(), key=lambda pair: -pair[1].over_seeds(METRICS[0])[0]):
+        found = [row.over_seeds(metric) for metric in METRICS]
+        cells = [f"{mean:.4f} ± {off:.4f}" if off else f"{mean:.4f}" for mean, off in found]
+        new = np.mean([f["slices"].get("new target", {}).get("NDCG@20", 0) for f in row.figures])
+        cells += [f"{new:.4f}", str(len(row.figures)), f"{row.seconds:.0f} s"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| features against none, NDCG@20 of all targets | difference | p (Holm) |"]
-    lines.append("|---|---|---|")
-    lines += [f"| {n} | {t['difference']:+.4f} | {t['p']:.4f} |" for n, t in tests.items()]
-    if rows:
-        curves = {n: r["test"] for n, r in rows.items() if n in UNTRAINED or n.endswith("features")}
-        draw_over_time(
-            curves or {n: r["test"] for n, r in rows.items()}, "NDCG@20", runs.with_suffix(".png")
-        )
-    found = {n: {k: v for k, v in row.items() if k != "test"} for n, row in rows.items()}
-    return "\n".join(lines) + "\n", {"rows": found, "tests": tests}
+    return lines
+
+
+def tests_table(title: str, pairs: dict[str, tuple[Row, Row]]) -> list[str]:
+    """Differences of pairs of rows over the same targets; permutation tests over sessions."""
+    if not pairs:
+        return []
+    differences = {name: one.values - other.values for name, (one, other) in pairs.items()}
+    p_values = holm(
+        [permutation_p(by_sequence(d, pairs[n][0].sequences)[0]) for n, d in differences.items()]
+    )
+    lines = [f"| {title} | NDCG@20 of all targets | p (Holm) |", "|---|---|---|"]
+    for (name, difference), p in zip(differences.items(), p_values, strict=True):
+        lines.append(f"| {name} | {difference.mean():+.4f} | {p:.4f} |")
+    return lines
+
+
+def tabulate(output: Path, names: list[str]) -> str:
+    """All tables, and a picture a data set."""
+    found = {name: rows_of(output / "runs" / name) for name in names}
+    parts: list[list[str]] = []
+    for name, rows in found.items():
+        if not rows:
+            continue
+        parts.append(figures_table(name, rows))
+        own = {
+            n: (rows[f"{n} + features"], rows[n])
+            for n in TRAINED
+            if f"{n} + features" in rows and n in rows
+        }
+        parts.append(tests_table(f"{name}: with features against without", own))
+        curves = {n: row.figures[0] for n, row in rows.items()}
+        shown = {n: f for n, f in curves.items() if n in UNTRAINED or n.endswith("features")}
+        draw_over_time(shown or curves, "NDCG@20", output / f"{name}.png")
+    if {"season", "shuffled_season"} <= set(
+        found
+    ):  # the same sessions: what the values themselves say
+        one, other = found["season"], found["shuffled_season"]
+        both = {n: (one[n], other[n]) for n in one if n.endswith("features") and n in other}
+        parts.append(tests_table("features of the products against those of others", both))
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
 def main() -> None:
@@ -172,20 +214,16 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     names = ["season", "shuffled_season", *(["ml100k"] if args.ml100k else [])]
-    failed, tables, found = 0, [], {}
+    failed = 0
     for name in names:
-        runs = args.output_dir / "runs" / name
         if not args.table and (not args.only or name in args.only):
             data = args.output_dir / "data" / name
             prepare(name, data, args.ml100k)
-            failed += run_all(data, runs, args.seeds, args.models)
-        if runs.is_dir():
-            table, found[name] = tabulate(runs)
-            tables.append(table)
+            failed += run_all(data, args.output_dir / "runs" / name, args.seeds, args.models)
+    text = tabulate(args.output_dir, names)
     with atomic_write(args.output_dir / "study.md") as handle:
-        handle.write("\n".join(tables))
-    write_json(args.output_dir / "study.json", found, indent=1)
-    print("\n".join(tables))
+        handle.write(text)
+    print(text)
     if failed:
         raise UserError(f"{failed} runs failed, see above; the others are in the table")
 
