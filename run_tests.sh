@@ -34,6 +34,7 @@ step() { # name command ...
 step "ruff check" "$PYTHON" -m ruff check .
 step "ruff format --check" "$PYTHON" -m ruff format --check .
 step "mypy recformer" "$PYTHON" -m mypy
+export NO_MKDOCS_2_WARNING=1
 step "mkdocs build --strict" "$PYTHON" -m mkdocs build --strict --quiet
 step "pytest" "$PYTHON" -m pytest "$@"
 

@@ -1,7 +1,7 @@
-"""The tree of the README, from the layers and the first line of every module's docstring.
+"""The tree of the repository, from the layers and the first line of every module's docstring.
 
 python scripts/tree.py            prints it
-python scripts/tree.py --write    puts it into README.md
+python scripts/tree.py --write    its folders into README.md, all of it into docs/reference/tree.md
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def first_line(path: Path) -> str:
     return text.split("\n")[0].rstrip(".")
 
 
-def lines_of(path: Path, depth: int) -> list[str]:
+def lines_of(path: Path, depth: int, deep: bool = True) -> list[str]:
     """A package with all that is below it, or a module."""
     indent = "  " * depth
     if path.is_file():
@@ -68,13 +68,13 @@ def lines_of(path: Path, depth: int) -> list[str]:
     lines = [_line(f"{indent}{path.name}/", first_line(path / "__init__.py"))]
     parts = [p for p in path.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
     for part in sorted(parts, key=lambda p: (p.is_dir(), p.name)):
-        if part.name != "__init__.py":
-            lines += lines_of(part, depth + 1)
+        if part.name != "__init__.py" and (deep or (part.is_dir() and depth == 0)):
+            lines += lines_of(part, depth + 1, deep)
     return lines
 
 
-def tree(root: Path = ROOT) -> str:
-    """All of it, modules of `recformer` in the order of the layers."""
+def tree(root: Path = ROOT, deep: bool = True) -> str:
+    """Modules of `recformer` in the order of the layers; without `deep` folders alone."""
     lines = [_line(*entry) for entry in ABOVE.items()]
     lines.append(_line("recformer/", first_line(root / "recformer" / "__init__.py")))
     names = [name for layer in LAYERS for name in layer]
@@ -82,9 +82,10 @@ def tree(root: Path = ROOT) -> str:
         package, _, module = name.partition(".")
         path = root / package / module if module else root / package
         if module:
-            lines += lines_of(path if path.is_dir() else path.with_suffix(".py"), 1)
+            if path.is_dir() or deep:
+                lines += lines_of(path if path.is_dir() else path.with_suffix(".py"), 1, deep)
         else:
-            lines += lines_of(path, 0)
+            lines += lines_of(path, 0, deep)
     lines += [_line(*entry) for entry in BELOW.items()]
     return "\n".join(lines) + "\n"
 
@@ -93,16 +94,19 @@ def _line(name: str, text: str) -> str:
     return f"{name:<{WIDTH}}{text}".rstrip()
 
 
-def with_tree(readme: str) -> str:
-    """The text of a README with the tree in its place."""
-    before, start, rest = readme.partition("## The tree\n\n```text\n")
+def with_tree(page: str, deep: bool) -> str:
+    """The text of a page with the tree in its place."""
+    before, start, rest = page.partition("```text\nquickstart.sh")
     _, end, after = rest.partition("```\n")
-    return before + start + tree() + end + after
+    return before + start.removesuffix("quickstart.sh") + tree(deep=deep) + end + after
 
+
+PAGES = {ROOT / "README.md": False, ROOT / "docs" / "reference" / "tree.md": True}
 
 if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
-        path = ROOT / "README.md"
-        path.write_text(with_tree(path.read_text(encoding="utf-8")), encoding="utf-8")
+        for path, deep in PAGES.items():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(with_tree(text, deep), encoding="utf-8")
     else:
         print(tree(), end="")

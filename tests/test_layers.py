@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.tree import DOORS, LAYERS, first_line, tree, with_tree
+from scripts.tree import DOORS, LAYERS, PAGES, first_line, tree, with_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,9 +148,11 @@ def test_the_walk_accepts_the_right_direction(tmp_path: Path) -> None:
     assert wrong_imports(modules(tmp_path)) == []
 
 
-def test_the_tree_of_the_readme_is_that_of_the_layers() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tree(text) == text, "run python scripts/tree.py --write"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tree_of_the_pages_is_that_of_the_layers(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "```text\nquickstart.sh" in text
+    assert with_tree(text, PAGES[page]) == text, "run python scripts/tree.py --write"
 
 
 def test_every_module_says_what_it_is_in_one_line() -> None:
