@@ -94,7 +94,6 @@ class Served:
         self.search = TextSearch({n: self._words(item) for n, item in self.base.items()})
         self.hidden: frozenset[str] = frozenset()
         self.version = 0
-        self.loaded_at = time.time()
         self.thread: ModelThread[Filters, Question, Recommended]
         self.thread = ModelThread(self._answers, most, name)
         metrics.catalogue.labels(name).set(len(self.recommender))
@@ -111,21 +110,22 @@ class Served:
             part = rows[start : start + at_once]
             self.thread.run(lambda part=part: self._apply(part))  # type: ignore[misc]
 
-    def effective(self, row: ItemRow) -> dict[str, Any]:
-        """The attributes an item has from now on; none where it is not offered."""
+    def effective(self, row: ItemRow) -> dict[str, Any] | None:
+        """The attributes an item has from now on; None where it is not in the catalogue."""
         if row.deleted:
-            return {}
+            return None
         attributes = self.shape.attributes(row)
         if attributes:
             store = ItemsInMemory.of([attributes], self.recommender.tokenizer)
             if not store.lengths[0]:
                 attributes = {}
-        return attributes or self.base.get(row.item_id, {})
+        return attributes or self.base.get(row.item_id)
 
     def _apply(self, rows: Sequence[ItemRow]) -> None:
         wanted = {row.item_id: self.effective(row) for row in rows}
         texts = {name: item for name, item in wanted.items() if item}
-        gone = [name for name, item in wanted.items() if not item and name in self.recommender]
+        # An item of the folder may have a learned vector and no text: it stays as it is.
+        gone = [name for name, item in wanted.items() if item is None and name in self.recommender]
         if gone:
             self.recommender.remove_items(gone)
             self.search.remove(gone)
@@ -133,7 +133,7 @@ class Served:
             self.recommender.put_items(texts)
         self.search.put({name: self._words(item) for name, item in texts.items()})
         names = set(wanted)
-        hidden = {row.item_id for row in rows if row.is_hidden and wanted[row.item_id]}
+        hidden = {row.item_id for row in rows if row.is_hidden and wanted[row.item_id] is not None}
         self.hidden = frozenset((self.hidden - names) | hidden)
         self.version += 1
         self.metrics.catalogue.labels(self.name).set(len(self.recommender))

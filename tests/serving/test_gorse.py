@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import gorse
 import pytest
@@ -10,7 +13,7 @@ from starlette.testclient import TestClient
 
 from recformer.serving.app import create_app
 from recformer.serving.service import Service
-from tests.serving.conftest import KEY, NAMES, MakeService, client_of, listening
+from tests.serving.conftest import KEY, NAMES, TEXTS, MakeService, client_of, listening
 
 
 @pytest.fixture
@@ -261,3 +264,18 @@ def test_texts_that_no_database_takes_are_refused(client: TestClient) -> None:
     answer = client.post("/api/item", content=deep, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert client.get("/api/item/a").status_code == 404
+
+
+def test_an_item_without_text_keeps_its_learned_vector(
+    make_service: MakeService, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "m"))
+    texts = {name: item for name, item in TEXTS.items() if name != "B6"}
+    (folder / "meta_data.json").write_text(json.dumps(texts))
+    client = client_of(make_service(folder))
+    everything = client.get("/api/recommend/x", params={"n": 99}).json()
+    assert "B6" in everything
+    client.patch("/api/item/B6", json={"IsHidden": True}).raise_for_status()
+    assert "B6" not in client.get("/api/recommend/x", params={"n": 99}).json()
+    client.patch("/api/item/B6", json={"IsHidden": False}).raise_for_status()
+    assert client.get("/api/recommend/x", params={"n": 99}).json() == everything
