@@ -31,6 +31,7 @@ from recformer.models.losses import (
     gbce_loss,
     mean_over_processes,
     sample_negatives,
+    scores_of_all,
     softmax_loss_with_terms,
 )
 
@@ -265,7 +266,8 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
             # exponentials is the same, so that only mean scores are needed.
             users, table = self._sides(users, table)
             target = (users * table[labels]).sum(dim=1)
-            loss = loss + objective.label_smoothing * (target - users @ table.mean(dim=0)).mean()
+            mean = (users * table.mean(dim=0)).sum(dim=1)  # no product: in 16 bits under autocast
+            loss = loss + objective.label_smoothing * (target - mean).mean()
         return loss
 
     def _sides(self, users: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,8 +288,7 @@ class SequenceRecommender(nn.Module, VectorRecommender[ItemSequences]):
             return full_softmax_loss(
                 users, self.scored(ids), places, objective.temperature, cosine=objective.cosine
             )
-        users, table = self._sides(users, self.scored(ids))
-        scores = users @ table.T
+        scores = scores_of_all(users, self.scored(ids), objective.temperature, objective.cosine)
         if objective.logq:
             corrected = scores - log_inclusion(self.item_shares[ids], max(1, len(labels) - 1))
             target = F.one_hot(places, len(ids)).bool()

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from baselines.sequence.collators import ItemSequences
 from baselines.sequence.recommender import SequenceNetwork, SequenceRecommender
 from recformer.data.batches import TrainBatch
-from recformer.models.losses import CHUNK_ELEMENTS, mean_over_processes
+from recformer.models.losses import CHUNK_ELEMENTS, mean_over_processes, scores_of_all
 
 
 class ReplacedItemRecommender(SequenceRecommender):
@@ -73,9 +73,14 @@ class ReplacedItemRecommender(SequenceRecommender):
     @torch.no_grad()
     def drawn_items(self, users: Tensor) -> Tensor:
         """Item ids (P,) drawn from the softmax of the scores of predictions (P, D)."""
-        users, table = self._sides(users, self.scored.all())
+        table, objective = self.scored.all(), self.objective
         step = max(1, CHUNK_ELEMENTS // len(table))
-        return torch.cat([_drawn(part @ table.T) for part in users.split(step)])
+        return torch.cat(
+            [
+                _drawn(scores_of_all(part, table, objective.temperature, objective.cosine))
+                for part in users.split(step)
+            ]
+        )
 
     def discriminator_loss(self, history: ItemSequences, labels: Tensor, drawn: Tensor) -> Tensor:
         """Mean binary cross-entropy over all places.
