@@ -19,6 +19,8 @@ from recformer.processes import Stopped, is_first, stopped_by_signals, stopped_m
 
 LEVELS = ("debug", "info", "warning", "error")
 
+MOST_SEED = 2**32 - 1  # that NumPy's older generator takes, which Lightning seeds too
+
 # <malloc.h>
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -146,6 +148,17 @@ def parse_flags(
     """Flags of a command as their dataclass."""
     (parsed,) = flags_parser(command, description, flags).parse_args_into_dataclasses(argv)
     return parsed
+
+
+def check_seed(seed: int) -> int:
+    """A `--seed`, if every generator of random numbers takes it.
+
+    Raises:
+        UserError: it is negative or too large.
+    """
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"--seed {seed}: must be from 0 to {MOST_SEED}")
+    return seed
 
 
 def keep_freed_memory() -> bool:

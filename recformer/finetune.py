@@ -388,10 +388,6 @@ class HeadRun(Run):
         interactions = np.bincount(self.folder.train.items, minlength=self.folder.num_items)
         return HeadTable(self.store, interactions, self.vectors_dir)
 
-    def save_best(self, test: Mapping[str, Any]) -> None:
-        self.model.cpu().refresh_table()
-        super().save_best(test)
-
 
 def run(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Finetune and evaluate; returns what `metrics.json` holds.

@@ -21,12 +21,18 @@ from typing import Any
 import torch
 from lightning import seed_everything
 
-from recformer.cli import exit_with_message, keep_freed_memory, parse_flags
+from recformer.cli import check_seed, exit_with_message, keep_freed_memory, parse_flags
 from recformer.data.items import cache_dir
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pairs import PretrainDataModule
 from recformer.data.pretraining import PretrainingData
-from recformer.files import UserError, atomic_folder, read_checked_json, write_checked_json
+from recformer.files import (
+    UserError,
+    atomic_folder,
+    read_checked_json,
+    write_checked_json,
+    write_checksums,
+)
 from recformer.models import RecformerForPretraining
 from recformer.processes import is_first, join, say
 from recformer.tokenization import RecformerTokenizer
@@ -152,6 +158,7 @@ class PretrainArguments(ModelArguments):
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        check_seed(self.seed)
         if not self.learning_rate > 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
         if not 0 < self.mlm_probability <= 1:
@@ -309,6 +316,7 @@ class Run:
             with atomic_folder(self.output_dir / "start") as start:
                 self.model.save_pretrained(start)
                 self.tokenizer.save_pretrained(start)
+                write_checksums(start)
         return folder
 
     def _batches_between_validations(self) -> int:

@@ -53,19 +53,24 @@ def join(num_processes: int, cuda: bool = False) -> Group:
         cuda: they compute on GPUs.
 
     Raises:
-        UserError: `srun` or `torchrun` started another number of processes.
+        UserError: `srun` or `torchrun` started another number of processes, or on several nodes.
     """
     global _group
     starter, rank, world = _started_by(num_processes)
+    nodes = _nodes(starter, num_processes, world)
+    if nodes > 1:
+        advice = (
+            "start it on one (--nnodes=1)"
+            if starter == "torchrun"
+            else "ask for --nodes=1, or unset SLURM_NNODES to use this node alone"
+        )
+        raise UserError(
+            f"a run uses one node, {starter or 'SLURM'} gave this job {nodes} nodes: {advice}"
+        )
     if world != num_processes and (starter or world > 1):
         raise UserError(
             f"{starter} started {world} processes, and the flags ask for {num_processes}: start "
             f"{num_processes}, or set --num_processes (GPUs: --device) to {world}"
-        )
-    if not starter and num_processes > 1 and int(os.environ.get("SLURM_NNODES", "1")) > 1:
-        raise UserError(
-            f"a run uses one node, SLURM gave this job {os.environ['SLURM_NNODES']} nodes: ask for "
-            "--nodes=1, or unset SLURM_NNODES to use this node alone"
         )
     _group = Group(rank, world, starter not in ("", "this run"))
     if not starter and world > 1:
@@ -97,6 +102,16 @@ def _started_by(num_processes: int) -> tuple[str, int, int]:
     if tasks > 1 or place > 0:
         return "srun", place, max(tasks, int(env.get("SLURM_NTASKS", "1")))
     return "", 0, num_processes
+
+
+def _nodes(starter: str, num_processes: int, world: int) -> int:
+    """Nodes that the processes of the run are on; 1 where a job has more and the run has one."""
+    env = os.environ
+    if starter == "torchrun":
+        return world // int(env.get("LOCAL_WORLD_SIZE", world))
+    if starter == "srun":
+        return int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
+    return int(env.get("SLURM_NNODES", "1")) if not starter and num_processes > 1 else 1
 
 
 def group() -> Group:

@@ -14,7 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 28  # of the column of names
 
 #: Other ways to type a command, so they import it.
-DOORS = ("recformer.recommend", "recformer.encode_items")
+DOORS = (
+    "recformer.recommend",
+    "recformer.encode_items",
+    "recformer.compare",
+    "recformer.checkpoint",
+    "recformer.data.audit",
+    "recformer.data.download",
+    "recformer.data.sample",
+    "recformer.tokenization.__main__",
+)
 
 #: A module may import from its own layer and from the ones above it in this list, never from below.
 LAYERS: list[tuple[str, ...]] = [
@@ -80,6 +89,8 @@ def tree(root: Path = ROOT, deep: bool = True) -> str:
     names = [name for layer in LAYERS for name in layer]
     for name in names:
         package, _, module = name.partition(".")
+        if "." in module:
+            continue  # a door, shown in its folder
         path = root / package / module if module else root / package
         if module:
             if path.is_dir() or deep:

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from recformer import files
-from recformer.files import UserError, atomic_write, read_json
+from recformer.data.mapped import build_mapped
+from recformer.files import UserError, atomic_folder, atomic_write, read_json
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:
@@ -115,6 +120,36 @@ def test_a_full_disk_names_the_file(tmp_path: Path, small_disk: None, how: str) 
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("how", ["safetensors", "tokenizer", "text"])
+def test_a_full_disk_names_the_folder(tmp_path: Path, small_disk: None, how: str) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+
+    def write(folder: Path) -> None:
+        if how == "safetensors":
+            save_file({"a": torch.zeros(1_000_000)}, folder / "model.safetensors")
+        elif how == "tokenizer":
+            words = {f"word{n}": n for n in range(50_000)}
+            Tokenizer(WordLevel(words, "word0")).save(str(folder / "tokenizer.json"))
+        else:
+            (folder / "README.md").write_text("x" * 1_000_000)
+
+    with pytest.raises(OSError, match=f"File too large: '{path}'"), atomic_folder(path) as folder:
+        write(folder)
+    assert list(tmp_path.iterdir()) == [path]
+    assert not list(path.iterdir())
+
+
+def test_a_full_disk_names_the_store(tmp_path: Path, small_disk: None) -> None:
+    store = tmp_path / "tokenized_items"
+    with (
+        pytest.raises(OSError, match=f"File too large: '{store}'"),
+        build_mapped(store, "key") as writer,
+    ):
+        writer.append("offsets", np.zeros(1_000_000), "<i8")
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_writers_of_one_file_never_share_a_partial(tmp_path):
     path = tmp_path / "file"
     with files.atomic_write(path) as one, files.atomic_write(path) as other:
@@ -163,3 +198,32 @@ def test_checked_json_says_what_was_changed(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="done.json is damaged: it holds list"):
         files.read_checked_json(path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_flipped_bit_of_a_zip_file_is_found_as_zipfile_finds_it(tmp_path, compressed):
+    path = tmp_path / "last.ckpt"
+    torch.save({"weights": torch.arange(60.0), "step": 7}, path)
+    if compressed:
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in records.items():
+                archive.writestr(name, content)
+    files.check_torch_file(path)
+    sound = path.read_bytes()
+    found = 0
+    for place in range(0, len(sound), 3):
+        raw = bytearray(sound)
+        raw[place] ^= 1 << place % 8
+        path.write_bytes(raw)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip() is not None
+        except Exception:
+            bad = True
+        if bad:
+            found += 1
+            with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
+                files.check_torch_file(path)
+    assert found > len(sound) / 3 / 8

@@ -332,6 +332,20 @@ def test_sampled_negatives_stand_apart(data, finished, tmp_path, capsys):
     assert "NDCG@5 (10 sampled)" in printed[heading:]
 
 
+def test_attributes_that_are_not_read_are_said(data, tmp_path, capsys):
+    run(arguments(data, tmp_path, zero_shot=True, max_attr_num=1))
+    said = "24 items have more than 1 attributes, of which the first 1 are read (--max_attr_num)"
+    assert said in capsys.readouterr().out.splitlines()
+    run(arguments(data, tmp_path / "2", zero_shot=True, max_attr_num=2))
+    assert "--max_attr_num" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused(data, tmp_path, seed):
+    with pytest.raises(UserError, match=f"--seed {seed}: must be from 0 to 4294967295"):
+        run(arguments(data, tmp_path, seed=seed))
+
+
 def test_two_processes_equal_one(data, tmp_path):
     dropout = "hidden_dropout_prob=0,attention_probs_dropout_prob=0"
     quiet = {"config_overrides": f"{SMALL},{dropout}", "num_train_epochs": 2, "stages": "1"}

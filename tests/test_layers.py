@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from recformer.__main__ import COMMANDS
 from scripts.tree import DOORS, LAYERS, PAGES, first_line, tree, with_tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,10 +71,14 @@ def imported_names(source: str, module: str, is_package: bool) -> list[str]:
 
 
 def layer_of(name: str) -> int | None:
-    for index, layer in enumerate(LAYERS):
-        if any(name == entry or name.startswith(entry + ".") for entry in layer):
-            return index
-    return None
+    """The place of the layer whose entry says most of a name: a door may lie in a package."""
+    found = {
+        entry: index
+        for index, layer in enumerate(LAYERS)
+        for entry in layer
+        if name == entry or name.startswith(entry + ".")
+    }
+    return found[max(found, key=len)] if found else None
 
 
 def wrong_imports(found: dict[str, Path]) -> list[str]:
@@ -203,6 +208,33 @@ def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
+
+
+# Modules that were typed before there was one command, and what they lead to.
+LEADS_TO = {
+    "recformer.recommend": "recommend",
+    "recformer.encode_items": "encode",
+    "recformer.compare": "compare",
+    "recformer.checkpoint": "inspect",
+    "recformer.data.audit": "audit",
+    "recformer.data.download": "download",
+    "recformer.data.sample": "sample",
+    "recformer.tokenization.__main__": "tokenizer",
+}
+
+
+@pytest.mark.parametrize("module", LEADS_TO)
+def test_a_door_leads_to_its_command(module: str) -> None:
+    """Read, not run: each would import all that its command does."""
+    assert set(DOORS) == LEADS_TO.keys()
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    commands = {name: where for group in COMMANDS.values() for name, (where, _) in group.items()}
+    names = imported_names(source, module, False)
+    assert f"{commands[LEADS_TO[module]]}.main" in names
+    assert 'if __name__ == "__main__":\n    exit_with_message(main)' in source
+    assert first_line(ROOT / f"{module.replace('.', '/')}.py").endswith(
+        f"another way to type `recformer {LEADS_TO[module]}`"
+    )
 
 
 def test_importing_recformer_is_light() -> None:

@@ -74,6 +74,20 @@ def test_two_nodes_are_refused(monkeypatch):
     assert join(1) == Group()
 
 
+@pytest.mark.parametrize(
+    ("starter", "variables"),
+    [
+        ("srun", {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "3"}),
+        ("torchrun", {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}),
+    ],
+)
+def test_processes_on_two_nodes_are_refused(monkeypatch, starter, variables):
+    """They would wait for each other at an address that is each node's own."""
+    started(monkeypatch, 4, **JOB | variables | {"LOCAL_WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match=f"a run uses one node, {starter} gave this job 2 nodes"):
+        join(4)
+
+
 TALK = """
 import sys
 from recformer.processes import agreed, is_first, join, rank_and_world

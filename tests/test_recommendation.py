@@ -570,6 +570,9 @@ def test_a_saved_catalogue_belongs_to_its_model(folder: Path, headed: Path, tmp_
     with torch.no_grad():
         model.item_embedding.weight[0] += 1
     model.save_pretrained(home)
+    with pytest.raises(UserError, match="model.safetensors is damaged, or was replaced"):
+        CatalogueRecommender.load(home)
+    (home / "checksums.json").unlink()
     with pytest.raises(UserError, match="was saved with another model"):
         CatalogueRecommender.load(home)
     with pytest.raises(UserError, match="holds another model"):

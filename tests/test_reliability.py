@@ -13,7 +13,6 @@ import resource
 import shutil
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +24,18 @@ import torch
 
 from baselines.__main__ import BaselineArguments
 from baselines.__main__ import run as run_baseline
+from recformer.checkpoints.conversion import convert_pretraining
 from recformer.cli import exit_with_message
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.runs import read_ranks
-from recformer.files import UserError, read_json
+from recformer.files import UserError, read_json, sha256_of
 from recformer.finetune import run as run_finetuning
 from recformer.pretrain import Run as Pretraining
 from recformer.recommendation import CatalogueRecommender
 from recformer.training import run_folder
 from tests.test_finetune import arguments, data  # noqa: F401
+from tests.test_finetune_head import head_arguments
 from tests.test_pretrain import arguments as pretraining_arguments
 from tests.test_pretrain import inputs  # noqa: F401
 
@@ -95,6 +96,10 @@ def works(data, inputs) -> dict[str, Work]:  # noqa: F811
         flags = {"num_train_epochs": 2, "verbose": 1, "dataloader_num_workers": workers}
         return run_finetuning(arguments(data, out, **flags))
 
+    def head(out: Path, workers: int) -> Any:
+        flags = {"num_train_epochs": 3, "dataloader_num_workers": workers}
+        return run_finetuning(head_arguments(data, out, **flags))
+
     def pretrain(out: Path, workers: int) -> Any:
         flags = {"save_top_k": 1, "dataloader_num_workers": workers}
         return Pretraining(pretraining_arguments(inputs, out, **flags)).train()
@@ -108,7 +113,7 @@ def works(data, inputs) -> dict[str, Work]:  # noqa: F811
             )
         )  # fmt: skip
 
-    return {"finetuning": finetune, "pretraining": pretrain, "baseline": baseline}
+    return {"finetuning": finetune, "head": head, "pretraining": pretrain, "baseline": baseline}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,8 @@ def outcome(out: Path) -> dict[str, Any]:
         name: [{k: v for k, v in row.items() if k != "seconds"} for row in stage["rows"]]
         for name, stage in metrics["stages"].items()
     }
-    return {"evaluations": metrics["evaluations"], "rows": rows}
+    weights = sha256_of((out / "best_model" / "model.safetensors").read_bytes())
+    return {"evaluations": metrics["evaluations"], "rows": rows, "weights": weights}
 
 
 def half_written(*folders: Path) -> list[str]:
@@ -156,9 +162,13 @@ def survives(
     moments: list[int],
     workers: list[int],
     environment: dict[str, str],
-) -> None:
-    """Killed at each moment in turn, its folder moved each time, a run ends as one in one piece."""
+) -> list[int]:
+    """Killed at each moment in turn, its folder moved each time, a run ends as one in one piece.
+
+    Returns the exit statuses: 0 where the run had ended before its moment came.
+    """
     out, log = tmp_path / "out", tmp_path / "killed.log"
+    statuses = []
     for number, moment in enumerate(moments):
 
         def killed(out: Path = out, moment: int = moment, number: int = number) -> None:
@@ -166,7 +176,8 @@ def survives(
             at_placement(moment, kill_self)
             work(out, workers[number % len(workers)])
 
-        assert forked(killed, log) in (-signal.SIGKILL, 0), log.read_text()[-2000:]
+        statuses.append(forked(killed, log))
+        assert statuses[-1] in (-signal.SIGKILL, 0), log.read_text()[-2000:]
         out = out.rename(tmp_path / f"moved{number}")
     grow_old(out)
 
@@ -180,15 +191,32 @@ def survives(
     assert not list(out.rglob("hpc_ckpt*"))
     for path in out.rglob("*.json"):
         assert str(tmp_path / "out") not in path.read_text(), path
+    return statuses
 
 
 # Two kills: while the first checkpoints of all are put in place, and late in the run.
-MOMENTS = {"finetuning": [12, 9], "pretraining": [10, 6], "baseline": [5, 6]}
+MOMENTS = {"finetuning": [12, 9], "head": [8, 6], "pretraining": [10, 6], "baseline": [5, 6]}
 
 
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_killed_moved_with_workers_under_slurm(works, whole, tmp_path, kind):
-    survives(works[kind], whole[kind], tmp_path, MOMENTS[kind], [2, 1], SLURM)
+    statuses = survives(works[kind], whole[kind], tmp_path, MOMENTS[kind], [2, 1], SLURM)
+    assert statuses == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.parametrize("kind", ["finetuning", "head", "baseline"])
+def test_killed_when_only_the_best_model_is_missing(works, whole, tmp_path, kind):
+    """All figures are there, so nothing is trained or evaluated before the model is saved."""
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def killed() -> None:
+        at_placement(1, kill_self, "best_model")
+        works[kind](out, 0)
+
+    assert forked(killed, log) == -signal.SIGKILL
+    assert not (out / "best_model").exists()
+    assert forked(lambda: works[kind](out, 0), log) == 0, log.read_text()[-2000:]
+    assert outcome(out) == outcome(whole[kind])
 
 
 @pytest.mark.slow
@@ -236,6 +264,11 @@ def finished(whole, tmp_path) -> Path:
     return shutil.copytree(whole["finetuning"], tmp_path / "out")
 
 
+@pytest.fixture
+def finished_head(whole, tmp_path) -> Path:
+    return shutil.copytree(whole["head"], tmp_path / "head")
+
+
 def flip(path: Path, place: float, bit: int = 4) -> None:
     raw = bytearray(path.read_bytes())
     raw[int(place * len(raw))] ^= 1 << bit
@@ -256,7 +289,7 @@ READ_BACK = {
 def check_damage(work: Work, out: Path, name: str, place: float, bit: int) -> None:
     """A flipped bit is refused in a line that names the file, or changes nothing."""
     wanted = outcome(out)
-    for gone in READ_BACK[name]:
+    for gone in (READ_BACK | READ_BACK_OF_HEAD)[name]:
         shutil.rmtree(out / gone) if (out / gone).is_dir() else (out / gone).unlink()
     flip(out / name, place, bit)
     log = out.parent / "damaged.log"
@@ -272,9 +305,23 @@ def check_damage(work: Work, out: Path, name: str, place: float, bit: int) -> No
         assert outcome(out) == wanted
 
 
+# The same of `--method head`.
+READ_BACK_OF_HEAD = {
+    "evaluation/head.json": ["metrics.json"],
+    "head/done.json": ["metrics.json"],
+    "head/best.ckpt": ["metrics.json", "evaluation"],
+    "head/last.ckpt": ["metrics.json", "evaluation", "head/done.json"],
+}
+
+
 @pytest.mark.parametrize("name", READ_BACK)
 def test_a_flipped_bit_of_a_run_is_noticed(works, finished, name):
     check_damage(works["finetuning"], finished, name, 0.5, 4)
+
+
+@pytest.mark.parametrize("name", READ_BACK_OF_HEAD)
+def test_a_flipped_bit_of_a_head_is_noticed(works, finished_head, name):
+    check_damage(works["head"], finished_head, name, 0.5, 4)
 
 
 @pytest.mark.slow
@@ -284,6 +331,15 @@ def test_flipped_bits_anywhere_are_noticed(works, finished, name, tmp_path):
     for number in range(20):
         copy = shutil.copytree(finished, tmp_path / str(number) / "out")
         check_damage(works["finetuning"], copy, name, draw.random(), draw.randrange(8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ_BACK_OF_HEAD)
+def test_flipped_bits_anywhere_of_a_head_are_noticed(works, finished_head, name, tmp_path):
+    draw = random.Random(name)
+    for number in range(20):
+        copy = shutil.copytree(finished_head, tmp_path / str(number) / "out")
+        check_damage(works["head"], copy, name, draw.random(), draw.randrange(8))
 
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
@@ -312,21 +368,38 @@ def test_flipped_bits_of_ranks_are_noticed(tmp_path, step):
     assert noticed > len(sound) / step / 4  # most of the file is pages
 
 
-@pytest.mark.parametrize("kind", ["vectors", "tokenized"])
-def test_a_damaged_store_is_made_anew(works, finished, data, tmp_path, kind):  # noqa: F811
-    wanted = outcome(finished)
-    for path in (data / "folder" / kind).rglob("*.bin"):
+@pytest.mark.parametrize("kind", ["finetuning", "head"])
+@pytest.mark.parametrize("store", ["vectors", "tokenized"])
+def test_a_damaged_store_is_made_anew(works, whole, data, tmp_path, kind, store):  # noqa: F811
+    flipped = 0
+    for path in (data / "folder" / store).rglob("*.bin"):
         if path.stat().st_size:
             flip(path, 0.5)
-    assert forked(lambda: works["finetuning"](tmp_path / "again", 0), tmp_path / "log") == 0
-    assert outcome(tmp_path / "again") == wanted
+            flipped += 1
+    assert flipped
+    assert forked(lambda: works[kind](tmp_path / "again", 0), tmp_path / "log") == 0
+    assert outcome(tmp_path / "again") == outcome(whole[kind])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "smap.json"])
-def test_a_damaged_best_model_recommends_nothing(finished, name):
-    flip(finished / "best_model" / name, 0.9, 0)
+@pytest.mark.parametrize("kind", ["finetuning", "head"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "smap.json", "meta_data.json", "tokenizer.json", "config.json"],
+)
+def test_a_damaged_best_model_recommends_nothing(whole, tmp_path, kind, name):
+    folder = shutil.copytree(whole[kind] / "best_model", tmp_path / "best_model")
+    flip(folder / name, 0.9, 0)
     with pytest.raises(UserError, match=f"{name} is damaged, or was replaced"):
-        CatalogueRecommender.load(finished / "best_model")
+        CatalogueRecommender.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_damaged_start_weights_are_not_converted(whole, tmp_path, name):
+    run = shutil.copytree(whole["pretraining"], tmp_path / "run")
+    flip(run / "start" / name, 0.9, 0)
+    with pytest.raises(UserError, match=f"{name} is damaged, or was replaced"):
+        convert_pretraining(run / "checkpoints" / "last.ckpt", tmp_path / "released")
+    assert not (tmp_path / "released").exists()
 
 
 # --- full disk, two writers, files of two runs
@@ -412,13 +485,3 @@ def test_clearing_that_is_cut_off_goes_on(tmp_path):
         assert not folder.goes_on
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     assert read_json(tmp_path / "run.json") == {"seed": 2}
-
-
-def test_a_start_costs_little_more_for_the_checksums(tmp_path):
-    from recformer.data.mapped import build_mapped, open_mapped
-
-    with build_mapped(tmp_path / "store", "key") as writer:
-        writer.append("vectors", np.random.default_rng(0).random((1 << 20, 8)), "<f4")  # 32 MB
-    started = time.perf_counter()
-    open_mapped(tmp_path / "store", "key")
-    assert time.perf_counter() - started < 2  # seconds; 0.02 where nothing else runs

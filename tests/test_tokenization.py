@@ -116,8 +116,36 @@ def test_a_text_of_millions_of_words_is_cut_before_it_is_tokenised(
     short = hand.encode_item({"title": " red  blue\n" + "pen ink " * 20, "brand": "Bic"})
     assert (ids, types) == short
     assert max(sizes[:4]) == 32
-    word = "red" * 5_000  # a single word is whole
+    word = "red" * 5_000  # and the first characters of a word
     assert hand.encode_item({"title": word})[0] == [TITLE, RED, RED, RED]
+
+
+def test_a_word_or_a_gap_of_millions_of_characters_is_cut_before_it_is_tokenised(
+    hand: RecformerTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, tokenize = [], RecformerTokenizer._tokenize
+
+    def counted(self: RecformerTokenizer, texts: list[str]) -> tuple:
+        sizes.extend(map(len, texts))
+        return tokenize(self, texts)
+
+    monkeypatch.setattr(RecformerTokenizer, "_tokenize", counted)
+    assert hand.encode_item({"title": "red" * 2_000_000})[0] == [TITLE, RED, RED, RED]
+    # A tokenizer may leave characters out: what stands behind them is still read.
+    gaps = ["red" + " " * number + "blue" for number in (5_000_000, 9_000)]
+    assert hand.encode_item({"title": gaps[0]}) == hand.encode_item({"title": gaps[1]})
+    assert max(sizes) < 11_000
+
+
+@pytest.mark.parametrize("text", ["絵本と文房具" * 3_000, "pen-" * 5_000, "a" * 20_000])
+def test_a_long_word_that_is_cut_has_the_same_first_tokens(text: str, tmp_path: Path) -> None:
+    config = RecformerConfig(max_attr_length=32)
+    tokenizer = train_tokenizer([text[:30], "red pens and paper"] * 9, 400, tmp_path)
+    cut = RecformerTokenizer.from_pretrained(str(tmp_path), config)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    name = tokenizer("title", add_special_tokens=False)["input_ids"]
+    assert cut.encode_item({"title": text})[0] == (name + whole)[:32]
+    assert len(text) > cut._most_characters
 
 
 def test_attributes_beyond_the_third_are_left_out(hand: RecformerTokenizer) -> None:

@@ -39,7 +39,7 @@ from recformer.checkpoints.names import (
 )
 from recformer.checkpoints.reading import read_state_dict
 from recformer.config import PAPER, RecformerConfig
-from recformer.files import UserError, read_json
+from recformer.files import UserError, check_folder, read_json
 from recformer.models import RecformerForPretraining
 from recformer.tokenization import RecformerTokenizer
 
@@ -220,6 +220,7 @@ def _read_backbone(
         if not hasattr(known, name):
             raise UserError(f"{name!r} is not a field of RecformerConfig")
     source, folder = str(path_or_hub_id), local_folder(path_or_hub_id, weights)
+    check_folder(folder, "config.json")
     values = read_json(folder / "config.json")
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type not in FAMILIES:

@@ -12,7 +12,6 @@ All that is to be written is checked before the first file is.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,13 @@ from recformer.checkpoints.names import (
     plain_names,
 )
 from recformer.checkpoints.reading import Contents, read_checkpoint, read_state_dict
-from recformer.files import UserError, atomic_write
+from recformer.files import (
+    UserError,
+    atomic_folder,
+    atomic_write,
+    remove_leftovers,
+    write_checksums,
+)
 from recformer.models import RecformerForPretraining
 from recformer.tokenization import RecformerTokenizer
 
@@ -245,29 +250,26 @@ def _write_released(
     output_dir: Path,
     facts: Mapping[str, object],
 ) -> list[Path]:
-    output_dir.mkdir(parents=True, exist_ok=True)
     folder = output_dir / MODEL_FOLDER
-    partial = output_dir / f".{MODEL_FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_card(
-        partial,
-        "Recformer, pretrained",
-        "Reads items and histories from their texts; the start of finetuning on a catalogue.",
-        facts,
-        {},
-        ENCODING,
-    )
-    # published: the first file is for RecformerModel; the second is read into RecformerForSeqRec,
-    # and has the head all the same.
-    state = _published_state(model)
-    bare = {plain_name(key): v for key, v in state.items() if key.startswith(PREFIXES[-1])}
-    _save_state(bare, output_dir / PRETRAIN_FILE)
-    _save_state(state, output_dir / SEQREC_FILE)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    remove_leftovers(output_dir)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_card(
+            partial,
+            "Recformer, pretrained",
+            "Reads items and histories from their texts; the start of finetuning on a catalogue.",
+            facts,
+            {},
+            ENCODING,
+        )
+        write_checksums(partial)
+        # published: the first file is for RecformerModel; the second is read into
+        # RecformerForSeqRec, and has the head all the same.
+        state = _published_state(model)
+        bare = {plain_name(key): v for key, v in state.items() if key.startswith(PREFIXES[-1])}
+        _save_state(bare, output_dir / PRETRAIN_FILE)
+        _save_state(state, output_dir / SEQREC_FILE)
     return [output_dir / PRETRAIN_FILE, output_dir / SEQREC_FILE, folder]
 
 

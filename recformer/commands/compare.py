@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recformer.cli import command_parser
+from recformer.cli import check_seed, command_parser
 from recformer.evaluation.compare import compare
 from recformer.evaluation.runs import RankedRun
 from recformer.evaluation.statistics import LEVEL
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(args.runs) < 2:
         raise UserError(f"{len(args.runs)} run given, two or more can be compared")
     runs = [RankedRun.load(text) for text in args.runs]
-    rows, pairs = compare(runs, args.metric, args.seed, args.against)
+    rows, pairs = compare(runs, args.metric, check_seed(args.seed), args.against)
     text = markdown(rows, pairs, args.metric, runs[0], sentences=args.against is not None)
     print(text, end="")
     if args.output_dir is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from recformer.files import UserError
 from recformer.preparation import flags
 from recformer.preparation.audit.figures import PAGE_FILE, audit_folder
 from recformer.preparation.finetuning import prepare_finetuning
+from recformer.preparation.lines import rereadable
 
 REVIEWS = "Industrial_and_Scientific_5.json.gz"
 METADATA = "meta_Industrial_and_Scientific.json.gz"
@@ -78,16 +80,20 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
     if args.min_interactions is None:
         args.min_interactions = 2 if sessions.asked else 4
 
-    dataset = prepare_finetuning(
-        args.file_path,
-        args.meta_file_path,
-        args.output_path,
-        **flags.shared_options(args),
-        options=options,
-        sessions=sessions,
-        features=args.features,
-        protocol=Protocol.load(args.protocol).record("data", vars(args)) if args.protocol else None,
-    )
+    protocol = Protocol.load(args.protocol).record("data", vars(args)) if args.protocol else None
+    with ExitStack() as pipes:
+        interactions = pipes.enter_context(rereadable(args.file_path))
+        items = args.meta_file_path and pipes.enter_context(rereadable(args.meta_file_path))
+        dataset = prepare_finetuning(
+            interactions,
+            items,
+            args.output_path,
+            **flags.shared_options(args),
+            options=options,
+            sessions=sessions,
+            features=args.features,
+            protocol=protocol,
+        )
     counts = dataset["counts"]
     flags.report_bad_lines(counts["bad_lines"])
     for name, number in counts.get("filters", {}).items():

@@ -8,10 +8,12 @@ checkout write the published ids, without a prefix.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from recformer.cli import command_parser
 from recformer.preparation import flags
+from recformer.preparation.lines import rereadable
 from recformer.preparation.pretraining import (
     DEV_CATEGORY,
     PRETRAINING_CATEGORIES,
@@ -59,16 +61,17 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
     args = parser.parse_args(argv)
     flags.check_attributes(parser, args.attributes)
 
-    sources = [
-        PretrainingSource(name, Path(interactions), Path(items))
-        for name, interactions, items in [*args.source, args.dev_source]
-    ]
-    dataset = prepare_pretraining_sources(
-        sources[:-1],
-        sources[-1],
-        args.output_dir,
-        **flags.shared_options(args),
-    )
+    with ExitStack() as pipes:
+        sources = [
+            PretrainingSource(name, *(pipes.enter_context(rereadable(path)) for path in paths))
+            for name, *paths in [*args.source, args.dev_source]
+        ]
+        dataset = prepare_pretraining_sources(
+            sources[:-1],
+            sources[-1],
+            args.output_dir,
+            **flags.shared_options(args),
+        )
     flags.report_bad_lines(dataset["counts"]["bad_lines"])
     _print_files(args.output_dir, dataset["files"])
 

@@ -139,7 +139,7 @@ def _item_columns(whole: ProcessedFolder, names: Sequence[str]) -> Any:
 
     path = whole.path / ITEM_FEATURES_FILE
     try:
-        table = pq.read_table(path, columns=list(names))
+        table = pq.read_table(path, columns=list(names), page_checksum_verification=True)
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): process the data again") from error
     if table.num_rows != whole.num_items or table.num_columns != len(names):

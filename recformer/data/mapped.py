@@ -26,6 +26,7 @@ from isal import isal_zlib
 
 from recformer.files import (
     UserError,
+    naming,
     partial_folder,
     read_checked_json,
     remove_leftovers,
@@ -148,10 +149,13 @@ def build_mapped(folder: Path, key: str) -> Iterator[Writer]:
 
     Equal keys give equal bytes, so it does no harm when two processes move theirs in at once, or
     when one of them replaces the files of a damaged store that another has mapped.
+
+    Raises:
+        OSError: names `folder`, whatever of the writing failed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
-    with partial_folder(folder) as beside:
+    with naming(folder), partial_folder(folder) as beside:
         with ExitStack() as stack:
             writer = Writer(beside, stack)
             yield writer

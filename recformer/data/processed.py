@@ -403,7 +403,8 @@ def read_columns(data: ProcessedFolder, names: Sequence[str]) -> dict[str, Any] 
         missing = [name for name in names if name not in pq.read_schema(path).names]
         if missing:
             raise UserError(f"{path} has no column {missing[0]!r}: process the data again")
-        table = pq.read_table(path, columns=["user_id", "item_id", *names])
+        chosen = ["user_id", "item_id", *names]
+        table = pq.read_table(path, columns=chosen, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): process the data again, or delete the file to go "
@@ -447,7 +448,7 @@ def _write_table(handle: IO[bytes], columns: Mapping[str, Any]) -> None:
         name: values.to_arrow() if hasattr(values, "to_arrow") else pa.array(values)
         for name, values in columns.items()
     }
-    pq.write_table(pa.table(arrays), handle, compression="zstd")
+    pq.write_table(pa.table(arrays), handle, compression="zstd", write_page_checksum=True)
 
 
 def write_mapping(handle: IO[str], entries: Iterable[tuple[str, Any]]) -> None:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 
 from recformer.evaluation.metrics import _check_options, coverage, gini, per_user_metrics
-from recformer.evaluation.ranks import TargetRanks, _int64, _same_length
-from recformer.files import UserError, atomic_write
+from recformer.evaluation.ranks import TargetRanks, _int64, _same_length, columns_checksum
+from recformer.files import CHECKSUM, UserError, atomic_write
 
 
 class Evaluator:
@@ -125,8 +125,10 @@ class Evaluator:
         columns: dict[str, NDArray[Any]] = dict(self.state())
         columns["rank"] = columns["above"] + 1 + columns["tied"] / 2
         columns |= further or {}
+        # Pages have checksums; what says how many rows there are has none.
+        table = pa.table(columns).replace_schema_metadata({CHECKSUM: columns_checksum(columns)})
         with atomic_write(path, "wb") as handle:
-            pq.write_table(pa.table(columns), handle, write_page_checksum=True)
+            pq.write_table(table, handle, write_page_checksum=True)
 
     def _rows(self) -> NDArray[np.int64]:
         """All rows (5, users), each user once, by ascending user id."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,14 @@ class TargetRanks:
 
     def __len__(self) -> int:
         return len(self.above)
+
+
+def columns_checksum(columns: Mapping[str, NDArray[Any]]) -> str:
+    """CRC-32 of names and values, which tells a file that lost rows from a whole one."""
+    crc32 = 0
+    for name, values in columns.items():
+        crc32 = zlib.crc32(np.ascontiguousarray(values).data, zlib.crc32(name.encode(), crc32))
+    return str(crc32)
 
 
 def count_ranks(scores: Vectors, targets: ArrayLike, seen: Pairs | None = None) -> TargetRanks:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recformer.evaluation.ranks import TargetRanks
-from recformer.files import UserError, read_checked_json, write_checked_json
+from recformer.evaluation.ranks import TargetRanks, columns_checksum
+from recformer.files import CHECKSUM, UserError, read_checked_json, write_checked_json
 
 # Figures can be compared where these agree.
 RULE = ("split_hash", "ties", "filter_seen")
@@ -137,6 +137,8 @@ def read_ranks(path: Path) -> dict[str, NDArray[Any]]:
         sound = (columns["rank"] == right).all() and (right <= among).all()
         sound = sound and all(len(column) == len(users) for column in columns.values())
         sound = sound and (np.diff(users) > 0).all() and len(targets) == len(users)
+        written = (table.schema.metadata or {}).get(CHECKSUM.encode())  # None: an earlier version's
+        sound = sound and written in (None, columns_checksum(columns).encode())
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise UserError(f"{path} is damaged: {error or type(error).__name__}") from error
     if not sound:

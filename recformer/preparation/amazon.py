@@ -125,8 +125,11 @@ def read_reviews(
     def mend(row: dict[str, Any]) -> Review:
         return _mend_review(row, columns, rating, event)
 
+    once = [columns.user, columns.item, columns.time]
+    once += [columns.rating] if rating else []
+    once += [columns.event] if event else []
     if columns == _AMAZON_2018 and not (rating or event):
-        return read_rows(Path(path), Review, mend, bad_lines, encoding)
+        return read_rows(Path(path), Review, mend, bad_lines, once, encoding)
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [("reviewerID", _Key), ("asin", _Key)]
     fields += [("rating", float)] if rating else []
     fields += [("event", str)] if event else []
@@ -143,7 +146,7 @@ def read_reviews(
         **({"event": columns.event} if event else {}),
     }
     row_type: Any = msgspec.defstruct("Review", fields, rename=names, gc=False)
-    return read_rows(Path(path), row_type, mend, bad_lines, encoding)
+    return read_rows(Path(path), row_type, mend, bad_lines, once, encoding)
 
 
 def read_products(
@@ -174,7 +177,8 @@ def read_products(
         values = [mend_text(row.get(name)) for name in names.values()]
         return row_type(mend_key(row, key), *values)
 
-    found = read_rows(Path(path), row_type, mend, bad_lines, encoding)
+    # Only the key, once a line: looking for every attribute would take as long as reading them.
+    found = read_rows(Path(path), row_type, mend, bad_lines, [key], encoding)
     rows = map(msgspec.structs.astuple, found)
     if key not in attributes:
         return rows

@@ -74,7 +74,9 @@ class ItemSource:
         if self.file.kind == "json":
             rows = (
                 (item_name(row.get(self.key)), *(row.get(name) for name in names))
-                for _, row in json_lines.read_objects(self.path, bad_lines, self.file.encoding)
+                for _, row in json_lines.read_objects(
+                    self.path, bad_lines, [self.key, *names], self.file.encoding
+                )
             )
         else:
             rows = _item_rows(replace(self, attributes={name: name for name in names}), bad_lines)

@@ -20,7 +20,7 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from recformer.files import UserError, atomic_write
+from recformer.files import UserError, atomic_write, lock, naming
 
 _CHUNK = 1 << 16  # of a piece that breaks off nothing is kept
 _TIMEOUT = (20, 60)  # seconds to connect, and between two pieces
@@ -211,17 +211,22 @@ def _fetch(url: str, partial: Path, version: Path) -> None:
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         tag = response.headers.get("ETag", "")
-        # A weak tag stands for more than one content, a missing one for any.
-        version.write_text(
-            "" if tag.startswith("W/") else tag or response.headers.get("Last-Modified", "")
-        )
         with (
-            open(partial, "ab" if goes_on else "wb") as handle,
+            naming(partial),
+            open(partial, "ab") as handle,
             tqdm(
                 total=total, initial=start, desc=partial.name.removesuffix(".partial"),
                 unit="B", unit_scale=True, disable=None,
             ) as bar,
         ):  # fmt: skip
+            if not lock(handle.fileno()):
+                raise UserError(f"another process is fetching {partial}: wait for its end")
+            if not goes_on:
+                handle.truncate(0)
+            # A weak tag stands for more than one content, a missing one for any.
+            version.write_text(
+                "" if tag.startswith("W/") else tag or response.headers.get("Last-Modified", "")
+            )
             for piece in response.iter_content(_CHUNK):
                 handle.write(piece)
                 bar.update(len(piece))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +30,7 @@ def first_rows(path: str | os.PathLike, encoding: str | None = None) -> list[dic
     """The objects among the first lines.
 
     Raises:
-        UserError: the file is empty or damaged, none of its first lines is an object, or one names
-            a key twice.
+        UserError: the file is empty or damaged, or none of its first lines is an object.
     """
     rows = look_at(Path(path), encoding)
     if not rows:
@@ -40,14 +39,24 @@ def first_rows(path: str | os.PathLike, encoding: str | None = None) -> list[dic
 
 
 def read_objects(
-    path: str | os.PathLike, bad_lines: BadLines, encoding: str | None = None
+    path: str | os.PathLike,
+    bad_lines: BadLines,
+    once: Iterable[str | None],
+    encoding: str | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and content of every line, whole: slower than a reader that knows what it looks for.
+
+    Args:
+        path: the file.
+        bad_lines: what to do with lines that cannot be used.
+        once: keys that must not stand twice in a line.
+        encoding: see `lines.text_lines`.
 
     Raises:
         UserError: the file is damaged or has no usable line, or `bad_lines` refuses one.
     """
     path = Path(path)
+    names = _written(once)
     literal = None
     for number, line in enumerate(_lines(path, encoding), 1):
         if not line.strip():
@@ -55,6 +64,7 @@ def read_objects(
         literal = is_literal(line) if literal is None else literal
         try:
             row = _parse(line, literal)
+            _refuse_twice(line, names)
         except BadLineError as error:
             bad_lines.add(path, number, error.reason, error.got)
             continue
@@ -95,8 +105,10 @@ def read_rows(
     row_type: type[_Row],
     mend: Callable[[dict[str, Any]], _Row],
     bad_lines: BadLines,
+    once: Iterable[str | None],
     encoding: str | None = None,
 ) -> Iterator[_Row]:
+    names = _written(once)
     decode = msgspec.json.Decoder(row_type).decode
     line_number = num_rows = 0
     literal: bool | None = None
@@ -105,6 +117,12 @@ def read_rows(
         line_number += 1
         try:
             row = decode(line)
+            for name in names:
+                if line.count(name) > 1:
+                    _refuse_twice(line, names)
+        except BadLineError as error:
+            bad_lines.add(path, line_number, error.reason, error.got, what)
+            continue
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             if not line.strip():
                 continue
@@ -112,6 +130,7 @@ def read_rows(
                 if literal is None:
                     literal = is_literal(line) and num_rows == 0
                 row = mend(_parse(line, literal))
+                _refuse_twice(line, names)
             except BadLineError as error:
                 if what == "line" and _is_array(path, encoding):
                     what = "entry"
@@ -150,9 +169,14 @@ def is_literal(line: bytes) -> bool:
 
 def _python_literal(line: bytes) -> Any:
     try:
-        return ast.literal_eval(line.decode("utf-8-sig").strip())
+        tree = ast.parse(line.decode("utf-8-sig").strip(), mode="eval")
+        value = ast.literal_eval(tree)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise BadLineError("neither valid JSON nor a Python literal") from None
+    if isinstance(tree.body, ast.Dict) and len(value) < len(tree.body.keys):
+        keys = [key.value for key in tree.body.keys if isinstance(key, ast.Constant)]
+        raise _twice_error(next(key for key in keys if keys.count(key) > 1))
+    return value
 
 
 def mend_key(row: dict[str, Any], name: str) -> str:
@@ -184,40 +208,54 @@ def look_at(path: Path, encoding: str | None = None) -> list[dict[str, Any]]:
     """The objects among the first 20 lines; lines that hold none are passed over.
 
     Raises:
-        UserError: the file is empty or damaged, or a line names a key twice.
+        UserError: the file is empty or damaged.
     """
     lines = _lines(path, encoding, progress=False)
     first = [line for line in islice(lines, 20) if line.strip()]
     if not first:
         raise UserError(f"{path} is empty, expected one JSON object a line")
     rows = []
-    for number, line in enumerate(first, 1):
+    for line in first:
         try:
             rows.append(_parse(line, is_literal(first[0])))
         except BadLineError:
             continue  # whether bad lines matter is decided when the file is read
-        twice = _twice(line)
-        if twice is not None:
-            raise UserError(
-                f"{path} has {twice!r} twice in line {number}: which of the two is meant, it does "
-                f"not say"
-            )
     return rows
 
 
-def _twice(line: bytes) -> str | None:
-    """A key that stands twice in an object of a line of JSON, if any."""
+def _written(names: Iterable[str | None]) -> list[bytes]:
+    """Keys as they stand in a line of JSON."""
+    return [json.dumps(name, ensure_ascii=False).encode() for name in names if name is not None]
+
+
+def _refuse_twice(line: bytes, names: Sequence[bytes]) -> None:
+    """Refuse a line of JSON in whose object a key stands twice.
+
+    Args:
+        line: JSON, or else nothing is found.
+        names: keys as `_written` gives them, of which one must be there twice, to save time.
+
+    Raises:
+        BadLineError: names the key.
+    """
+    if not any(line.count(name) > 1 for name in names):
+        return
     found: list[str] = []
 
     def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(entries)
-        names = [name for name, _ in entries]
+        keys = [key for key, _ in entries]
         # The outermost object comes last; what stands inside of one is read by nobody.
-        found[:] = [name for name in row if names.count(name) > 1] if len(names) > len(row) else []
+        found[:] = [key for key in row if keys.count(key) > 1] if len(keys) > len(row) else []
         return row
 
     try:
         json.loads(line.decode("utf-8-sig"), strict=False, object_pairs_hook=pairs)
-    except ValueError:
-        return None  # a Python literal
-    return found[0] if found else None
+    except (ValueError, RecursionError):
+        return  # a Python literal, or deeper than this parser goes
+    if found:
+        raise _twice_error(found[0])
+
+
+def _twice_error(key: Any) -> BadLineError:
+    return BadLineError(f"the key {key!r} stands twice, which of the two is meant?")

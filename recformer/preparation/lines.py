@@ -9,18 +9,20 @@ import codecs
 import io
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from gzip import BadGzipFile
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from isal import igzip, igzip_lib
 from tqdm import tqdm
 
-from recformer.files import UserError
+from recformer.files import UserError, naming
 
 _ISAL_ERROR: Any = igzip_lib.IsalError  # a class, which its stub declares as an instance
 _GZIP_ERRORS: tuple[type[Exception], ...] = (EOFError, BadGzipFile, zlib.error, _ISAL_ERROR)
@@ -90,6 +92,29 @@ def other_encoding(path: str | os.PathLike, name: str | None) -> str | None:
     except UnicodeDecodeError:
         return name
     return None
+
+
+@contextmanager
+def rereadable(path: str | os.PathLike) -> Iterator[Path]:
+    """A file itself, or a copy of what a pipe holds, for as long as the block runs.
+
+    What a file is, its first lines tell, so a raw file is read more than once.
+
+    Raises:
+        UserError: of the block, with the pipe's name in place of the copy's.
+    """
+    path = Path(path)
+    if not (path.is_fifo() or path.is_socket()):
+        yield path
+        return
+    with TemporaryDirectory(prefix="recformer_") as folder:
+        copy = Path(folder) / path.name
+        with naming(copy), open(path, "rb") as pipe, open(copy, "wb") as handle:
+            shutil.copyfileobj(pipe, handle)
+        try:
+            yield copy
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), str(path))) from error
 
 
 def check_file(path: str | os.PathLike) -> None:

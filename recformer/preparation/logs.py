@@ -14,7 +14,7 @@ from recformer.files import UserError
 from recformer.preparation import amazon, histories, json_lines
 from recformer.preparation.amazon import ReviewColumns
 from recformer.preparation.bad_lines import BadLines
-from recformer.preparation.delimited import is_regular
+from recformer.preparation.delimited import row_starts
 from recformer.preparation.forms import (
     FEW_NAMES,
     RawFile,
@@ -197,30 +197,31 @@ def _text_frame(file: RawFile, wanted: dict[str, str], bad_lines: BadLines) -> p
 
 
 def _regular_frame(file: RawFile, places: dict[str, int]) -> pl.DataFrame | None:
-    """Columns of a file without quotes and broken lines, by Polars; None: it is none."""
+    """Columns of a file in which nothing needs judging, by Polars; None: it is none."""
     separator, width = file.layout.separator, len(file.names)
     if file.kind not in ("csv", "tsv", "atomic") or file.encoding is not None:
         return None
     if len(separator.encode()) > 1 or separator == " " or width < 2:
         return None
-    if not is_regular(file.path, separator, width):
+    starts = row_starts(file.path, file.layout, width)
+    if starts is None:
         return None
+    starts = starts[1:] if file.has_header else starts
     table = pl.scan_csv(
         file.path,
         glob=False,
         has_header=file.has_header,
         separator=separator,
-        quote_char=None,
+        quote_char='"',
         infer_schema=False,
         with_column_names=lambda names: [str(place) for place in range(len(names))],
-        row_index_name="line",
-        row_index_offset=2 if file.has_header else 1,
     )
     columns = [pl.col(str(place)).alias(name) for name, place in places.items()]
     try:
-        return table.select(pl.col("line").cast(pl.Int64), *columns).collect()
+        frame = table.select(columns).collect()
     except pl.exceptions.PolarsError:
-        return None  # some line is broken: the reader that knows lines says which
+        return None  # bytes that are not UTF-8: the reader that knows lines says where
+    return frame.insert_column(0, pl.Series("line", starts)) if len(frame) == len(starts) else None
 
 
 def _parquet_frame(file: RawFile, wanted: dict[str, str]) -> pl.DataFrame:
@@ -253,7 +254,8 @@ def _json_frame(
 ) -> pl.DataFrame:
     """Lines of JSON of which each has its items as a list."""
     found: dict[str, list[Any]] = {"line": [], **{name: [] for name in wanted}}
-    for number, row in json_lines.read_objects(source.path, bad_lines, source.file.encoding):
+    lines = json_lines.read_objects(source.path, bad_lines, wanted.values(), source.file.encoding)
+    for number, row in lines:
         items = row.get(source.columns.item)
         names = [histories.item_name(item) for item in items] if isinstance(items, list) else [None]
         if None in names:
@@ -381,7 +383,7 @@ def _example_rows(
     """Line, user, what came before, item."""
     file, columns = source.file, (source.columns.user, source.before or "", source.columns.item)
     if file.kind == "json":
-        for number, row in json_lines.read_objects(file.path, bad_lines, file.encoding):
+        for number, row in json_lines.read_objects(file.path, bad_lines, columns, file.encoding):
             user, before, item = (row.get(column) for column in columns)
             yield number, user, before, item
     elif file.kind == "parquet":

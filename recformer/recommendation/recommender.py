@@ -17,7 +17,15 @@ from recformer.data.catalogue import COUNT_FILE
 from recformer.data.items import ItemsInMemory
 from recformer.data.processed import ITEM_FILE
 from recformer.evaluation.additions import Additions
-from recformer.files import UserError, atomic_folder, check_folder, read_json, sha256_of, write_json
+from recformer.files import (
+    UserError,
+    atomic_folder,
+    check_folder,
+    read_json,
+    sha256_of,
+    write_checksums,
+    write_json,
+)
 from recformer.models import RecformerForCatalogue
 from recformer.recommendation.answers import (
     Explanation,
@@ -139,7 +147,7 @@ class CatalogueRecommender:
             UserError: files that do not belong together, or a damaged one.
         """
         folder = Path(folder)
-        check_folder(folder, "model.safetensors", ITEM_FILE)
+        check_folder(folder)
         names = names_of(folder)
         changed = meta_file is None and (folder / CATALOGUE_FILE).exists()
         texts = {} if changed else texts_of(folder, meta_file, names)
@@ -187,6 +195,7 @@ class CatalogueRecommender:
                 write_json(new / ITEM_FILE, {name: row for row, name in enumerate(own)})
             if self.counts:
                 write_json(new / COUNT_FILE, self.counts)
+            write_checksums(new)
             save_catalogue(new, self.catalogue.snapshot(), self._model_key)
 
     def content_key(self) -> str:

@@ -12,7 +12,22 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
 from recformer.config import RecformerConfig
-from recformer.files import UserError, atomic_write, read_json, refuse_pointer, write_json
+from recformer.files import (
+    UserError,
+    atomic_write,
+    check_folder,
+    read_json,
+    refuse_pointer,
+    write_json,
+)
+
+# What a tokenizer may be read from.
+TOKENIZER_FILES = frozenset(
+    {
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"),
+    }
+)
 
 # RoBERTa's special tokens. A tokenizer trained here gives them the ids 0 to 4; RoBERTa's own
 # `<mask>` is the last of its vocabulary.
@@ -30,6 +45,7 @@ def load_fast_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerFast:
     if folder.is_dir():
         refuse_pointer(folder)
         held = {path.name for path in folder.iterdir()}
+        check_folder(folder, *(held & TOKENIZER_FILES))
         # AutoTokenizer cannot tell what bare vocabulary files belong to.
         if not held & {"tokenizer.json", "tokenizer_config.json"}:
             if {"vocab.json", "merges.txt"} <= held:

@@ -10,7 +10,8 @@ from recformer.files import UserError
 
 # Texts longer than this, in characters, are cut before they are tokenised: behind so many words
 # for every token that an attribute may have. A word makes a token or more, unless it is of
-# characters that a tokenizer leaves out, so the first tokens are the same.
+# characters that a tokenizer leaves out, so the first tokens are the same. A word longer than this,
+# or a run of blanks, keeps its first characters: twice what the longest tokens could cover.
 LONG_TEXT = 10_000
 WORDS_A_TOKEN = 8
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
@@ -206,8 +207,7 @@ class RecformerTokenizer:
             ValueError: see `item_texts`.
         """
         texts, counts = item_texts(items, self.config.max_attr_num)
-        most = WORDS_A_TOKEN * self.config.max_attr_length
-        texts = [text if len(text) <= LONG_TEXT else first_words(text, most) for text in texts]
+        texts = [text if len(text) <= LONG_TEXT else self._beginning(text) for text in texts]
         index: dict[str, int] = {}
         text_ids = np.fromiter(
             (index.setdefault(text, len(index)) for text in texts), np.int64, len(texts)
@@ -226,6 +226,19 @@ class RecformerTokenizer:
         token_type_ids = np.repeat(types, kept.ravel())
         offsets = attribute_ends[np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))]
         return input_ids, token_type_ids, offsets
+
+    def _beginning(self, text: str) -> str:
+        """What of a long text can make the first `max_attr_length` tokens."""
+        text = first_words(text, WORDS_A_TOKEN * self.config.max_attr_length)
+        if len(text) <= LONG_TEXT:
+            return text
+        most = self._most_characters
+        return re.sub(rf"\S{{{most},}}|\s{{{most},}}", lambda run: run[0][:most], text)
+
+    @cached_property
+    def _most_characters(self) -> int:
+        longest = max(map(len, self._backend.get_vocab()), default=1)
+        return max(LONG_TEXT, 2 * self.config.max_attr_length * longest)
 
     def _tokenize(self, texts: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Ids of `texts` end to end, (T,) int32, and the number of tokens of each, int64."""

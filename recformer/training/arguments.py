@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from recformer.cli import check_seed
 from recformer.config import PAPER, POOLER_TYPES, RecformerConfig
 from recformer.evaluation.metrics import TIES
 from recformer.evaluation.protocol import HELP as PROTOCOL_HELP
@@ -197,6 +198,7 @@ class RunArguments(DeviceArguments, EvaluationArguments):
         """
         super().check()
         self.check_devices()
+        check_seed(self.seed)
         for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "verbose"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")

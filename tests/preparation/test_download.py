@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 
 from recformer.commands.download import main
-from recformer.files import UserError
+from recformer.files import UserError, lock
 from recformer.preparation import download as module
 from recformer.preparation.download import RemoteFile, download, remote_files, unpack_movielens
 
@@ -114,6 +114,18 @@ def test_nothing_behind_what_is_there_begins_anew(server: Server, tmp_path: Path
     (tmp_path / "a.gz.version.partial").write_text(server.tag)
     assert download(RemoteFile(url(server)), tmp_path, PAGE).read_bytes() == CONTENT
     assert server.ranges == [f"bytes={len(CONTENT) + 4}-", None]
+
+
+def test_a_file_that_another_process_is_fetching_is_left_to_it(
+    server: Server, tmp_path: Path
+) -> None:
+    with open(tmp_path / "a.gz.partial", "wb") as handle:
+        lock(handle.fileno())
+        handle.write(CONTENT[:1000])
+        handle.flush()
+        with pytest.raises(UserError, match=r"another process is fetching .*a\.gz\.partial"):
+            download(RemoteFile(url(server)), tmp_path, PAGE)
+    assert (tmp_path / "a.gz.partial").read_bytes() == CONTENT[:1000]
 
 
 def test_a_wrong_checksum_is_refused(server: Server, tmp_path: Path) -> None:

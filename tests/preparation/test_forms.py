@@ -5,8 +5,12 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import io
 import json
+import os
 import re
+import tempfile
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +26,7 @@ from recformer.commands.process import main
 from recformer.data.processed import ProcessedFolder, read_times
 from recformer.files import UserError
 from recformer.preparation.bad_lines import BadLines
-from recformer.preparation.delimited import Layout, read_rows
+from recformer.preparation.delimited import Layout, read_rows, row_starts
 from recformer.preparation.finetuning import prepare_finetuning
 from recformer.preparation.histories import Example, rebuild, split_list
 from recformer.preparation.tables import Columns, open_sources
@@ -778,6 +782,9 @@ REGULAR = ["user_id,item_id,timestamp", *(f"u{n % 7},i{n % 5},{n}" for n in rang
     [
         (0, None), (2000, "u1,i1,5,6"), (2000, "u1,i1"), (1, ""), (3001, ""), (9, ",,"),
         (2500, "é,i1,7"), (2500, "\udcff,i1,7"), (2500, 'u1,"i1",7'), (2500, "u1,i1\r,7"),
+        (2500, "u1,i1,7\r"), (2500, '"u\n\n,1","i""1",7'), (2500, '"u1","i1" ,7'),
+        (2500, 'u1,i"1",7'), (2500, '"u1,i1,7'), (2500, '"u1","",7'), (2500, "u1,i\0,7"),
+        (3001, '"u1","i\n1",7'), (0, "\ufeffuser_id,item_id,timestamp"), (9, '"u\r\n1",i1,7'),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
@@ -806,9 +813,65 @@ def test_the_fast_reader_finds_what_the_careful_one_finds(
         return [columns, log.user_names, log.item_names], bad.summary(), counts
 
     fast = found()
-    monkeypatch.setattr("recformer.preparation.logs.is_regular", lambda *args: False)
+    monkeypatch.setattr("recformer.preparation.logs.row_starts", lambda *args: None)
     assert found() == fast
     assert len(fast[0][0][0]) >= 2999
+
+
+FIELDS = st.text(st.sampled_from('ab,\t" \n\r\u00e9'), max_size=5)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(st.tuples(FIELDS, FIELDS, FIELDS), min_size=1, max_size=6),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    st.sampled_from([",", "\t"]),
+    st.integers(1, 40),
+)
+def test_rows_begin_where_python_finds_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[tuple[str, str, str]],
+    end: str,
+    quoting: Any,
+    separator: str,
+    block: int,
+) -> None:
+    """Whatever `csv` writes, and however it is cut into blocks."""
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=separator, quoting=quoting, lineterminator=end).writerows(rows)
+    data = text.getvalue().encode()
+    blocks = [data[place : place + block] for place in range(0, len(data), block)]
+    monkeypatch.setattr("recformer.preparation.delimited.byte_blocks", lambda path: iter(blocks))
+    layout = Layout(separator, "always")
+    starts = row_starts(tmp_path, layout, 3)
+    lines = text.getvalue().split("\n")
+    again = [line + "\n" for line in lines[:-1]]
+    wanted = [
+        number for numbers, _ in read_rows(iter(again), layout, lambda *args: None, 3)
+        for number in numbers
+    ]  # fmt: skip
+    if any("\r" in field for row in rows for field in row):
+        assert starts is None or starts.tolist() == wanted
+    else:
+        assert starts is not None
+        assert starts.tolist() == wanted
+
+
+def test_quotes_alone_do_not_make_the_careful_reader_necessary(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    with open(log, "w", newline="") as handle:
+        csv.writer(handle, quoting=csv.QUOTE_ALL).writerows(
+            [["user_id", "item_id"], ["u", "i\n1"], ['u "2"', "i2"], ["u3", "i,3"]]
+        )
+    starts = row_starts(log, Layout(","), 2)
+    assert starts is not None
+    assert starts.tolist() == [1, 2, 4, 5]
+    assert row_starts(log, Layout(",", "maybe"), 2) is None  # a line break is for judging
+    assert row_starts(log, Layout(","), 3) is None
 
 
 def test_columns_named_twice_are_refused(tmp_path: Path, items: Path) -> None:
@@ -816,11 +879,42 @@ def test_columns_named_twice_are_refused(tmp_path: Path, items: Path) -> None:
     with pytest.raises(UserError, match="names of columns twice .'item_id'"):
         read(log, items)
     log = write(tmp_path / "log.jsonl", ['{"user": "u", "item": "a", "item": "b"}'])
-    with pytest.raises(UserError, match="has 'item' twice in line 1"):
+    with pytest.raises(UserError, match="log.jsonl, line 1: the key 'item' stands twice"):
         read(log, items)
     log = write(tmp_path / "x.inter.json", ['{"u": ["i1", "i2"], "u": ["i3"]}'])
     with pytest.raises(UserError, match="has the key 'u' twice"):
         read(log, items)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        '{"user": "u", "item": "i1", "t\u00e9": 1, "item": "i2"}',
+        '{"user": "u", "item": "i1", "user": 7}',  # the second one is mended
+        "{'user': 'u', 'item': 'i1', 'item': 'i2'}",
+    ],
+)
+def test_a_key_that_stands_twice_in_any_line_is_refused(
+    tmp_path: Path, items: Path, wrong: str
+) -> None:
+    """Keys inside of another object, and words of a text, are no second key."""
+    more = '"more": {"item": "x", "item": 1}, "text": "the \\"item\\" is red"'
+    sound = [f'{{"user": "u", "item": "i1", {more}}}'] * 30
+    if wrong.startswith("{'"):
+        sound = ["{'user': 'u', 'item': 'i1'}"] * 30
+    log = write(tmp_path / "log.jsonl", [*sound, wrong])
+    key = "user" if "7" in wrong else "item"
+    with pytest.raises(UserError, match=f"log.jsonl, line 31: the key '{key}' stands twice"):
+        read(log, items)
+    assert read(log, items, skip=True) == [("u", "i1", 0)] * 30
+
+
+def test_an_item_that_has_its_key_twice_is_refused(tmp_path: Path) -> None:
+    line = '{"asin": "i1", "title": "One"}'
+    twice = '{"asin": "i2", "title": "Two", "asin": "i3"}'
+    path = write(tmp_path / "items.jsonl", [*[line] * 30, twice])
+    with pytest.raises(UserError, match="items.jsonl, line 31: the key 'asin' stands twice"):
+        texts(path)
 
 
 def test_a_column_of_row_numbers_is_no_text(tmp_path: Path) -> None:
@@ -870,12 +964,40 @@ def test_a_folder_of_parquet_is_one_table(tmp_path: Path, items: Path) -> None:
         read(folder / "day=1", items)
 
 
-def test_a_pipe_is_named(tmp_path: Path, items: Path) -> None:
-    import os
+def test_a_pipe_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    catalogue = ["item_id,title", "a,One", "b,Two", "c,Three", "d,Four"]
+    log = ["user_id,item_id", *(f"{user},{item}" for user in "xyz" for item in "abcd")]
+    pipes = {name: tmp_path / f"{name}.csv" for name in ("log", "items")}
+    flags = ["--file_path", str(pipes["log"]), "--meta_file_path", str(pipes["items"])]
+    flags += ["--output_path", str(tmp_path / "out")]
 
-    os.mkfifo(tmp_path / "pipe.csv")
-    with pytest.raises(UserError, match="is a pipe or a device"):
-        read(tmp_path / "pipe.csv", items)
+    def run() -> None:
+        writers = []
+        for name, lines in (("log", log), ("items", catalogue)):
+            pipes[name].unlink(missing_ok=True)
+            os.mkfifo(pipes[name])
+            text = "\n".join(lines)
+            writers.append(threading.Thread(target=pipes[name].write_text, args=(text,)))
+            writers[-1].start()
+        try:
+            main(flags)
+        finally:
+            for writer in writers:
+                writer.join(timeout=20)
+
+    before = set(Path(tempfile.gettempdir()).glob("recformer_*"))
+    run()
+    folder = ProcessedFolder.load(tmp_path / "out")
+    assert (folder.num_users, folder.num_items) == (3, 4)
+    log[5] = "x,a,a,a"
+    with pytest.raises(UserError, match=f"^{pipes['log']}, line 6: 4 fields, expected 2"):
+        run()
+    assert set(Path(tempfile.gettempdir()).glob("recformer_*")) == before
+
+
+def test_a_device_is_no_file(items: Path) -> None:
+    with pytest.raises(UserError, match="/dev/null is a pipe or a device, expected a file"):
+        read(Path("/dev/null"), items)
 
 
 # --- ids ------------------------------------------------------------------------------------------
