@@ -428,7 +428,8 @@ def run(folder: Path, *, show: bool) -> int:
         said = f"{'' if usual is None else usual:>8}"
         slow = "  <- slower than it was" if usual is not None and cores > 1.5 * usual else ""
         print(f"{seconds:7.1f}  {cores:9.1f}  {said}  {name}{slow}")
-    print(f"{60 * minutes:7.1f}  {'':9}  {'':8}  all: {minutes:.1f} minutes")
+    used = sum(cores for _, cores in machine.seconds.values())
+    print(f"{60 * minutes:7.1f}  {used:9.1f}  {'':8}  all: {minutes:.1f} minutes")
     if minutes > MINUTES:
         print(f"warning: more than the {MINUTES} minutes that two idle cores should need")
     if failure is not None:

@@ -117,6 +117,16 @@ def test_guides_and_examples_are_classified_too(fresh: ModuleType, repository: P
     assert any(b.not_run is None for b in found["docs/guides/serving-elsewhere.md"])
 
 
+def test_every_expected_time_is_of_a_step(fresh: ModuleType, repository: Path) -> None:
+    found = [
+        block.name
+        for path in fresh.pages(repository)
+        for block, _ in fresh.programs(fresh.blocks(path.read_text(encoding="utf-8")))
+    ]
+    names = [*found, "--help of 3 commands", "wheel: install"]
+    assert [part for part in fresh.EXPECTED if not any(part in name for name in names)] == []
+
+
 @pytest.fixture
 def machine(fresh: ModuleType, tmp_path: Path):
     (tmp_path / "home").mkdir()
