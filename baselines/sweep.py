@@ -125,7 +125,7 @@ def suggested(trial: Any, search: dict[str, Any]) -> dict[str, Any]:
 
 
 def folder_of(output_dir: Path, settings: dict[str, Any]) -> Path:
-    """Where a trial of these settings runs, so that it goes on there if it is tried again."""
+    """Folder of a trial of these settings, where it goes on if it is tried again."""
     text = json.dumps(settings, sort_keys=True)
     return output_dir / f"trial_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

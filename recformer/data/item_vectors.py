@@ -175,7 +175,7 @@ def _tables(folder: Path, hidden_size: int) -> list[Table]:
 def _locate(
     distinct: Keys, tables: list[Table]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Where each of D sorted keys is: index of its table (-1: in none) and row there, (D,) each."""
+    """Places of D sorted keys: index of the table (-1: in none) and row there, (D,) each."""
     table_of = np.full(len(distinct), -1)
     row_of = np.zeros(len(distinct), np.int64)
     for index, (keys, _) in enumerate(tables):

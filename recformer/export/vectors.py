@@ -83,7 +83,7 @@ def chunks(recommender: CatalogueRecommender) -> Iterator[Chunk]:
 
 
 def user_side(recommender: CatalogueRecommender) -> dict[str, Any]:
-    """What a user's vector is made of, for the manifest; see the module."""
+    """Parts of a user's vector, for the manifest; see the module."""
     model = recommender.model
     if not isinstance(model, RecformerForCatalogue):
         config = model.config
@@ -204,7 +204,7 @@ def _json(value: Any) -> str:
 
 
 def storable(value: Any) -> Any:
-    """What every one of the three stores: Unicode without NUL, finite numbers."""
+    """A value that all three can store: Unicode without NUL, finite numbers or None."""
     if isinstance(value, str):
         # Half a surrogate pair, as a broken JSON escape leaves it, is no Unicode.
         whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
