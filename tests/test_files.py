@@ -8,7 +8,7 @@ import signal
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,19 +93,24 @@ def test_json_from_a_pipe(tmp_path: Path) -> None:
         read_json(tmp_path)
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 100 kB; the error is as unnamed as that of a full disk."""
+    """No file may grow beyond 100 kB; the error is as unnamed as that of a full disk.
+
+    In a block, not a fixture: outside of it pytest writes, perhaps to a long file.
+    """
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize("how", ["write", "numpy", "torch"])
-def test_a_full_disk_names_the_file(tmp_path: Path, small_disk: None, how: str) -> None:
+def test_a_full_disk_names_the_file(tmp_path: Path, how: str) -> None:
     path = tmp_path / "big"
     path.write_bytes(b"old")
     write = {
@@ -113,7 +118,11 @@ def test_a_full_disk_names_the_file(tmp_path: Path, small_disk: None, how: str) 
         "numpy": lambda handle: np.save(handle, np.zeros(1_000_000)),
         "torch": lambda handle: torch.save({"a": torch.zeros(1_000_000)}, handle),
     }[how]
-    with pytest.raises(OSError, match=str(path)) as raised, atomic_write(path, "wb") as handle:
+    with (
+        pytest.raises(OSError, match=str(path)) as raised,
+        small_disk(),
+        atomic_write(path, "wb") as handle,
+    ):
         write(handle)
     assert "too large" in str(raised.value) or "disk full" in str(raised.value)
     assert path.read_bytes() == b"old"
