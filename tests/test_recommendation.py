@@ -29,6 +29,7 @@ from recformer.models import HeadOptions, RecformerForCatalogue
 from recformer.models.catalogue import token_bags
 from recformer.recommendation import CatalogueRecommender, Explanation
 from recformer.recommendation.diversity import marginally_relevant
+from recformer.recommendation.saving import load_catalogue
 from recformer.training.item_encoder import encode_items
 from tests.tiny import tiny_recformer
 
@@ -554,6 +555,36 @@ def test_a_changed_catalogue_is_saved_and_loaded(either: Path, tmp_path: Path, m
     # The file of texts, where it is named, takes the place of what was saved.
     (tmp_path / "meta.json").write_text(json.dumps(TEXTS))
     assert len(CatalogueRecommender.load(home, tmp_path / "meta.json")) == 8
+
+
+def test_a_catalogue_is_whole_for_those_who_load_it_meanwhile(folder: Path, tmp_path: Path) -> None:
+    recommender = CatalogueRecommender.load(folder)
+    key = recommender._model_key
+    recommender.save(tmp_path / "home")
+    stop, seen, wrong = threading.Event(), set(), []
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                saved = load_catalogue(tmp_path / "home", len(NAMES), key)
+                seen.add(len(saved.texts))
+                if len(saved.texts) != len(NAMES) + len(saved.vectors):
+                    wrong.append(len(saved.vectors))
+            except Exception as error:
+                wrong.append(error)
+
+    readers = [threading.Thread(target=load) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for turn in range(15):
+        recommender.add_items({f"X{turn}": {"title": f"tent {turn}"}})
+        recommender.save(tmp_path / "home")
+    stop.set()
+    for reader in readers:
+        reader.join(timeout=60)
+    assert wrong == []
+    assert seen <= set(range(10, 26))
+    assert len(load_catalogue(tmp_path / "home", len(NAMES), key).texts) == 25
 
 
 def test_a_saved_catalogue_belongs_to_its_model(folder: Path, headed: Path, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from recformer.evaluation.additions import Additions, PairTerms
 from recformer.evaluation.exact import (
+    CHUNK_ELEMENTS,
     DENSE_SHARE,
     MIN_NORM,
     PAIR_ELEMENTS,
+    USER_BLOCK,
     _checked_chunk_size,
     _checked_users,
     _count,
@@ -36,9 +38,7 @@ from recformer.evaluation.ranks import (
 )
 from recformer.files import UserError
 
-FEW_USERS = 4  # whose product with a chunk is bound by reading the items
-
-LONG_CHUNK = 2**16  # items a chunk for few users, 96 MB of 384 float32 that are not copied
+LONG_CHUNK = 2**16  # items a chunk at most: 96 MB of 384 float32 numbers, where they are copied
 
 MANY_TIMES = 8  # k candidates a user, from which on they are looked at again
 
@@ -82,8 +82,9 @@ def top_items_by_vectors(
     for name, values in (("offered", offered), ("norms", norms)):
         if values is not None:
             _same_length(name, len(values), num_items, "an item")
-    if chunk_size is None and norms is not None and num_users <= FEW_USERS:
-        chunk_size = LONG_CHUNK  # nothing of it is read twice
+    if chunk_size is None and norms is not None:  # nothing but scores is read twice
+        scores = CHUNK_ELEMENTS // max(1, min(num_users, USER_BLOCK))
+        chunk_size = max(1, min(LONG_CHUNK, scores))
     chunk_size = _checked_chunk_size(chunk_size, users)
     rows, cols = _seen_pairs(seen, num_users, num_items)
     terms = PairTerms.of(additions, num_users, num_items)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recformer.data.processed import ProcessedFolder
+from recformer.data.processed import USER_FILE, ProcessedFolder
 from recformer.files import UserError, read_json
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def _of_interactions(path: Path, columns: Columns | None) -> Iterator[History]:
 def histories_of_folder(path: str | os.PathLike) -> list[History]:
     """All that the users of a processed folder did: training, validation and test together."""
     data = ProcessedFolder.load(path)
-    names = {row: name for name, row in read_json(data.path / "umap.json").items()}
+    users = data.path / USER_FILE
+    names = {row: name for name, row in read_json(users).items()} if users.exists() else {}
     histories: list[History] = []
     for user in range(data.num_users):
         parts = [split[user] for split in (data.train, data.val, data.test) if user < len(split)]
