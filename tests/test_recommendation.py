@@ -24,12 +24,14 @@ from recformer.data.items import ItemsInMemory, TokenizedItems
 from recformer.data.mapped import open_mapped
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.top_items import _parts
 from recformer.files import UserError, read_json
 from recformer.models import HeadOptions, RecformerForCatalogue
 from recformer.models.catalogue import token_bags
 from recformer.recommendation import CatalogueRecommender, Explanation
 from recformer.recommendation.diversity import marginally_relevant
 from recformer.recommendation.saving import load_catalogue
+from recformer.recommendation.view import Rows
 from recformer.training.item_encoder import encode_items
 from tests.tiny import tiny_recformer
 
@@ -615,7 +617,8 @@ def test_a_saved_catalogue_belongs_to_its_model(folder: Path, headed: Path, tmp_
         CatalogueRecommender.load(tmp_path / "other")
 
 
-def test_rows_are_added_without_moving_those_there(folder: Path) -> None:
+def test_rows_are_added_without_moving_those_there(folder: Path, monkeypatch) -> None:
+    cat = torch.cat
     recommender = CatalogueRecommender.load(folder)
     recommender.add_items({f"X{n}": {"title": f"tent {n}"} for n in range(300)})
     tables = recommender.catalogue.view.tables
@@ -624,6 +627,15 @@ def test_rows_are_added_without_moving_those_there(folder: Path) -> None:
     after = recommender.catalogue.view.tables
     assert list(map(len, after)) == [8, 2, 256, 512, 132]
     assert [t.data_ptr() for t in tables] == [t.data_ptr() for t in after[:4]]
+    # Searched piece by piece: no part of the table is copied.
+    parts = []
+    monkeypatch.setattr(torch, "cat", lambda *args: parts.append(args) or cat(*args))
+    rows = Rows(after)
+    assert [len(rows[part]) for part in _parts(len(rows), 300, rows.borders)] == [
+        *(8, 2, 256, 300, 212, 132)
+    ]
+    assert parts == []
+    monkeypatch.undo()
     vectors = recommender.catalogue.view.at(np.array([10, 909, 310]))
     for vector, text in zip(vectors, ("tent 0", "lamp 599", "lamp 0"), strict=True):
         expected = Truth(folder).vector({"title": text})

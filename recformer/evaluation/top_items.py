@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,7 +66,8 @@ def top_items_by_vectors(
     scored in float64.
 
     Args:
-        user_vectors, item_vectors, chunk_size, cosine, additions: as in `rank_by_vectors`.
+        user_vectors, item_vectors, chunk_size, cosine, additions: as in `rank_by_vectors`; a table
+            in pieces that says where they begin (`borders`) is read piece by piece.
         k: items a user, at least 1.
         seen: (rows, cols): item `cols[j]` is not recommended to the user in row `rows[j]`.
         offered: (N,) true for the items that may be recommended to anybody; None: all.
@@ -99,8 +102,8 @@ def top_items_by_vectors(
     blocks = _user_blocks(num_users)
     with _full_float32(device):
         sides = [_of_length_one(users[block], block.start) for block in blocks]
-        for start in range(0, num_items, chunk_size):
-            part = slice(start, min(start + chunk_size, num_items))
+        for part in _parts(num_items, chunk_size, getattr(item_vectors, "borders", ())):
+            start = part.start
             items = _read(item_vectors, part, device)  # (C, H)
             chunk = _Chunk(
                 start,
@@ -127,6 +130,13 @@ def top_items_by_vectors(
     if cosine or not num_users:
         return best.items, best.scores
     return best.items, best.scores * _to_numpy(torch.cat([each for _, each in sides]))[:, None]
+
+
+def _parts(count: int, most: int, borders: Sequence[int]) -> Iterator[slice]:
+    """Slices of at most so many items, none across a border of a table that lies in pieces."""
+    for first, last in pairwise([0, *borders, count]):
+        for start in range(first, last, most):
+            yield slice(start, min(start + most, last))
 
 
 @dataclass(frozen=True)

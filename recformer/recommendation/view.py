@@ -22,6 +22,9 @@ class Rows:
     Args:
         tables: (N0, …), (N1, …), …, on one device.
         rows: ascending rows of them all to keep; None keeps all.
+
+    Attributes:
+        borders: where tables after the first begin: a slice across one of them is a copy.
     """
 
     def __init__(self, tables: Sequence[Tensor], rows: NDArray[np.int64] | None = None) -> None:
@@ -30,6 +33,7 @@ class Rows:
         total = int(self.starts[-1]) if rows is None else len(rows)
         self.shape = (total, *tables[0].shape[1:])
         self.ndim = len(self.shape)
+        self.borders = self.starts[1:-1].tolist() if rows is None else []
 
     def __len__(self) -> int:
         return self.shape[0]
