@@ -105,8 +105,12 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str) -> np.n
         raise DamagedStoreError(f"{path} has {size} bytes, expected {expected}")
     if not expected:  # an empty file cannot be mapped
         return np.empty(shape, dtype)
+    try:
+        mapped = np.memmap(path, dtype, mode=mode, shape=shape)  # type: ignore[call-overload]
+    except FileNotFoundError as error:  # removed at this moment
+        raise DamagedStoreError(f"{path} is missing") from error
     # A plain array over the mapping: np.memmap itself makes every slice and index slower.
-    return np.asarray(np.memmap(path, dtype, mode=mode, shape=shape))  # type: ignore[call-overload]
+    return np.asarray(mapped)
 
 
 class Writer:

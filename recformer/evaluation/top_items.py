@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,6 @@ from recformer.evaluation.ranks import (
     _to_numpy,
 )
 from recformer.files import UserError
-
-LONG_CHUNK = 2**16  # items a chunk at most: 96 MB of 384 float32 numbers, where they are copied
 
 MANY_TIMES = 8  # k candidates a user, from which on they are looked at again
 
@@ -85,9 +84,9 @@ def top_items_by_vectors(
     for name, values in (("offered", offered), ("norms", norms)):
         if values is not None:
             _same_length(name, len(values), num_items, "an item")
-    if chunk_size is None and norms is not None:  # nothing but scores is read twice
-        scores = CHUNK_ELEMENTS // max(1, min(num_users, USER_BLOCK))
-        chunk_size = max(1, min(LONG_CHUNK, scores))
+    if chunk_size is None and norms is not None and _lies_ready(item_vectors, device):
+        # Only scores take memory: few users see all items at once, and threads seldom wait.
+        chunk_size = max(1, CHUNK_ELEMENTS // max(1, min(num_users, USER_BLOCK)))
     chunk_size = _checked_chunk_size(chunk_size, users)
     rows, cols = _seen_pairs(seen, num_users, num_items)
     terms = PairTerms.of(additions, num_users, num_items)
@@ -130,6 +129,11 @@ def top_items_by_vectors(
     if cosine or not num_users:
         return best.items, best.scores
     return best.items, best.scores * _to_numpy(torch.cat([each for _, each in sides]))[:, None]
+
+
+def _lies_ready(items: Any, device: torch.device) -> bool:
+    """Whether a slice of a table is no copy: float32 on the device."""
+    return getattr(items, "dtype", None) == torch.float32 and items.device == device
 
 
 def _parts(count: int, most: int, borders: Sequence[int]) -> Iterator[slice]:

@@ -25,6 +25,7 @@ class Rows:
 
     Attributes:
         borders: where tables after the first begin: a slice across one of them is a copy.
+        dtype: of all tables, None where they differ or a slice is a copy anyway.
     """
 
     def __init__(self, tables: Sequence[Tensor], rows: NDArray[np.int64] | None = None) -> None:
@@ -33,6 +34,9 @@ class Rows:
         total = int(self.starts[-1]) if rows is None else len(rows)
         self.shape = (total, *tables[0].shape[1:])
         self.ndim = len(self.shape)
+        self.device = tables[0].device
+        dtypes = {table.dtype for table in tables}
+        self.dtype = dtypes.pop() if rows is None and len(dtypes) == 1 else None
         self.borders = self.starts[1:-1].tolist() if rows is None else []
 
     def __len__(self) -> int:
