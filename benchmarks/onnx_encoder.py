@@ -104,22 +104,20 @@ def figures(
     vectors = torch.from_numpy(encode([[item] for item in folder.items]))
     speed = len(folder.items) / (time.perf_counter() - started)
     examples = folder.eval_examples("test")
-    chosen = [examples[int(row)] for row in users]
+    chosen = [examples.histories[int(row)] for row in users]  # item ids, oldest first
     additions = None
     if isinstance(model, RecformerForCatalogue):
         vectors = model.head.item_vectors(vectors)
-        histories = histories_of([e.items for e in chosen], model.head.options.max_history)
+        histories = histories_of(chosen, model.head.options.max_history)
         user_vectors = model.head.user_vectors(histories, vectors)
         known = vectors[histories.distinct].double()
         cosines = (user_vectors[histories.rows].double() * known).sum(dim=-1)
         added = model.head.history_additions(histories, cosines)
         additions = (histories.rows, histories.distinct, added)
     else:
-        texts = [[folder.items[item] for item in example.items] for example in chosen]
+        texts = [[folder.items[item] for item in history] for history in chosen]
         user_vectors = torch.from_numpy(encode(texts))
-    ranks = rank_by_vectors(
-        user_vectors, vectors, np.array([e.target for e in chosen]), additions=additions
-    )
+    ranks = rank_by_vectors(user_vectors, vectors, examples.targets[users], additions=additions)
     return per_user_metrics(ranks, (10,))["NDCG@10"], speed
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
             f"{manifest['count']:,} items of {manifest['dimension']} numbers each written to "
             + ", ".join(str(args.output_dir / form) for form in stores)
         )
-        if manifest["user"]["made_of"] == "item vectors":
+        if "factor" in manifest["user"]:
             say(
                 "items of a user's history have a score beyond the inner product: see "
                 "docs/guides/serving-elsewhere.md, or leave them out of what is recommended"

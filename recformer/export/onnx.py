@@ -10,7 +10,7 @@
   encoder there (`recformer.export.vectors`).
 
 `encoder.int8.onnx` has the weights of all products in 8 bits; the manifest says how near its
-vectors are to the others, docs/results.md what that costs in NDCG.
+vectors are to the others, `python -m benchmarks.onnx_encoder` what that costs in NDCG.
 
 Shapes: B sequences, L padded length, D dimension of the vectors.
 """

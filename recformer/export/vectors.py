@@ -11,7 +11,10 @@ Vectors are divided by their length, so that an inner product is the cosine that
   divided by the length. The score of an item of the history is no inner product:
   `factor * cosine + bias[age]`, age being 0 for the newest, the last bias for all older ones. So
   the search takes as many items more as the history has and gives these their own score; the
-  others keep theirs, and the order is exact (`rescored` in docs/guides/serving-elsewhere.md).
+  others keep theirs, and the order is exact (docs/guides/serving-elsewhere.md).
+* a head with `--next_offsets` reads of each item of the history another vector than the one that is
+  recommended: `"made_of": "model"`, no weights, and `CatalogueRecommender.user_vectors` alone knows
+  the user. Scores of items of the history are as above.
 
 Shapes: N items, B users, D dimension of the vectors.
 """
@@ -105,6 +108,9 @@ def user_side(recommender: CatalogueRecommender) -> dict[str, Any]:
         "factor": 1.0,
         "bias": [0.0],
     }
+    if head.options.next_offsets:  # of which the exported vectors know nothing
+        known["made_of"] = "model"
+        del known["weights"]
     if head.options.history_term:
         known["factor"] = head.history_factor.item()
         known["bias"] = head.history_bias.detach().tolist()

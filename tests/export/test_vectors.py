@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,14 +22,14 @@ import torch
 from recformer import RecformerForSeqRec
 from recformer.commands.export import main
 from recformer.data.items import ItemsInMemory
-from recformer.export.vectors import export_vectors
+from recformer.export.vectors import export_vectors, user_side
 from recformer.files import UserError, read_json
 from recformer.models import HeadOptions, RecformerForCatalogue
 from recformer.models.catalogue import token_bags
 from recformer.recommendation import CatalogueRecommender
 from recformer.tokenization import RecformerTokenizer
 from recformer.training.item_encoder import encode_items
-from tests.tiny import randomised, tiny_recformer
+from tests.tiny import randomised, tiny_config, tiny_recformer
 
 COLOURS = ("red", "green", "blue")
 THINGS = ("tent", "lamp", "stove", "rope", "boots")
@@ -201,6 +202,34 @@ def test_items_of_the_history_with_a_head(headed: Path, monkeypatch) -> None:
             found, truth = recommend(history, k), expected(k, False, history)
             assert list(found) == list(truth)
             assert list(found.values()) == pytest.approx(list(truth.values()), abs=1e-5)
+
+
+def test_the_encoder_as_onnx(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file and the tokenizer beside it, as the guide reads them."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(published)
+    command = ["--model", "result/best_model", "--forms", "onnx", "--int8"]
+    main([*command, "--output_dir", "encoder"])
+    monkeypatch.chdir(published / "encoder")
+    Path("export").symlink_to(".")  # where the guide expects it
+    (found,) = run_block("The encoder as ONNX")["vectors"]
+    recommender = CatalogueRecommender.load(published / "result" / "best_model")
+    item = {"title": "Tent for two", "brand": "Acme"}
+    (expected,) = torch.nn.functional.normalize(recommender.user_vectors([[item]])).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert Path("onnx", "encoder.int8.onnx").is_file()
+
+
+def test_a_user_that_is_more_than_item_vectors_has_no_weights() -> None:
+    """Who computed it from the exported vectors would be wrong and not know."""
+    for asked in (False, True):
+        head = HeadOptions(bag_size=6, next_offsets=asked).as_dict()
+        model = RecformerForCatalogue(tiny_config(item_num=3, head=head))
+        side = user_side(SimpleNamespace(model=model))
+        assert side["made_of"] == ("model" if asked else "item vectors")
+        assert ("weights" in side) != asked
+        assert side["factor"] == 0.5
 
 
 def test_manifest(work: Path) -> None:
