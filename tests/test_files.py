@@ -130,7 +130,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["safetensors", "tokenizer", "text"])
-def test_a_full_disk_names_the_folder(tmp_path: Path, small_disk: None, how: str) -> None:
+def test_a_full_disk_names_the_folder(tmp_path: Path, how: str) -> None:
     path = tmp_path / "model"
     path.mkdir()
 
@@ -143,16 +143,21 @@ def test_a_full_disk_names_the_folder(tmp_path: Path, small_disk: None, how: str
         else:
             (folder / "README.md").write_text("x" * 1_000_000)
 
-    with pytest.raises(OSError, match=f"File too large: '{path}'"), atomic_folder(path) as folder:
+    with (
+        pytest.raises(OSError, match=f"File too large: '{path}'"),
+        small_disk(),
+        atomic_folder(path) as folder,
+    ):
         write(folder)
     assert list(tmp_path.iterdir()) == [path]
     assert not list(path.iterdir())
 
 
-def test_a_full_disk_names_the_store(tmp_path: Path, small_disk: None) -> None:
+def test_a_full_disk_names_the_store(tmp_path: Path) -> None:
     store = tmp_path / "tokenized_items"
     with (
         pytest.raises(OSError, match=f"File too large: '{store}'"),
+        small_disk(),
         build_mapped(store, "key") as writer,
     ):
         writer.append("offsets", np.zeros(1_000_000), "<i8")
