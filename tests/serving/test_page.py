@@ -19,6 +19,8 @@ from tests.serving.conftest import KEY, NAMES, TEXTS, MakeService, listening, ma
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
+expect.set_options(timeout=60_000)  # a busy machine is no fault of the page
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
