@@ -27,7 +27,7 @@ from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS
 from recformer.evaluation.runs import RunResult
-from recformer.evaluation.table import csv_table, latex_table, markdown_table
+from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
 from recformer.files import UserError, atomic_write, write_json
 from recformer.pictures import drawable
 from recformer.training.seeds import run_command
@@ -52,8 +52,7 @@ def cells_of(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for row in group:
         cells = [row.run.name]
         for name, (value, low, high) in row.figures.items():
-            deviation = f" ± {row.deviation[name]:.4f}" if row.deviation else ""
-            cells.append(f"{value:.4f}{deviation} [{low:.4f}, {high:.4f}]")
+            cells.append(figure_text(value, low, high, row.deviation.get(name)))
         cells.append("" if row.p is None else f"{row.p:.4f}")
         cells.append("" if row.parameters is None else f"{row.parameters:,}")
         cells.append("" if not row.train_seconds else f"{row.train_seconds / 60:.1f} min")

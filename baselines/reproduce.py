@@ -24,10 +24,10 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
-from recformer.cli import command_parser, exit_with_message
+from recformer.cli import command_parser, exit_with_message, flag_words
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS
-from recformer.evaluation.table import markdown_table
+from recformer.evaluation.table import figure_text, markdown_table
 from recformer.files import UserError, atomic_write, read_json, write_json
 from recformer.processes import say
 from recformer.training.seeds import run_command
@@ -153,19 +153,6 @@ class Experiment:
                 raise UserError(f"{where}: expected {unknown or 'nothing'}; of {METRICS}")
 
 
-def words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags as a command line has them."""
-    line: list[str] = []
-    for name, value in flags.items():
-        if value is True:
-            line.append(f"--{name}")
-        elif isinstance(value, list):
-            line += [f"--{name}", *map(str, value)]
-        else:
-            line += [f"--{name}", str(value)]
-    return line
-
-
 class Reproduction:
     """An experiment in a folder."""
 
@@ -191,7 +178,7 @@ class Reproduction:
         """The command of a run."""
         flags = {n: self.replaced.get(v, v) if isinstance(v, str) else v
                  for n, v in run.flags.items()}  # fmt: skip
-        line = ["recformer", run.command, *words(flags)]
+        line = ["recformer", run.command, *flag_words(flags)]
         line += ["--data_path", str(self.data_folder(self.experiment.data[run.data]))]
         line += ["--output_dir", str(self.folder(run))]
         return line + (["--seeds", *map(str, run.seeds)] if run.seeds else [])
@@ -258,7 +245,7 @@ class Reproduction:
                 self._run(["recformer", *fetch])
                 files = self.raw_files(data)
             flags = {n: files.get(n, v) for n, v in data.process.items()}
-            self._run(["recformer", "process", *words(flags), "--output_path", str(folder)])
+            self._run(["recformer", "process", *flag_words(flags), "--output_path", str(folder)])
         split = ProcessedFolder.load(folder).split_hash
         if data.split_hash is not None and split != data.split_hash:
             raise UserError(f"{folder} has the split {split[:12]}, the table was made on "
@@ -371,8 +358,7 @@ def markdown(content: Mapping[str, Any]) -> str:
             line = [row["name"] + (f" ({len(row['seeds'])} seeds)" if row["deviation"] else "")]
             for metric in METRICS:
                 value, low, high = row["figures"][metric]
-                deviation = f" ± {row['deviation'][metric]:.4f}" if row["deviation"] else ""
-                line.append(f"{value:.4f}{deviation} [{low:.4f}, {high:.4f}]")
+                line.append(figure_text(value, low, high, row["deviation"].get(metric)))
             line.append("" if row["p"] is None else f"{row['p']:.4f}")
             line.append(f"{row['train_seconds'] / 60:.1f}" if row["train_seconds"] else "")
             cells.append([*line, row["verdict"]])

@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from recformer.cli import command_parser, exit_with_message, keep_freed_memory
+from recformer.cli import command_parser, exit_with_message, flag_words, keep_freed_memory
 from recformer.evaluation.runs import RunResult
 from recformer.evaluation.table import csv_table, markdown_table
 from recformer.files import UserError, atomic_write, read_json, write_json
@@ -85,11 +85,7 @@ class Sweep:
 
     def words(self, settings: dict[str, Any], output_dir: Path) -> list[str]:
         """Flags of a trial as a command line has them."""
-        line: list[str] = []
-        for name, value in (self.flags | settings | {"output_dir": str(output_dir)}).items():
-            values = value if isinstance(value, list) else [value]
-            line += [f"--{name}", *(str(each) for each in values)]
-        return line
+        return flag_words(self.flags | settings | {"output_dir": str(output_dir)})
 
 
 def _check_space(path: str, name: str, space: Any) -> None:

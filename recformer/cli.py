@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from recformer.files import UserError
@@ -159,6 +159,15 @@ def check_seed(seed: int) -> int:
     if not 0 <= seed <= MOST_SEED:
         raise UserError(f"--seed {seed}: must be from 0 to {MOST_SEED}")
     return seed
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as a command line has them; one that is True stands alone."""
+    line: list[str] = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        line += [f"--{name}", *map(str, values)]
+    return line
 
 
 def keep_freed_memory() -> bool:

@@ -114,3 +114,10 @@ def test_no_bar_of_a_library_fills_a_log_file(tmp_path: Path, way: str) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_flags_as_words():
+    flags = {"model": "sasrec", "fp16": True, "metric_ks": [5, 10], "cosine": "true"}
+    assert cli.flag_words(flags) == [
+        "--model", "sasrec", "--fp16", "--metric_ks", "5", "10", "--cosine", "true"
+    ]  # fmt: skip

@@ -16,7 +16,7 @@ from recformer.cli import check_seed, command_parser
 from recformer.evaluation.compare import compare
 from recformer.evaluation.runs import RankedRun
 from recformer.evaluation.statistics import LEVEL
-from recformer.evaluation.table import csv_table, latex_table, markdown_table
+from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
 from recformer.files import UserError, atomic_write, write_json
 from recformer.pictures import drawable
 
@@ -38,10 +38,7 @@ def figure_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     cells = [
         [
             row["name"],
-            *(
-                f"{row[m]['value']:.4f} [{row[m]['low']:.4f}, {row[m]['high']:.4f}]"
-                for m in metrics
-            ),
+            *(figure_text(row[m]["value"], row[m]["low"], row[m]["high"]) for m in metrics),
         ]
         for row in rows
     ]

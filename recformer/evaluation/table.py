@@ -20,6 +20,12 @@ def cell_text(name: str) -> str:
     return name.replace("|", "\\|")
 
 
+def figure_text(value: float, low: float, high: float, deviation: float | None = None) -> str:
+    """A figure with its interval, and its deviation over seeds if there is one."""
+    around = "" if deviation is None else f" ± {deviation:.4f}"
+    return f"{value:.4f}{around} [{low:.4f}, {high:.4f}]"
+
+
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column's cells are names."""
     lines = ["| |" + "|".join(heads[1:]) + "|" if not heads[0] else "|" + "|".join(heads) + "|"]

@@ -9,7 +9,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from baselines import reproduce
-from baselines.reproduce import FOLDER, Experiment, main, words
+from baselines.reproduce import FOLDER, Experiment, main
 from recformer.__main__ import COMMANDS
 from recformer.files import UserError, read_json
 
@@ -149,10 +149,3 @@ def test_every_experiment_of_the_package_has_flags_that_exist(path):
         assert set(run.flags) <= set(known.__dataclass_fields__), run.name
     with pytest.raises(FileNotFoundError, match="no such experiment; there are .*sample"):
         Experiment.load("none")
-
-
-def test_flags_as_words():
-    flags = {"model": "sasrec", "fp16": True, "metric_ks": [5, 10], "cosine": "true"}
-    assert words(flags) == [
-        "--model", "sasrec", "--fp16", "--metric_ks", "5", "10", "--cosine", "true"
-    ]  # fmt: skip
