@@ -60,8 +60,8 @@ class _UserSide:
         first: int,
         cosine: bool,
     ) -> _UserSide:
-        """`terms` (B,) are added to the scores of the targets; `first` as in `_of_length_one`."""
-        vectors, lengths = _of_length_one(users, first)
+        """`terms` (B,) are added to the scores of the targets; `first` as in `of_length_one`."""
+        vectors, lengths = of_length_one(users, first)
         if cosine:
             lengths = torch.ones_like(lengths)
         target_vectors = _read(items, targets, users.device)
@@ -72,7 +72,7 @@ class _UserSide:
             vectors=vectors,
             vectors32=vectors.float(),
             lengths=lengths,
-            target_scores=_pair_scores(vectors, target_vectors, cosine) + added,
+            target_scores=pair_scores(vectors, target_vectors, cosine) + added,
             scale=torch.ones_like(scale) if cosine else scale,
             cosine=cosine,
         )
@@ -131,7 +131,7 @@ def _compare(
     rows, cols = torch.cat([rows, apart_rows]), torch.cat([cols, apart_cols])
     step = max(1, PAIR_ELEMENTS // max(hidden, 1))
     for row, col, term in zip(rows.split(step), cols.split(step), terms.split(step), strict=True):
-        exact = _pair_scores(side.vectors[row], items[col], side.cosine)
+        exact = pair_scores(side.vectors[row], items[col], side.cosine)
         exact += term / side.lengths[row]
         exact -= side.target_scores[row]
         above.index_add_(0, row, (exact > tolerance[row]).long())
@@ -165,7 +165,7 @@ def _rounding(length: int, unit: float) -> float:
     return error / (1 - error)
 
 
-def _pair_scores(users: torch.Tensor, items: torch.Tensor, cosine: bool) -> torch.Tensor:
+def pair_scores(users: torch.Tensor, items: torch.Tensor, cosine: bool) -> torch.Tensor:
     """Scores (P,) float64 of users (P, H) float64 with items (P, H), each in its own row.
 
     Only elementwise float64 operations: the same bits for a pair wherever and with whatever it is
@@ -176,7 +176,7 @@ def _pair_scores(users: torch.Tensor, items: torch.Tensor, cosine: bool) -> torc
     return scores / _ordered_norm(items).clamp(min=MIN_NORM) if cosine else scores
 
 
-def _of_length_one(users: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def of_length_one(users: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors (B, H) float64 of length 1, and the lengths (B,) they had, 1 for zero vectors.
 
     A zero vector stays zero, so that all its items tie. `first` is the row of the first vector, for

@@ -28,11 +28,11 @@ from recformer.evaluation.exact import (
     _checked_users,
     _compare,
     _full_float32,
-    _pair_scores,
     _pairs_of,
     _read,
     _user_blocks,
     _UserSide,
+    pair_scores,
 )
 from recformer.evaluation.ranks import (
     Pairs,
@@ -167,7 +167,7 @@ def rank_among_by_vectors(
         items = _read(item_vectors, ids[block].reshape(-1), users.device)  # (P, H)
         _checked_norms(items, "candidate's item", first * num_candidates)
         vectors = side.vectors.repeat_interleave(num_candidates, dim=0)
-        apart = _pair_scores(vectors, items, cosine)
+        apart = pair_scores(vectors, items, cosine)
         apart += added / side.lengths.repeat_interleave(num_candidates)
         apart = apart.reshape(-1, num_candidates)
         apart -= side.target_scores[:, None]

@@ -23,13 +23,13 @@ from recformer.evaluation.exact import (
     _count,
     _full_float32,
     _norms32,
-    _of_length_one,
-    _pair_scores,
     _pairs_of,
     _read,
     _rounding,
     _user_blocks,
     _where,
+    of_length_one,
+    pair_scores,
 )
 from recformer.evaluation.ranks import (
     Pairs,
@@ -100,7 +100,7 @@ def top_items_by_vectors(
     best = _Best(num_users, k)
     blocks = _user_blocks(num_users)
     with _full_float32(device):
-        sides = [_of_length_one(users[block], block.start) for block in blocks]
+        sides = [of_length_one(users[block], block.start) for block in blocks]
         for part in _parts(num_items, chunk_size, getattr(item_vectors, "borders", ())):
             start = part.start
             items = _read(item_vectors, part, device)  # (C, H)
@@ -223,7 +223,7 @@ def _exact(
     """Scores (P,) float64 of pairs, few at a time."""
     step = max(1, PAIR_ELEMENTS // max(users.shape[1], 1))
     parts = zip(rows.split(step), cols.split(step), strict=True)
-    return torch.cat([_pair_scores(users[row], items[col], cosine) for row, col in parts])
+    return torch.cat([pair_scores(users[row], items[col], cosine) for row, col in parts])
 
 
 def top_items(

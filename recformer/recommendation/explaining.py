@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recformer.evaluation.exact import _of_length_one, _pair_scores
+from recformer.evaluation.exact import of_length_one, pair_scores
 from recformer.recommendation.answers import Explanation, HistoryItem, title_of
 from recformer.recommendation.reading import Asked, ItemByItem, Sequences
 from recformer.recommendation.view import View
@@ -58,8 +58,8 @@ def explained(
 
     def scores(user: Tensor, items: Tensor, ages: list[int | None]) -> list[float]:
         count = max(len(user), len(items))
-        units, _ = _of_length_one(user, 0)
-        cosines = _pair_scores(units.expand(count, -1), items.float().expand(count, -1), True)
+        units, _ = of_length_one(user, 0)
+        cosines = pair_scores(units.expand(count, -1), items.float().expand(count, -1), True)
         return reader.scores(cosines, ages).tolist()
 
     with torch.no_grad():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recformer.evaluation.additions import Additions, PairTerms
-from recformer.evaluation.exact import _of_length_one, _pair_scores
+from recformer.evaluation.exact import of_length_one, pair_scores
 from recformer.evaluation.top_items import _Best, top_items_by_vectors
 from recformer.recommendation.approximate import ApproximateIndex
 from recformer.recommendation.view import Offered, Rows, View, places_among
@@ -110,10 +110,10 @@ def _by_index(
     keys = np.setdiff1d(keys, seen[0] * len(view) + seen[1], assume_unique=False)
     owner, rows = np.divmod(keys, len(view))
 
-    units, _ = _of_length_one(users, 0)
+    units, _ = of_length_one(users, 0)
     distinct, place = np.unique(rows, return_inverse=True)
     vectors = view.at(distinct)[torch.from_numpy(place).to(users.device)]
-    cosines = _pair_scores(units[torch.from_numpy(owner).to(users.device)], vectors, True)
+    cosines = pair_scores(units[torch.from_numpy(owner).to(users.device)], vectors, True)
     best = _Best(num_users, k)
     best.offer(owner, rows, cosines.cpu().numpy() + terms.at(owner, rows))
     # What a filter leaves may lie where the index did not look: those users are searched exactly.
