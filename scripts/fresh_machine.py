@@ -1,11 +1,12 @@
-"""Run what the README, guides and examples say, on a machine that has only Python and pip.
+"""Run what README, site and examples say, on a machine that has only Python and pip.
 
     python scripts/fresh_machine.py [--keep FOLDER] [--show]
 
 HEAD is cloned into an empty folder; a new virtual environment with pip alone stands for the
 machine's Python; the home folder is empty; of the environment's variables only those remain that
-say how to reach package registries. There every block of commands of the README, of the guides in
-`docs/` and of the READMEs in `examples/` runs, in order, in one session; then the wheel is built,
+say how to reach package registries. There every block of commands runs, in one session: those of
+the README, of quickstart, concepts and guides in the order of `mkdocs.yml`, and of the READMEs in
+`examples/`; then `--help` of all commands of docs/reference/commands.md. Then the wheel is built,
 installed into a second such environment, and does the main job in a folder without the checkout.
 Nothing but packages is downloaded: models of the hub are replaced by tiny random ones of the same
 names in the hub's cache. The first step that fails ends all with exit status 1, its name and its
@@ -295,10 +296,19 @@ def _system_folders() -> list[str]:
 # What is run. ------------------------------------------------------------------------------------
 
 
+COMMANDS_PAGE = Path("docs", "reference", "commands.md")
+
+
 def pages(root: Path) -> list[Path]:
-    """Pages whose blocks run, in the order of their run."""
-    guides = sorted((root / "docs").glob("guides/*.md"))
-    return [root / "README.md", *guides, *sorted((root / "examples").glob("*/README.md"))]
+    """Pages whose blocks run, in the order of their run, which is that of reading."""
+    site = (
+        (root / "mkdocs.yml").read_text(encoding="utf-8") if (root / "mkdocs.yml").exists() else ""
+    )
+    listed = re.findall(
+        r": ((?:quickstart|concepts/[\w-]+|guides/[\w-]+)\.md)$", site, re.MULTILINE
+    )
+    docs = [root / "docs" / name for name in dict.fromkeys(listed)]
+    return [root / "README.md", *docs, *sorted((root / "examples").glob("*/README.md"))]
 
 
 def documentation(machine: Machine, clone: Path) -> None:
@@ -311,11 +321,8 @@ def documentation(machine: Machine, clone: Path) -> None:
         environment = machine.environment | {"PYTHONPATH": str(clone)}
         subprocess.run([python, "-c", program, *arguments], cwd=clone, env=environment, check=True)
 
-    listed: dict[str, None] = {}
     for path in pages(clone):
         page, title = path.read_text(encoding="utf-8"), str(path.relative_to(clone))
-        if path.name == "README.md" and path.parent == clone:  # tables of guides name other things
-            listed |= dict.fromkeys(scripts(page))
         for block, text in programs(blocks(page)):
             for name in block.fixtures:
                 if name not in made:
@@ -329,7 +336,8 @@ def documentation(machine: Machine, clone: Path) -> None:
                 program.write_text(text)
                 command = f"python {shlex.quote(str(program))}"
             machine.step(f"{title}, {block.name}", command, prints=block.prints)
-    if commands := list(listed):
+    if (path := clone / COMMANDS_PAGE).exists():
+        commands = scripts(path.read_text(encoding="utf-8"))
         machine.step(f"--help of {len(commands)} commands", _help_of(commands))
 
 

@@ -1,7 +1,7 @@
 """The tree of the repository, from the layers and the first line of every module's docstring.
 
 python scripts/tree.py            prints it
-python scripts/tree.py --write    its folders into README.md, all of it into docs/reference/tree.md
+python scripts/tree.py --write    folders into CONTRIBUTING.md, all into docs/reference/tree.md
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def with_tree(page: str, deep: bool) -> str:
     return before + start.removesuffix("quickstart.sh") + tree(deep=deep) + end + after
 
 
-PAGES = {ROOT / "README.md": False, ROOT / "docs" / "reference" / "tree.md": True}
+PAGES = {ROOT / "CONTRIBUTING.md": False, ROOT / "docs" / "reference" / "tree.md": True}
 
 if __name__ == "__main__":
     if "--write" in sys.argv[1:]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from recformer.__main__ import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -88,33 +91,61 @@ def test_a_block_that_nobody_classified_is_refused(
 def test_commands_of_the_table(fresh: ModuleType, repository: Path) -> None:
     page = "| `a.sh` | does |\n| `b/c.py` | x |\n| `recformer inspect FILE` | y |\ntext `d.sh` |\n"
     assert fresh.scripts(page) == ["bash a.sh", "python b/c.py", "recformer inspect"]
-    found = fresh.scripts((repository / "README.md").read_text(encoding="utf-8"))
+    found = fresh.scripts((repository / fresh.COMMANDS_PAGE).read_text(encoding="utf-8"))
     assert {"bash finetune.sh", "recformer recommend", "python finetune_data/process.py"} <= {
         *found
     }
     assert len(found) > 15
 
 
-def test_the_readme_is_classified_and_runs_what_it_promises(
-    fresh: ModuleType, repository: Path
-) -> None:
-    found = fresh.blocks((repository / "README.md").read_text(encoding="utf-8"))
-    lines = [line for _, text in fresh.programs(found) for line in text.splitlines()]
-    for command in ("bash quickstart.sh", "bash lightning_run.sh", "bash finetune.sh"):
-        assert any(line.partition(" #")[0].strip() == command for line in lines), command
-    assert any("DATA_PATH=finetune_data/MyShop" in line for line in lines)
-    assert sum(b.language == "python" and b.not_run is None for b in found) >= 4
+def test_the_page_of_commands_names_every_command(fresh: ModuleType, repository: Path) -> None:
+    page = (repository / fresh.COMMANDS_PAGE).read_text(encoding="utf-8")
+    names = [name for group in COMMANDS.values() for name in group]
+    assert [name for name in names if f"`recformer {name}" not in page] == []
 
 
-def test_guides_and_examples_are_classified_too(fresh: ModuleType, repository: Path) -> None:
-    found = {
+def found_on(fresh: ModuleType, repository: Path) -> dict[str, list]:
+    return {
         path.relative_to(repository).as_posix(): fresh.blocks(path.read_text(encoding="utf-8"))
         for path in fresh.pages(repository)
     }
-    assert next(iter(found)) == "README.md"
+
+
+def test_pages_run_in_the_order_of_the_site(fresh: ModuleType, repository: Path) -> None:
+    names = list(found_on(fresh, repository))
+    assert names[:2] == ["README.md", "docs/quickstart.md"]
+    own, recommending = (names.index(f"docs/guides/{n}.md") for n in ("own-shop", "recommending"))
+    assert own < recommending  # which takes what the first one leaves
+    assert names[-1] == "examples/shop/README.md"
+    written = {f"docs/guides/{path.name}" for path in (repository / "docs/guides").glob("*.md")}
+    assert written <= {*names}, "name the guide in mkdocs.yml"
+
+
+def test_what_the_pages_promise_runs(fresh: ModuleType, repository: Path) -> None:
+    """The quickstart, both scripts with nothing set, one's own data, Python."""
+    found = found_on(fresh, repository)
+    lines = [
+        line.partition(" #")[0].strip()
+        for page in found.values()
+        for _, text in fresh.programs(page)
+        for line in text.splitlines()
+    ]
+    for command in ("bash quickstart.sh", "bash lightning_run.sh", "bash finetune.sh"):
+        assert command in lines
+    assert any("DATA_PATH=finetune_data/MyShop" in line for line in lines)
+    python = [b for page in found.values() for b in page if b.language == "python"]
+    assert sum(block.not_run is None for block in python) >= 11
     shop = found["examples/shop/README.md"]
     assert sum(b.language == "bash" and b.not_run is None for b in shop) == 4
-    assert any(b.not_run is None for b in found["docs/guides/serving-elsewhere.md"])
+
+
+def test_the_readme_is_one_page_and_its_links_lead_somewhere(repository: Path) -> None:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    targets = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    places = [repository / (link or picture) for link, picture in targets]
+    assert len(places) > 20
+    assert [place for place in places if not place.exists()] == []
 
 
 def test_every_expected_time_is_of_a_step(fresh: ModuleType, repository: Path) -> None:
