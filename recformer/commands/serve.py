@@ -35,7 +35,7 @@ from recformer.files import UserError
 from recformer.processes import say
 
 KEY_VARIABLE = "RECFORMER_API_KEY"
-NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client")
+NEEDED = ("fastapi", "fastapi_offline", "uvicorn", "sqlalchemy", "prometheus_client")
 SHORTEST_KEY = 16
 
 
@@ -113,7 +113,7 @@ def read_key(path: Path | None) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """True for an address that can be reached from this machine alone."""
     if host == "localhost":
         return True
     try:

@@ -9,7 +9,7 @@ import bisect
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,18 @@ from recformer.recommendation.reading import Asked, PathLike
 from recformer.recommendation.view import Blocks, Offered, View
 from recformer.tokenization import Item, RecformerTokenizer
 from recformer.training.item_encoder import item_keys
+
+
+class KeptVectors(Protocol):
+    """Vectors of texts of one model that somebody keeps, by content hash."""
+
+    def find(self, contents: list[bytes]) -> Mapping[bytes, NDArray[np.float32]]:
+        """Those (H,) of some contents that are there."""
+        ...
+
+    def keep(self, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
+        """Take newly encoded ones (H,)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +105,12 @@ class LiveCatalogue:
         with self.lock:
             contents = self.contents[: len(self.view) - self.base]
             return Snapshot(self.view, dict(self.row_of), dict(self.texts), contents)
+
+    def used_contents(self) -> set[bytes]:
+        """Content hashes of what is offered beyond the model's own rows."""
+        with self.lock:
+            rows = [row - self.base for row in self.row_of.values() if row >= self.base]
+            return {self.contents[row] for row in rows}
 
     # --- asking -------------------------------------------------------------------------------
 
@@ -196,6 +214,7 @@ class LiveCatalogue:
         items: Mapping[str, Item],
         known: bool | None = None,
         cache_dir: PathLike | None = None,
+        kept: KeptVectors | None = None,
     ) -> int:
         """Encode what is new among `items` and give each name the row of its text's vector.
 
@@ -203,6 +222,7 @@ class LiveCatalogue:
             items: {name: attributes}.
             known: whether the names must be in the catalogue, or must not; None: either.
             cache_dir: where vectors are kept in files; None keeps none.
+            kept: vectors that are taken in place of encoding a text; it gets those that it lacks.
 
         Returns:
             Texts that were encoded.
@@ -231,7 +251,7 @@ class LiveCatalogue:
             # An item that reads as before keeps its row, and with it the vector.
             before = contents[len(names) :]
             changed = [i for i in range(len(names)) if contents[i] != before[i]]
-            vectors, encoded = self._vectors_of(store, contents, changed, cache_dir)
+            vectors, encoded = self._vectors_of(store, contents, changed, cache_dir, kept)
             with self.lock:
                 self._publish(items, changed, [contents[i] for i in changed], vectors)
             return encoded
@@ -242,6 +262,7 @@ class LiveCatalogue:
         contents: list[bytes],
         changed: list[int],
         cache_dir: PathLike | None,
+        kept: KeptVectors | None,
     ) -> tuple[Tensor, int]:
         """Vectors (K, H) of the changed items of a store, and how many of them were encoded."""
         new: dict[bytes, int] = {}  # the first with each text
@@ -252,14 +273,19 @@ class LiveCatalogue:
         old = self.view.at(rows[rows >= 0])
         vectors = old.new_empty(len(changed), self._tables[0].shape[1])
         vectors[torch.from_numpy(rows >= 0)] = old
+        found = dict(kept.find(list(new))) if new and kept is not None else {}
+        there = {content: torch.from_numpy(vector) for content, vector in found.items()}
+        new = {content: i for content, i in new.items() if content not in found}
         if new:
-            kept = np.zeros(len(store), bool)
-            kept[list(new.values())] = True  # `new` is in the order of the store
-            encoded = self._encode(store.subset(kept), cache_dir).float()
-            place_of = {content: place for place, content in enumerate(new)}
-            for j, i in enumerate(changed):
-                if rows[j] < 0:
-                    vectors[j] = encoded[place_of[contents[i]]]
+            chosen = np.zeros(len(store), bool)
+            chosen[list(new.values())] = True  # `new` is in the order of the store
+            encoded = self._encode(store.subset(chosen), cache_dir).float()
+            there |= dict(zip(new, encoded, strict=True))
+            if kept is not None:
+                kept.keep(dict(zip(new, encoded.cpu().numpy(), strict=True)))
+        for j, i in enumerate(changed):
+            if rows[j] < 0:
+                vectors[j] = there[contents[i]]
         return vectors, len(new)
 
     def _publish(

@@ -34,7 +34,7 @@ from recformer.recommendation.answers import (
     name_of,
 )
 from recformer.recommendation.approximate import ApproximateIndex
-from recformer.recommendation.catalogue import LiveCatalogue
+from recformer.recommendation.catalogue import KeptVectors, LiveCatalogue
 from recformer.recommendation.diversity import (
     LEAST_POOL,
     POOL,
@@ -438,13 +438,17 @@ class CatalogueRecommender:
         """
         return self.catalogue.put(items, known=True)
 
-    def put_items(self, items: Mapping[str, Item], keep: bool = False) -> int:
+    def put_items(
+        self, items: Mapping[str, Item], keep: bool = False, kept: KeptVectors | None = None
+    ) -> int:
         """Add those of the products that are new, and update the others.
 
         Args:
             items: {name: attributes}.
             keep: keep their vectors in the model's folder, so that they are encoded once, whoever
                 brings them again.
+            kept: vectors of this model kept elsewhere, taken in place of encoding a text; gets
+                those that it lacks.
 
         Returns:
             Texts that were encoded.
@@ -454,7 +458,7 @@ class CatalogueRecommender:
         """
         if not items:
             return 0
-        return self.catalogue.put(items, cache_dir=self._cache_dir if keep else None)
+        return self.catalogue.put(items, cache_dir=self._cache_dir if keep else None, kept=kept)
 
     def remove_items(self, names: Iterable[str]) -> None:
         """Take products out: no longer recommended, unknown in a history.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import hmac
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse
+from fastapi.security import APIKeyHeader
 from sqlalchemy.exc import SQLAlchemyError
 
 import recformer
@@ -27,8 +32,15 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# What needs no key: the page and its files hold nothing of the catalogue.
-OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/docs", "/favicon.ico")
+KEY_HEADER = "X-API-Key"
+DOCS = "/docs"
+# Files of Swagger UI, out of the package fastapi-offline.
+DOCS_FILES = {
+    f"{DOCS}/swagger-ui-bundle.js": "text/javascript; charset=utf-8",
+    f"{DOCS}/swagger-ui.css": "text/css; charset=utf-8",
+}
+# Paths that need no key: the pages and their files hold nothing of the catalogue.
+OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/favicon.ico", DOCS, *DOCS_FILES)
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -40,11 +52,15 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
 }
-# /docs of FastAPI loads its scripts from elsewhere, so it alone has another policy.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
     "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+POLICY_HEADER = "Content-Security-Policy"
+ENCODED_HEADERS = [
+    (name.lower().encode(), value.encode())
+    for name, value in {**HEADERS, POLICY_HEADER: POLICY}.items()
+]
 
 
 class Guard:
@@ -73,11 +89,10 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                policy = "" if scope["path"] == "/docs" else POLICY
-                extra = HEADERS | ({"Content-Security-Policy": policy} if policy else {})
+                given = {name for name, _ in message["headers"]}
                 message["headers"] = [
                     *message["headers"],
-                    *((name.lower().encode(), value.encode()) for name, value in extra.items()),
+                    *(pair for pair in ENCODED_HEADERS if pair[0] not in given),
                 ]
             await send(message)
 
@@ -117,7 +132,7 @@ class Guard:
         elif path not in OPEN and path not in PAGE:
             given = headers.get(b"x-api-key", b"")
             if not hmac.compare_digest(given, self.key):
-                return _problem(401, "the header X-API-Key is missing or wrong")
+                return _problem(401, f"the header {KEY_HEADER} is missing or wrong")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.service.limits.body:
             return _too_long(self.service.limits.body)
@@ -174,19 +189,23 @@ def create_app(
         version=recformer.__version__,
         description="Gorse's REST API over a Recformer under /api, more under /v1.",
         responses={
-            400: {"model": Problem, "description": "what is wrong with the request"},
+            400: {"model": Problem, "description": "the fault of the request"},
             401: {"model": Problem, "description": "the key is missing or wrong"},
             413: {"model": Problem, "description": "the body is too long"},
             "4XX": {"model": Problem},
             503: {"model": Problem, "description": "the database does not answer"},
         },
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service, app.state.test_users = service, test_users
-    app.include_router(gorse.router)
-    app.include_router(ours.router, tags=["more"])
+    # `Guard` checks the key; the description names it, so that /docs can send it.
+    keyed = [] if api_key is None else [Security(APIKeyHeader(name=KEY_HEADER, auto_error=False))]
+    app.include_router(gorse.router, dependencies=keyed)
+    app.include_router(ours.router, tags=["more"], dependencies=keyed)
     _add_probes(app, service)
     _add_page(app)
+    _add_docs(app)
     _add_errors(app)
     app.add_middleware(Guard, service=service, api_key=api_key)
     return app
@@ -216,14 +235,39 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
 def _add_page(app: FastAPI) -> None:
     folder = files("recformer.serving") / "page"
-
-    def adding(path: str, content: bytes, kind: str) -> None:
-        @app.get(path, include_in_schema=False)
-        async def page() -> Response:
-            return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
-
     for path, (name, kind) in PAGE.items():
-        adding(path, (folder / name).read_bytes(), kind)
+        _add_file(app, path, (folder / name).read_bytes(), kind)
+
+
+def _add_docs(app: FastAPI) -> None:
+    """Swagger UI with nothing from elsewhere; addresses are relative, for proxies with a prefix."""
+    folder = files("fastapi_offline") / "static"
+    for path, kind in DOCS_FILES.items():
+        _add_file(app, path, (folder / path.rpartition("/")[2]).read_bytes(), kind)
+    script, style = (path.removeprefix("/") for path in DOCS_FILES)
+    html = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=app.title,
+        swagger_js_url=script,
+        swagger_css_url=style,
+        swagger_favicon_url="data:,",
+        swagger_ui_parameters={"validatorUrl": None},  # by default a service of elsewhere
+    ).body
+    (start,) = re.findall(rb"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(start).digest()).decode()
+    policy = POLICY.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
+    policy = policy.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+    _add_file(app, DOCS, html, "text/html; charset=utf-8", {POLICY_HEADER: policy})
+
+
+def _add_file(
+    app: FastAPI, path: str, content: bytes, kind: str, headers: dict[str, str] | None = None
+) -> None:
+    @app.get(path, include_in_schema=False)
+    async def file() -> Response:
+        return Response(
+            content, media_type=kind, headers={"Cache-Control": "no-cache", **(headers or {})}
+        )
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -56,7 +56,7 @@ class ModelThread(Generic[Kind, Question, Answer]):
         return self._wait(_Waiting(question, kind))
 
     def run(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns when the thread has called it."""
+        """The result of `function`, called by the thread."""
         return self._wait(_Waiting(function, call=True))
 
     def close(self) -> None:

@@ -340,7 +340,7 @@ def recommend(
     write_back_delay: Annotated[Word, Query(alias="write-back-delay")] = "",
     x_api_version: Annotated[str, Header()] = "1",
 ) -> list[str] | list[Score]:
-    """What a user may want next, by the feedback so far; items with feedback are not offered.
+    """Recommendations for a user, by the feedback so far; items with feedback are not offered.
 
     With the header `X-API-Version: 2` items come with their scores.
     """
@@ -411,7 +411,7 @@ def _session(
 def session_recommend(
     steps: list[SessionFeedback], request: Request, n: Count = DEFAULT, offset: Offset = 0
 ) -> list[Score]:
-    """What may come next in a session of which nothing is kept; ordered by its times."""
+    """Recommendations for a session of which nothing is kept; its steps are ordered by their times."""
     return _session(request, steps, n, offset, "")
 
 

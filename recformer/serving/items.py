@@ -19,7 +19,7 @@ DEEPEST = 16  # levels of labels
 
 @dataclass(frozen=True)
 class Shape:
-    """Which attributes the items of a catalogue have.
+    """The attributes that items of a catalogue have.
 
     Attributes:
         names: in the order in which an item's sentence has them.
@@ -41,7 +41,7 @@ class Shape:
         return cls(tuple(names), title, category)
 
     def attributes(self, row: ItemRow) -> dict[str, Any]:
-        """What the model reads of an item; nothing where it has no text."""
+        """Attributes that the model reads of an item; none where it has no text."""
         labels = row.labels if isinstance(row.labels, dict) else {}
         if isinstance(row.labels, list | str) and row.labels:
             labels = {"labels": row.labels}

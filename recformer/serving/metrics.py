@@ -1,4 +1,4 @@
-"""What Prometheus asks for at /metrics."""
+"""Figures of the service for Prometheus, which asks for them at /metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Gorse's API has no words for: histories of texts, filters, search, reasons, reload."""
+"""Routes beyond Gorse's API: histories of texts, filters, search, reasons, reload."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ReasonsRequest(BaseModel):
 
 
 class ReloadRequest(BaseModel):
-    """Which model; its folder is the one that the service was started with."""
+    """A model by name; its folder is the one that the service was started with."""
 
     model: ModelName = MAIN
 
@@ -101,7 +101,7 @@ class Answer(BaseModel):
 
 
 class HistoryPart(BaseModel):
-    """What an item of the history carries of a score."""
+    """An item of the history with its share of a score."""
 
     item: str | dict[str, Any]
     title: str
@@ -109,14 +109,14 @@ class HistoryPart(BaseModel):
 
 
 class AttributePart(BaseModel):
-    """What an attribute of the item carries of its score."""
+    """An attribute of the item with its share of the score."""
 
     attribute: str
     carries: float
 
 
 class ExplainAnswer(BaseModel):
-    """What a score is made of; each list with its remainder adds up to the score."""
+    """The parts of a score; each list with its remainder adds up to it."""
 
     score: float
     sentence: str
@@ -159,7 +159,7 @@ class ModelFacts(BaseModel):
 
 
 class Facts(BaseModel):
-    """What is served."""
+    """Models, attributes and test users of the service."""
 
     models: list[ModelFacts]
     attributes: list[str]
@@ -213,7 +213,7 @@ def _where(where: Mapping[str, list[str]]) -> tuple[tuple[str, tuple[str, ...]],
 
 @router.post("/recommend")
 def recommend(asked: RecommendRequest, request: Request) -> Answer:
-    """What may come behind a history of names and texts."""
+    """Recommendations for a history of names and texts."""
     service = service_of(request)
     served = service.model(asked.model)
     checked(asked.k, service.limits.k, "k")
@@ -247,7 +247,7 @@ def similar(asked: SimilarRequest, request: Request) -> Answer:
 
 @router.post("/explain")
 def explain(asked: ExplainRequest, request: Request) -> ExplainAnswer:
-    """How much each item of a history and each attribute of an item carries of its score."""
+    """Share of an item's score that each item of a history and each attribute carries."""
     service = service_of(request)
     served = service.model(asked.model)
     checked(len(asked.history), MOST_EXPLAINED, "the length of history")
@@ -277,7 +277,7 @@ def explain(asked: ExplainRequest, request: Request) -> ExplainAnswer:
 
 @router.post("/reasons")
 def reasons(asked: ReasonsRequest, request: Request) -> Reasons:
-    """What carries most of the scores of some items, in one batch; `explain` says more of one."""
+    """The strongest reason for each of some items, in one batch; `explain` says more of one."""
     service = service_of(request)
     served = service.model(asked.model)
     history = asked.history[-service.limits.history :]
@@ -318,7 +318,7 @@ def reload(asked: ReloadRequest, request: Request) -> Reloaded:
 
 @router.get("/facts")
 def facts(request: Request) -> Facts:
-    """What is served: models, attributes, test users."""
+    """Models, attributes and test users of the service."""
     service = service_of(request)
     models = [service.model(name) for name in service.names]
     test_users = request.app.state.test_users

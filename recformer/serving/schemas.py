@@ -199,7 +199,7 @@ class SessionFeedback(Gorse):
 
 
 class Success(Gorse):
-    """How many rows a change was about."""
+    """The number of rows that a change was about."""
 
     row_affected: int
 
@@ -233,6 +233,6 @@ class FeedbackIterator(Gorse):
 
 
 class Problem(BaseModel):
-    """What was wrong with a request."""
+    """The fault of a request, in one line."""
 
     detail: str

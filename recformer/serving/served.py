@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from sqlalchemy.exc import SQLAlchemyError
 
 from recformer.data.items import ItemsInMemory
 from recformer.files import UserError
@@ -18,8 +22,11 @@ from recformer.serving.batching import ModelThread
 from recformer.serving.items import Shape
 from recformer.serving.metrics import Metrics
 from recformer.serving.search import TextSearch
-from recformer.serving.store import ItemRow
+from recformer.serving.store import ItemRow, Store
 from recformer.tokenization import Item
+from recformer.training.item_encoder import vectors_key
+
+logger = logging.getLogger("recformer.serving")
 
 # Up to so many items are left out of a longer answer; more of them narrow the candidates.
 FEW_LEFT_OUT = 256
@@ -33,7 +40,7 @@ AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Filters:
-    """What all questions of one batch have in common."""
+    """Filters that all questions of one batch have in common."""
 
     filter_seen: bool = False
     allowed: tuple[str, ...] | None = None
@@ -51,6 +58,38 @@ class Question:
     left_out: frozenset[str] = frozenset()
 
 
+class DatabaseVectors:
+    """Vectors of texts in the database, so that a restarted service encodes none of them again.
+
+    Args:
+        store: the database.
+        model: key of all that a vector depends on beside its text.
+    """
+
+    def __init__(self, store: Store, model: str) -> None:
+        self.store, self.model = store, model
+        self._new: dict[bytes, NDArray[np.float32]] = {}
+
+    def find(self, contents: list[bytes]) -> Mapping[bytes, NDArray[np.float32]]:
+        """As `KeptVectors`."""
+        return self.store.vectors(self.model, contents)
+
+    def keep(self, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
+        """As `KeptVectors`; `flush` writes them, outside of the thread of the model."""
+        self._new |= vectors
+
+    def flush(self) -> None:
+        """Write them. A failure is logged: they can be made again."""
+        new, self._new = self._new, {}
+        if not new:
+            return
+        try:
+            self.store.put_vectors(self.model, new)
+        except SQLAlchemyError as error:
+            fields = {"vectors": len(new), "error": str(error).splitlines()[0]}
+            logger.warning("vectors not kept", extra={"fields": fields})
+
+
 class Served:
     """One loaded model; changes and questions go through its thread.
 
@@ -58,9 +97,10 @@ class Served:
         folder: of the model.
         name: "main" or "beside".
         meta_file: as `CatalogueRecommender.load` has it.
-        most: questions in a batch.
         metrics: counts batches.
+        most: questions in a batch.
         bf16: compute in bfloat16 what reads texts; scores move in the fourth digit.
+        store: the database, which keeps vectors of items that are added; None keeps none.
 
     Attributes:
         recommender: the model with its catalogue.
@@ -77,6 +117,7 @@ class Served:
         meta_file: Path | None = None,
         most: int = 64,
         bf16: bool = False,
+        store: Store | None = None,
     ) -> None:
         if not (folder / "model.safetensors").is_file():
             raise UserError(
@@ -86,6 +127,10 @@ class Served:
         self.folder, self.name, self.metrics = folder, name, metrics
         self.recommender = CatalogueRecommender.load(folder, meta_file)
         self.recommender.remember_users(USERS_REMEMBERED)
+        self.kept: DatabaseVectors | None = None
+        if store is not None:
+            precision = "bf16-mixed" if bf16 else "32-true"
+            self.kept = DatabaseVectors(store, vectors_key(self.recommender.model, precision))
         if bf16:
             _encode_in_bfloat16(self.recommender.model.longformer)
         self.base: dict[str, Any] = dict(self.recommender.texts)
@@ -109,6 +154,8 @@ class Served:
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]
             self.thread.run(lambda part=part: self._apply(part))  # type: ignore[misc]
+            if self.kept is not None:
+                self.kept.flush()
 
     def effective(self, row: ItemRow) -> dict[str, Any] | None:
         """The attributes an item has from now on; None where it is not in the catalogue."""
@@ -130,7 +177,7 @@ class Served:
             self.recommender.remove_items(gone)
             self.search.remove(gone)
         if texts:
-            self.recommender.put_items(texts)
+            self.recommender.put_items(texts, kept=self.kept)
         self.search.put({name: self._words(item) for name, item in texts.items()})
         names = set(wanted)
         hidden = {row.item_id for row in rows if row.is_hidden and wanted[row.item_id] is not None}
@@ -206,7 +253,7 @@ class Served:
     ) -> dict[str, tuple[int, float]]:
         """For each item the place in the history of what carries most of its score, and how much.
 
-        What an entry carries is what the score loses without it; only the newest entries are tried.
+        An entry carries the part of the score that is lost without it; the newest alone are tried.
         All shortened histories are read in one batch, whatever the number of items.
         """
         known = [name for name in items if name in self.recommender]

@@ -94,6 +94,7 @@ class Service:
             served = self._load(name)
             served.apply(store.items(), ROWS_AT_ONCE)
             self._served[name] = served
+        self._forget_vectors()
 
     @property
     def main(self) -> Served:
@@ -118,7 +119,16 @@ class Service:
     def _load(self, name: str) -> Served:
         meta = self.meta_file if name == MAIN else None
         most = self.limits.batch
-        return Served(self.folders[name], name, self.metrics, meta, most, self.bf16)
+        return Served(self.folders[name], name, self.metrics, meta, most, self.bf16, self.store)
+
+    def _forget_vectors(self) -> None:
+        """Forget the vectors of texts that no item has any more, and of models that are gone."""
+        used: dict[str, set[bytes]] = {}
+        for served in self._served.values():
+            assert served.kept is not None
+            contents = served.recommender.catalogue.used_contents()
+            used.setdefault(served.kept.model, set()).update(contents)
+        self.store.keep_vectors_of(used)
 
     def reload(self, name: str) -> Served:
         """Load a model's folder again beside the model that answers, then put it in its place.
@@ -242,7 +252,7 @@ class Service:
         self.metrics.feedback.inc(len(rows))
 
     def history(self, user_id: str) -> tuple[list[str], frozenset[str]]:
-        """What a user did, oldest first, and the items that are not to be offered again."""
+        """Items of a user's history, oldest first, and those that are not to be offered again."""
         rows = self.store.feedback(
             user_id=user_id, until=now() + CLOCK_ERROR, newest=self.limits.history
         )

@@ -1,17 +1,21 @@
-"""What came over HTTP, in a database: items, users, feedback. SQLite, or PostgreSQL by URL.
+"""The database: items, users and feedback that came over HTTP. SQLite, or PostgreSQL by URL.
 
 Items stand here only where they were added, changed or deleted; the others are those of the
-model's folder. What a method was asked to write is on disk when it returns.
+model's folder. Rows that a method was asked to write are on disk when it returns. Vectors of items
+lie beside them, so that no text is encoded twice by one model.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -20,6 +24,7 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
+    LargeBinary,
     String,
     Text,
     UniqueConstraint,
@@ -43,6 +48,7 @@ Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts INTEGER k
 Anything = JSON(none_as_null=True)
 
 SECONDS_TO_WAIT = 30  # for a lock of the database
+NAMES_AT_ONCE = 5000  # in one statement: SQLite takes 32,766 values, PostgreSQL 65,535
 
 
 class Base(DeclarativeBase):
@@ -106,6 +112,16 @@ class FeedbackRow(Base):
     value: Mapped[float] = mapped_column(Float, default=0.0)
     timestamp: Mapped[int] = mapped_column(BigInteger)
     comment: Mapped[str] = mapped_column(Text, default="")
+
+
+class VectorRow(Base):
+    """The vector (H,) of a text by a model, float32 little-endian; it can be made again."""
+
+    __tablename__ = "vectors"
+
+    model: Mapped[str] = mapped_column(String(64), primary_key=True)
+    content: Mapped[str] = mapped_column(String(32), primary_key=True)  # hash of the text, hex
+    vector: Mapped[bytes] = mapped_column(LargeBinary)
 
 
 def values_of(row: Base) -> dict[str, Any]:
@@ -214,6 +230,39 @@ class Store:
         query = select(ItemRow).where(ItemRow.item_id > cursor).order_by(ItemRow.item_id)
         return self._all(query.limit(n))
 
+    # --- vectors ------------------------------------------------------------------------------
+
+    def put_vectors(self, model: str, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
+        """Keep vectors (H,) of texts, by content hash."""
+        rows = [
+            VectorRow(model=model, content=content.hex(), vector=vector.astype("<f4").tobytes())
+            for content, vector in vectors.items()
+        ]
+        with self._writing() as session:
+            self._upsert(session, rows)
+
+    def vectors(self, model: str, contents: Iterable[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """Those of some contents that are kept."""
+        found = {}
+        for part in _parts(contents):
+            named = [content.hex() for content in part]
+            query = select(VectorRow).where(VectorRow.model == model)
+            for row in self._all(query.where(VectorRow.content.in_(named))):
+                vector = np.frombuffer(row.vector, "<f4").astype(np.float32)  # may be written to
+                found[bytes.fromhex(row.content)] = vector
+        return found
+
+    def keep_vectors_of(self, used: Mapping[str, set[bytes]]) -> None:
+        """Forget all vectors but those of some models and contents."""
+        with self._writing() as session:
+            session.execute(delete(VectorRow).where(VectorRow.model.not_in(list(used))))
+            for model, contents in used.items():
+                mine = VectorRow.model == model
+                kept = session.scalars(select(VectorRow.content).where(mine))
+                left = {content.hex() for content in contents}
+                for part in _parts([content for content in kept if content not in left]):
+                    session.execute(delete(VectorRow).where(mine, VectorRow.content.in_(part)))
+
     # --- users --------------------------------------------------------------------------------
 
     def put_users(self, rows: Sequence[UserRow]) -> None:
@@ -317,3 +366,9 @@ def _engine(url: Any) -> Engine:
         connection.execute("PRAGMA synchronous = FULL")  # what is committed outlives the power
 
     return engine
+
+
+def _parts(values: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(values)
+    while part := list(islice(iterator, NAMES_AT_ONCE)):
+        yield part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -28,8 +29,11 @@ def test_everything_of_the_catalogue_needs_the_key(service: Service) -> None:
         for method in app.openapi()["paths"][path]:
             answer = client.request(method, filled)
             assert answer.status_code == 401, (method, path)
-    for path in ("/", "/page/page.js", "/page/page.css", "/health", "/ready", "/metrics"):
+    for path in ("/", "/page/page.js", "/page/page.css", "/health", "/ready", "/metrics", "/docs"):
         assert client.get(path).status_code == 200, path
+    schemes = app.openapi()["components"]["securitySchemes"]
+    assert schemes == {"APIKeyHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}
+    assert app.openapi()["paths"]["/api/items"]["get"]["security"] == [{"APIKeyHeader": []}]
     assert client.get("/api/items", headers={"X-API-Key": KEY}).status_code == 200
     for wrong in (KEY[:-1], KEY + "x", "", "ключ".encode()):
         assert client.get("/api/items", headers={"X-API-Key": wrong}).status_code == 401
@@ -79,7 +83,19 @@ def test_answers_say_what_browsers_may_do(client: TestClient) -> None:
     assert "default-src 'none'" in policy
     assert "unsafe-inline" not in policy
     assert headers["x-content-type-options"] == "nosniff"
-    assert "content-security-policy" in client.get("/api/items").headers
+    assert client.get("/api/items").headers["content-security-policy"] == policy
+    docs = client.get("/docs")
+    assert len(docs.headers.get_list("content-security-policy")) == 1
+    assert "http" not in docs.headers["content-security-policy"]
+    addresses = re.findall(r"""(?:src|href|url)[=:]\s*["']([^"']*)""", docs.text)
+    assert addresses == [
+        "docs/swagger-ui.css",
+        "data:,",
+        "docs/swagger-ui-bundle.js",
+        "openapi.json",
+    ]
+    for path in ("/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js"):
+        assert len(client.get(path).content) > 100_000
 
 
 class Exploding:

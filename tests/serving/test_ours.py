@@ -7,11 +7,15 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from starlette.testclient import TestClient
 
+from recformer.data.items import ItemsInMemory
 from recformer.data.processed import Sequences, write_processed
-from recformer.recommendation import CatalogueRecommender
+from recformer.models import RecformerForSeqRec
+from recformer.recommendation import CatalogueRecommender, reading
 from recformer.serving.app import create_app
 from recformer.serving.examples import ExampleUsers
 from recformer.serving.metrics import Metrics
@@ -291,3 +295,49 @@ def _broken_engine() -> object:
     from sqlalchemy import create_engine
 
     return create_engine("sqlite:////nowhere/at/all.sqlite3")
+
+
+def test_a_restart_encodes_no_text_again(
+    make_service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = reading.Sequences.item_vectors
+
+    def counting(
+        self: reading.Sequences, store: ItemsInMemory, cache_dir: object = None
+    ) -> torch.Tensor:
+        encoded.append(len(store))
+        return encode(self, store)
+
+    monkeypatch.setattr(reading.Sequences, "item_vectors", counting)
+
+    def added(service: Service) -> list[list[float]]:
+        catalogue = service.main.recommender.catalogue
+        rows = [catalogue.row_of[f"new{number}"] for number in range(3)]
+        return catalogue.view.at(np.array(rows)).tolist()
+
+    first = make_service()
+    client = client_of(first)
+    for number, title in enumerate(("tent map", "lamp rope", "stove boots")):
+        client.post("/api/item", json={"ItemId": f"new{number}", "Comment": title})
+    assert encoded == [1, 1, 1]
+    vectors = added(first)
+
+    second = make_service()  # of another process, after a restart
+    assert added(second) == vectors
+    assert encoded == [1, 1, 1]
+    client_of(second).patch("/api/item/new1", json={"Comment": "lamp knife"})
+    assert encoded == [1, 1, 1, 1]
+    changed = added(second)
+    assert (changed[0], changed[2]) == (vectors[0], vectors[2])
+    assert changed[1] != vectors[1]
+    assert added(make_service()) == changed
+    assert encoded == [1, 1, 1, 1]
+
+    folder = make_model(tmp_path / "other")
+    model = RecformerForSeqRec.from_pretrained(folder)
+    model.longformer.embeddings.word_embeddings.weight.data *= 2
+    model.save_pretrained(folder)
+    other = make_service(folder)  # another encoder
+    assert encoded[4:] == [3]
+    assert added(other) != changed

@@ -167,6 +167,26 @@ def test_two_models_and_a_key(
             expect(page.locator("#status")).to_contain_text("8 of 8 in both lists")
 
 
+def test_docs_load_nothing_from_elsewhere(browser: Browser, service: Service) -> None:
+    with listening(create_app(service, KEY)) as address:
+        for page in opened(browser, address):
+            page.goto(f"{address}/docs")
+            expect(page.locator(".opblock").first).to_be_visible()
+            expect(page.get_by_role("button", name="Authorize")).to_be_visible()
+            page.get_by_role("button", name="Authorize").click()
+            page.locator(".auth-container input").fill(KEY)
+            page.locator(".auth-btn-wrapper .authorize").click()
+            page.get_by_role("button", name="Close").last.click()
+            page.locator(".opblock", has_text="/v1/facts").locator("button").first.click()
+            page.get_by_role("button", name="Try it out").click()
+            page.get_by_role("button", name="Execute").click()
+            expect(
+                page.locator(
+                    ".live-responses-table .status code, .live-responses-table .response-col_status"
+                ).last
+            ).to_contain_text("200")
+
+
 @pytest.mark.parametrize("width", [320, 768, 1280])
 def test_nothing_is_cut_off_on_narrow_screens(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy import text
 
@@ -151,3 +152,17 @@ def test_a_file_that_is_no_database_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="notes.txt cannot be used"):
         Store(str(path))
     assert path.read_text() == "my notes, " * 100
+
+
+def test_vectors_come_back_as_they_were(store: Store, url: str) -> None:
+    vectors = {bytes([i]) * 16: np.array([i, 0.1, -i], np.float32) for i in range(1, 5)}
+    store.put_vectors("one", vectors)
+    store.put_vectors("other", {b"x": np.zeros(3, np.float32)})
+    found = Store(url).vectors("one", [*vectors, b"unknown"])
+    assert found.keys() == vectors.keys()
+    assert all((found[content] == vectors[content]).all() for content in vectors)
+    store.put_vectors("one", {b"\1" * 16: np.ones(3, np.float32)})
+    assert store.vectors("one", [b"\1" * 16])[b"\1" * 16].tolist() == [1.0, 1.0, 1.0]
+    store.keep_vectors_of({"one": {b"\2" * 16, b"never encoded"}})
+    assert store.vectors("one", list(vectors)).keys() == {b"\2" * 16}
+    assert store.vectors("other", [b"x"]) == {}
