@@ -81,7 +81,7 @@ def _parse(line: bytes, where: str) -> History:
 
 
 def _is_table(path: Path) -> bool:
-    """True for a file that is no JSON Lines, by its first bytes or its name; a pipe is not touched."""
+    """True for no JSON Lines, by first bytes or name of the file; a pipe is not touched."""
     if not path.is_file():
         return path.is_dir()
     if path.name.lower().removesuffix(".gz").endswith(TABLES):

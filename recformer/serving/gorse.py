@@ -411,7 +411,7 @@ def _session(
 def session_recommend(
     steps: list[SessionFeedback], request: Request, n: Count = DEFAULT, offset: Offset = 0
 ) -> list[Score]:
-    """Recommendations for a session of which nothing is kept; its steps are ordered by their times."""
+    """Recommendations for a session of which nothing is kept; ordered by its times."""
     return _session(request, steps, n, offset, "")
 
 
