@@ -245,14 +245,15 @@ def _add_docs(app: FastAPI) -> None:
     for path, kind in DOCS_FILES.items():
         _add_file(app, path, (folder / path.rpartition("/")[2]).read_bytes(), kind)
     script, style = (path.removeprefix("/") for path in DOCS_FILES)
-    html = get_swagger_ui_html(
+    found = get_swagger_ui_html(
         openapi_url="openapi.json",
         title=app.title,
         swagger_js_url=script,
         swagger_css_url=style,
         swagger_favicon_url="data:,",
         swagger_ui_parameters={"validatorUrl": None},  # by default a service of elsewhere
-    ).body
+    )
+    html = bytes(found.body)
     (start,) = re.findall(rb"<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(start).digest()).decode()
     policy = POLICY.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
