@@ -220,7 +220,7 @@ def save_best(
         "model": name,
         "settings": settings.as_dict(),
         "semantic_ids_hash": built.semantic_ids_hash,
-        "asins": folder.asins,
+        "asins": list(folder.asins),
     }
     with atomic_folder(path) as new:
         (new / "model.safetensors").write_bytes(save(state))

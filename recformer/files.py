@@ -406,11 +406,25 @@ def _file_crc32(path: Path) -> int:
     return crc32
 
 
-def sha256_of(*parts: bytes | str) -> str:
-    """Hex SHA-256 over `parts`, each prefixed by its length so that borders count."""
+def sha256_of(*parts: bytes | str | np.ndarray) -> str:
+    """Hex SHA-256 over `parts`, each prefixed by its length so that borders count; an array counts
+    as its bytes, of which no copy is made."""
     digest = hashlib.sha256()
     for part in parts:
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        data: Any = part
+        if isinstance(part, str):
+            data = part.encode("utf-8", "surrogatepass")
+        elif isinstance(part, np.ndarray):
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's content."""
+    with open(path, "rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

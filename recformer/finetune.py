@@ -36,6 +36,7 @@ from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.histories import HistoryEvalCollator, NextItemCollator
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
+from recformer.data.texts import attribute_counts
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
 from recformer.evaluation.runs import Figures, RunResult, StageResult
@@ -219,7 +220,7 @@ class Run:
         seed_everything(args.seed, verbose=False)
         self.model, self.tokenizer = self._load_model()
         most = self.model.config.max_attr_num
-        unread = sum(len(item) > most for item in self.folder.items)
+        unread = int((attribute_counts(self.folder.items) > most).sum())
         if unread:
             say(
                 f"{unread:,} items have more than {most} attributes, of which the first {most} are "

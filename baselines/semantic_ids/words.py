@@ -6,6 +6,7 @@ Shapes: N items, G first-level codes in use, V words.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ class CodeWords:
     title: list[tuple[str, float]]
 
 
-def describe(codes: np.ndarray, items: list[dict[str, str]]) -> list[CodeWords]:
+def describe(codes: np.ndarray, items: Sequence[dict[str, str]]) -> list[CodeWords]:
     """Every first-level code in use, the largest first.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from recformer.checkpoints.reading import read_state_dict
 from recformer.files import UserError
 
 
-def load_published(model: SequenceRecommender, path: str | os.PathLike, asins: list[str]) -> None:
+def load_published(
+    model: SequenceRecommender, path: str | os.PathLike, asins: Sequence[str]
+) -> None:
     """Weights of a published gSASRec checkpoint (its PyTorch port), in place.
 
     Its rows are those of items 1 to N, with one row before and one (the padding) behind; our items

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ import tokenizers
 from tqdm import tqdm
 
 from recformer.data.mapped import DamagedStoreError, build_mapped, open_mapped
-from recformer.files import UserError, sha256_of
+from recformer.data.texts import ItemTexts
+from recformer.files import UserError, read_checked_json, sha256_of, write_checked_json
 from recformer.tokenization import RecformerTokenizer, item_texts, ragged_indices
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,7 @@ class TokenizedItems:
         """
         if not len(items):
             raise UserError("no items to tokenise: the catalogue is empty")
-        key = _content_key(items, tokenizer)
+        key = _known_key(items, tokenizer, Path(cache_dir))
         folder = Path(cache_dir) / f"tokenized_items-{key}"
         if folder.is_dir():
             try:
@@ -226,6 +228,28 @@ def _content_key(items: Sequence[Mapping[str, Any]], tokenizer: RecformerTokeniz
         str(len(items)),
         *(digest.digest() for digest in digests),
     )
+
+
+def _known_key(
+    items: Sequence[Mapping[str, Any]], tokenizer: RecformerTokenizer, cache_dir: Path
+) -> str:
+    """`_content_key`, noted beside the stores where the items are mapped: going through all of
+    their texts takes minutes of Python for millions of them."""
+    if not isinstance(items, ItemTexts):
+        return _content_key(items, tokenizer)
+    made_from = sha256_of(
+        FORMAT,
+        tokenizers.__version__,
+        tokenizer.fingerprint,
+        str(tokenizer.config.max_attr_num),
+        items.digest(),
+    )
+    note = cache_dir / f"key-{made_from[:32]}.json"
+    with suppress(FileNotFoundError, UserError):  # not there, or damaged: it is made again
+        return str(read_checked_json(note)["key"])
+    key = _content_key(items, tokenizer)
+    write_checked_json(note, {"key": key})
+    return key
 
 
 def _build(

@@ -23,6 +23,7 @@ from recformer.data.processed import (
     join_splits,
     read_columns,
 )
+from recformer.data.texts import attribute_counts
 from recformer.files import UserError, sha256_of
 
 NO_TARGET, VAL_TARGET, TEST_TARGET = 0, 1, 2
@@ -158,7 +159,7 @@ class Windows:
             items=folder.items[:known],
             asins=folder.asins[:known],
             split_hash=sha256_of(folder.split_hash, f"window {window}"),
-            num_without_metadata=sum(not item for item in folder.items[:known]),
+            num_without_metadata=int((attribute_counts(folder.items[:known]) == 0).sum()),
             dataset=folder.dataset,
             window=window,
             num_trained_items=int(self.about[window - 1]["items_known"]),

@@ -287,7 +287,7 @@ def test_a_half_rewritten_folder_is_refused(tmp_path: Path) -> None:
         ("smap.json", "[" * 200_000, "smap.json is not valid JSON: nested too deep"),
         ("smap.json", f'{{"B0": {"9" * 5000}}}', "smap.json is not valid JSON: Exceeds the limit"),
         ("train.json", '{"2000000000": [0, 1]}', "has the user id 2,000,000,000 among . users"),
-        ("test.json", f'{{"{10**30}": [0, 1]}}', "has the user id 100,000,000,000,000,000,000"),
+        ("test.json", f'{{"{10**30}": [0, 1]}}', "has the user id 1,000,000,000,000,000,000"),
     ],
 )
 def test_wrong_files_are_named(folder: Path, name: str, content: str, message: str) -> None:

@@ -1,0 +1,235 @@
+"""The files of a processed folder: read and checked, written whole or not at all.
+
+`recformer.data.processed` says what they hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from recformer.data.processed_store import remove_stores
+from recformer.data.sequences import Sequences, join_splits, offsets_of
+from recformer.files import UserError, atomic_write, read_json, sha256_of
+
+TRAIN_FILE = "train.json"
+VAL_FILE = "val.json"
+TEST_FILE = "test.json"
+USER_FILE = "umap.json"
+ITEM_FILE = "smap.json"
+META_FILE = "meta_data.json"
+DATASET_FILE = "dataset.json"
+INTERACTION_FILE = "interactions.parquet"
+ITEM_FEATURES_FILE = "item_features.parquet"
+
+
+def split_hash(
+    train: Sequences, val: Sequences, test: Sequences, smap: Sequence[str] | Mapping[str, int]
+) -> str:
+    """Content hash of a split: which user has which items, in which order and part.
+
+    Args:
+        train, val, test: row = user id. Empty rows count like absent ones.
+        smap: item keys in item id order, or {key: item id}.
+
+    Returns:
+        Hex SHA-256. Results are comparable only where it agrees.
+    """
+    asins = sorted(smap, key=smap.__getitem__) if isinstance(smap, Mapping) else smap
+    parts: list[np.ndarray | str] = []
+    for sequences in (train, val, test):
+        lengths = sequences.lengths
+        users = np.flatnonzero(lengths)
+        parts.append(users.astype("<i8", copy=False))
+        parts.append(lengths[users].astype("<i8", copy=False))
+        parts.append(sequences.items.astype("<i4", copy=False))
+    parts.append(json.dumps(list(asins)))
+    return sha256_of(*parts)
+
+
+def write_processed(
+    folder: str | os.PathLike,
+    *,
+    train: Sequences,
+    val: Sequences,
+    test: Sequences,
+    user_names: Sequence[str],
+    asins: Sequence[str],
+    meta: Mapping[str, Mapping[str, str]],
+    dataset: Mapping[str, Any],
+    times: np.ndarray | None = None,
+    columns: Mapping[str, Any] | None = None,
+    item_columns: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a processed folder; no file appears before all of them are written.
+
+    Args:
+        folder: created where missing; files of these names are replaced.
+        train, val, test: row = user id; empty rows are not written.
+        user_names: the source's name of every user, in user id order.
+        asins: the source's key of every item, in item id order.
+        meta: {asin: {attribute: text}}, attributes in the order of the item's sentence.
+        dataset: parameters and counts for dataset.json; the sizes and the split hash are added.
+        times: int64, one an interaction, in the order of interactions.parquet (see above); None
+            where the source has no times.
+        columns: further columns of interactions.parquet, arrays in its order.
+        item_columns: columns of item_features.parquet, arrays in item id order.
+
+    Returns:
+        What dataset.json holds.
+    """
+    about = {
+        **dataset,
+        "num_users": len(user_names),
+        "num_items": len(asins),
+        "num_interactions": sum(len(part.items) for part in (train, val, test)),
+        "split_hash": split_hash(train, val, test, asins),
+    }
+    folder = Path(folder)
+    with ExitStack() as stack:
+
+        def staged(name: str) -> IO[str]:
+            return stack.enter_context(atomic_write(folder / name))
+
+        # Left in reverse order: dataset.json is the last to take its name, so that a rewrite
+        # killed between two renames does not pass for a whole one.
+        json.dump(about, staged(DATASET_FILE), ensure_ascii=False, indent=2)
+        if item_columns:
+            _write_table(
+                stack.enter_context(atomic_write(folder / ITEM_FEATURES_FILE, "wb")), item_columns
+            )
+        interactions = stack.enter_context(atomic_write(folder / INTERACTION_FILE, "wb"))
+        _write_interactions(interactions, join_splits(train, val, test), times, columns or {})
+        write_mapping(staged(META_FILE), meta.items())
+        write_mapping(staged(ITEM_FILE), ((asin, item) for item, asin in enumerate(asins)))
+        write_mapping(staged(USER_FILE), ((name, user) for user, name in enumerate(user_names)))
+        for name, part in ((TEST_FILE, test), (VAL_FILE, val), (TRAIN_FILE, train)):
+            filled = np.flatnonzero(part.lengths).tolist()
+            rows = ((str(user), part[user].tolist()) for user in filled)
+            write_mapping(staged(name), rows)
+    remove_stores(folder)  # of what stood here before
+    return about
+
+
+def _write_interactions(
+    handle: IO[bytes], joined: Sequences, times: np.ndarray | None, columns: Mapping[str, Any]
+) -> None:
+    # Imported here: only data preparation writes, and training needs no parquet.
+    import pyarrow as pa
+
+    if times is not None and len(times) != len(joined.items):
+        raise ValueError(f"got {len(times)} times for {len(joined.items)} interactions")
+    missing = pa.nulls(len(joined.items), pa.int64())
+    table = {
+        "user_id": joined.rows.astype(np.int32),
+        "item_id": joined.items,
+        "timestamp": missing if times is None else times.astype(np.int64),
+    }
+    _write_table(handle, table | dict(columns))
+
+
+def _write_table(handle: IO[bytes], columns: Mapping[str, Any]) -> None:
+    """Arrays of numpy, pyarrow or Polars as Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {
+        name: values.to_arrow() if hasattr(values, "to_arrow") else pa.array(values)
+        for name, values in columns.items()
+    }
+    pq.write_table(pa.table(arrays), handle, compression="zstd", write_page_checksum=True)
+
+
+def write_mapping(handle: IO[str], entries: Iterable[tuple[str, Any]]) -> None:
+    """Write a JSON object entry by entry, one a line: millions of entries need no second copy."""
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    border = "{\n"
+    for key, value in entries:
+        handle.write(f"{border}{encode(key)}: {encode(value)}")
+        border = ",\n"
+    handle.write("{}\n" if border == "{\n" else "\n}\n")
+
+
+def expect_object(path: Path, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_item_map(path: Path) -> list[str]:
+    """Item keys in item id order; the ids must be 0 … N-1, each once."""
+    smap = expect_object(path, read_json(path))
+    if not smap:
+        raise UserError(f"{path} holds no item, expected {{asin: item id}}")
+    asins: list[str | None] = [None] * len(smap)
+    for asin, item in smap.items():
+        if type(item) is not int or not 0 <= item < len(smap):
+            raise UserError(
+                f"{path} maps {asin!r} to {item!r}; with {len(smap)} items expected an item id "
+                f"from 0 to {len(smap) - 1}"
+            )
+        if asins[item] is not None:
+            raise UserError(f"{path} gives item id {item} to both {asins[item]!r} and {asin!r}")
+        asins[item] = asin
+    return [asin for asin in asins if asin is not None]  # as many ids as items: none is left out
+
+
+def read_split(path: Path, num_items: int) -> tuple[np.ndarray, Sequences]:
+    """User ids, int64 ascending, and a row of item ids for each; every id checked."""
+    split: dict[int, list[int]] = {}
+    for key, row in expect_object(path, read_json(path)).items():
+        if not (key.isascii() and key.isdigit()):
+            raise UserError(f"{path} has the user {key!r}, expected a user id (0, 1, …)")
+        if not isinstance(row, list) or not set(map(type, row)) <= {int}:
+            shown = json.dumps(row)[:60]
+            raise UserError(f"{path}: user {key} has {shown}, expected a list of item ids")
+        if row and (min(row) < 0 or max(row) >= num_items):
+            wrong = min(row) if min(row) < 0 else max(row)
+            raise UserError(
+                f"{path}: user {key} has item id {wrong}; the item map has ids 0 to {num_items - 1}"
+            )
+        user = int(key) if len(key) < 19 else 10**18
+        if user in split:
+            raise UserError(f"{path} has user {user} twice, once as {key!r}: which is meant?")
+        split[user] = row
+    users = np.fromiter(split, np.int64, len(split))
+    sequences = Sequences.from_lists(list(split.values()))
+    if (np.diff(users) < 0).any():
+        users = np.sort(users)
+        sequences = Sequences.from_lists([split[user] for user in users.tolist()])
+    return users, sequences
+
+
+def with_row_each(users: np.ndarray, sequences: Sequences, num_users: int) -> Sequences:
+    """One row a user id below `num_users`, of which those that are not among `users` are empty."""
+    lengths = np.zeros(num_users, np.int64)
+    lengths[users] = sequences.lengths
+    return Sequences(offsets_of(lengths), sequences.items)
+
+
+def read_items(path: Path, asins: Sequence[str]) -> list[dict[str, str]]:
+    """Attributes in item id order. Null is absent, numbers are their text."""
+    meta = expect_object(path, read_json(path))
+    items = []
+    for asin in asins:
+        attributes = meta.get(asin, {})
+        if not isinstance(attributes, dict):
+            shown = json.dumps(attributes)[:60]
+            raise UserError(f"{path}: {asin} has {shown}, expected {{attribute: text}}")
+        item = {}
+        for name, value in attributes.items():
+            if isinstance(value, str):
+                item[name] = value
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                item[name] = str(value)
+            elif value is not None:
+                shown = json.dumps(value)[:60]
+                raise UserError(f"{path}: {asin} has {shown} as its {name!r}, expected text")
+        items.append(item)
+    return items

@@ -1,0 +1,83 @@
+"""Rows of item ids laid end to end: the form that histories and splits have in memory.
+
+Shapes: U users (rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """One list of item ids a user, all laid end to end.
+
+    Attributes:
+        offsets: int64 (U+1,); row u is `items[offsets[u]:offsets[u + 1]]`.
+        items: int32 (offsets[-1],) item ids, oldest first within a row.
+    """
+
+    offsets: np.ndarray
+    items: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Item ids of one row, int32, a view."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return self.items[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Items a row, int64 (U,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Row of every item, int64 (offsets[-1],)."""
+        return np.repeat(np.arange(len(self), dtype=np.int64), self.lengths)
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Sequence[int]]) -> Sequences:
+        """Build from one list of item ids a row."""
+        lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
+        total = int(lengths.sum())
+        items = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=total)
+        return cls(offsets_of(lengths), items)
+
+    @classmethod
+    def from_rows(cls, rows: np.ndarray, items: np.ndarray, num_rows: int) -> Sequences:
+        """Group `items` by `rows` (both (M,)); within a row the given order is kept."""
+        lengths = np.bincount(rows, minlength=num_rows).astype(np.int64)
+        items = np.asarray(items)
+        if len(rows) and (np.diff(rows) < 0).any():
+            items = items[np.argsort(rows, kind="stable")]
+        return cls(offsets_of(lengths), items.astype(np.int32, copy=False))
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each of some rows begins, and where the last one ends, int64 (U+1,)."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def join_splits(*parts: Sequences) -> Sequences:
+    """Every user's items of all the parts, one part after the other.
+
+    Args:
+        parts: all with one row a user.
+    """
+    lengths = [part.lengths for part in parts]
+    offsets = offsets_of(np.sum(lengths, axis=0))
+    items = np.empty(int(offsets[-1]), dtype=np.int32)
+    begins = offsets[:-1].copy()
+    for part, own in zip(parts, lengths, strict=True):
+        # Every item moves as far as its row does.
+        items[np.repeat(begins - part.offsets[:-1], own) + np.arange(len(part.items))] = part.items
+        begins += own
+    return Sequences(offsets, items)
