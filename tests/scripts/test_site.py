@@ -77,3 +77,7 @@ def test_the_site_asks_no_other_host(tmp_path: Path) -> None:
         loaded += re.findall(r"<link[^>]*href=\"?([^\"\s>]+)[^>]*rel=\"?stylesheet", html)
         assert loaded
         assert [name for name in loaded if "//" in name] == [], page.name
+    for sheet in tmp_path.rglob("*.css"):  # fonts and other sheets
+        css = sheet.read_text(encoding="utf-8")
+        asked = re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s;]+)", css)
+        assert [name for name in asked if re.match(r"(?:https?:)?//", name)] == [], sheet.name
