@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, type-check and test, from a fresh clone on:  bash run_tests.sh [pytest arguments]
 #
-#   bash run_tests.sh                        everything but the slow tests
+#   bash run_tests.sh                        everything but the slow tests, two at a time
 #   bash run_tests.sh tests/test_files.py    one file
 #   bash run_tests.sh -m slow                the slow ones
 #   RECFORMER_REAL_DATA=FOLDER bash run_tests.sh    also the tests on real data
@@ -36,7 +36,14 @@ step "ruff format --check" "$PYTHON" -m ruff format --check .
 step "mypy recformer" "$PYTHON" -m mypy
 export NO_MKDOCS_2_WARNING=1
 step "mkdocs build --strict" "$PYTHON" -m mkdocs build --strict --quiet
-step "pytest" "$PYTHON" -m pytest "$@"
+# Two tests at a time, a file in one process, each on one thread: two processes of two threads on
+# two cores wait for each other. Whatever is asked for by name runs in this process.
+tests=("$@")
+if [ "$#" -eq 0 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    tests=(--numprocesses 2 --dist loadfile)
+fi
+step "pytest" "$PYTHON" -m pytest "${tests[@]}"
 
 echo
 if [ "${#failed[@]}" -gt 0 ]; then
