@@ -84,27 +84,7 @@ class PairTerms:
         """The terms of the pairs (P,) that are kept."""
         return self._chosen(kept)
 
-    def by_item(self) -> PairTerms:
-        """The same, sorted by item: the pairs of a chunk of items are then one slice."""
-        return self._chosen(np.argsort(self.cols, kind="stable"))
-
-    def of_items(self, start: int, stop: int) -> PairTerms:
-        """The pairs of a range of items; of terms sorted by item."""
-        low, high = np.searchsorted(self.cols, (start, stop))
-        return self._chosen(slice(low, high))
-
-    def of_users(
-        self, users: slice, first_item: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows from the first of `users` on, columns from `first_item` on, values; on `device`."""
-        mine = (self.rows >= users.start) & (self.rows < users.stop)
-        return (
-            torch.from_numpy(self.rows[mine] - users.start).to(device),
-            torch.from_numpy(self.cols[mine] - first_item).to(device),
-            torch.from_numpy(self.values[mine]).to(device),
-        )
-
-    def _chosen(self, which: slice | NDArray) -> PairTerms:
+    def _chosen(self, which: NDArray) -> PairTerms:
         return PairTerms(self.rows[which], self.cols[which], self.values[which], self.num_items)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,117 +25,13 @@ MAX_NORM = 1e37  # beyond it products in float32 could overflow
 
 MAX_SQUARED = 1e18  # beyond it sums of squares in float32 could overflow
 
-USER_BLOCK = 1024  # users scored against one chunk of items at a time
+USER_BLOCK = 512  # users scored against one chunk of items at a time
 
-CHUNK_ELEMENTS = 2**21  # of a chunk of items, and of users x items: 8 MB in float32
+CHUNK_ELEMENTS = 2**20  # of a chunk of items, and of users x items: 4 MB in float32
 
 PAIR_ELEMENTS = 2**21  # of the pairs compared one by one at a time: 16 MB in float64
 
 DENSE_SHARE = 1 / 32  # above this share of undecided items a matrix product beats single pairs
-
-
-@dataclass(frozen=True)
-class _UserSide:
-    """A block of users, ready to be compared with chunks of items.
-
-    The length of a user's vector does not change the order of items, so users are of length 1 here
-    and one error bound serves them all; additions to dot products are divided by it.
-    """
-
-    vectors: torch.Tensor  # (B, H) float64, of length 1
-    vectors32: torch.Tensor  # the same in float32
-    lengths: torch.Tensor  # (B,) float64, by which additions are divided; 1 with cosine
-    target_scores: torch.Tensor  # (B,) float64, with the target's addition
-    scale: torch.Tensor  # (B,) float64, norm of the target's vector; 1 with cosine
-    cosine: bool
-
-    @classmethod
-    def of(
-        cls,
-        users: torch.Tensor,
-        items: Vectors,
-        targets: NDArray,
-        terms: NDArray,
-        first: int,
-        cosine: bool,
-    ) -> _UserSide:
-        """`terms` (B,) are added to the scores of the targets; `first` as in `of_length_one`."""
-        vectors, lengths = of_length_one(users, first)
-        if cosine:
-            lengths = torch.ones_like(lengths)
-        target_vectors = _read(items, targets, users.device)
-        _checked_norms(target_vectors, "target's item", first)
-        scale = _ordered_norm(target_vectors.double())
-        added = torch.from_numpy(terms).to(users.device) / lengths
-        return cls(
-            vectors=vectors,
-            vectors32=vectors.float(),
-            lengths=lengths,
-            target_scores=pair_scores(vectors, target_vectors, cosine) + added,
-            scale=torch.ones_like(scale) if cosine else scale,
-            cosine=cosine,
-        )
-
-
-def _compare(
-    side: _UserSide,
-    items: torch.Tensor,
-    norms: torch.Tensor,
-    pairs: tuple[torch.Tensor, torch.Tensor],
-    added: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Items of a chunk above and tied with the target of each user, two int64 (B,).
-
-    items (C, H) float32, norms (C,) float64, pairs (rows, cols) that are not to be compared, added
-    (rows, cols, terms) of other pairs, whose scores have a term more: they are compared apart.
-    """
-    hidden = items.shape[1]
-    tolerance = side.scale * TIE_TOLERANCE  # (B,)
-    # no score, of this chunk or of the target, is larger than this; errors are relative to it
-    bound = torch.ones_like(side.scale) if side.cosine else side.scale.clamp(min=norms.max())
-    bound = torch.maximum(bound, side.target_scores.abs())  # an addition may be larger
-    inverse = 1 / norms.clamp(min=MIN_NORM)
-
-    scores = side.vectors32 @ items.T  # (B, C)
-    if side.cosine:
-        scores *= inverse.float()
-    reach = tolerance + bound * _rounding(hidden, 2.0**-24)
-    higher = scores > (side.target_scores + reach).float()[:, None]  # (B, C)
-    undecided = scores >= (side.target_scores - reach).float()[:, None]
-    undecided ^= higher
-    apart_rows, apart_cols, terms = added
-    elsewhere = torch.cat([pairs[0], apart_rows]), torch.cat([pairs[1], apart_cols])
-    higher[elsewhere] = False
-    undecided[elsewhere] = False
-    above, near = _count(higher), _count(undecided)
-    tied = torch.zeros_like(above)
-
-    # A collapsed encoder, or thousands of equal items, leave most pairs undecided: a float64 matrix
-    # product decides them all but those within 1e-13 of the tolerance.
-    dense = (near > DENSE_SHARE * len(items)).nonzero()[:, 0]
-    if len(dense):
-        close, tol = undecided[dense], tolerance[dense, None]
-        margin = (bound * _rounding(hidden, 2.0**-53))[dense, None]
-        apart = side.vectors[dense] @ items.double().T
-        if side.cosine:
-            apart *= inverse
-        apart -= side.target_scores[dense, None]
-        above[dense] += _count(close & (apart > tol + margin))
-        apart.abs_()
-        tied[dense] += _count(close & (apart <= tol - margin))
-        undecided[dense] = close & (apart > tol - margin) & (apart <= tol + margin)
-
-    rows, cols = _where(undecided)
-    terms = torch.cat([terms.new_zeros(len(rows)), terms])  # (P,)
-    rows, cols = torch.cat([rows, apart_rows]), torch.cat([cols, apart_cols])
-    step = max(1, PAIR_ELEMENTS // max(hidden, 1))
-    for row, col, term in zip(rows.split(step), cols.split(step), terms.split(step), strict=True):
-        exact = pair_scores(side.vectors[row], items[col], side.cosine)
-        exact += term / side.lengths[row]
-        exact -= side.target_scores[row]
-        above.index_add_(0, row, (exact > tolerance[row]).long())
-        tied.index_add_(0, row, (exact.abs() <= tolerance[row]).long())
-    return above, tied
 
 
 def _count(mask: torch.Tensor) -> torch.Tensor:
@@ -210,7 +105,7 @@ def _full_float32(device: torch.device) -> Iterator[None]:
     """Matrix products in true float32, whatever autocast or a trainer has asked for.
 
     `torch.set_float32_matmul_precision("medium")`, usual in training scripts, makes them bfloat16
-    on CPUs and TF32 on GPUs, a thousand times beyond the error bound that `_compare` relies on.
+    on CPUs and TF32 on GPUs, a thousand times beyond the error bound that `Scan` relies on.
     """
     with torch.autocast(device.type, enabled=False):
         if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
@@ -302,24 +197,5 @@ def _checked_users(user_vectors: Vectors, item_vectors: Vectors) -> torch.Tensor
     return users
 
 
-def _checked_chunk_size(chunk_size: int | None, users: torch.Tensor) -> int:
-    if chunk_size is None:
-        return max(1, CHUNK_ELEMENTS // max(users.shape[1], min(len(users), USER_BLOCK), 1))
-    if chunk_size < 1:
-        raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
-    return chunk_size
-
-
 def _user_blocks(num_users: int) -> list[slice]:
     return [slice(i, min(i + USER_BLOCK, num_users)) for i in range(0, num_users, USER_BLOCK)]
-
-
-def _pairs_of(
-    block: slice, rows: NDArray, cols: NDArray, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs of a block of users, rows counted from its first user."""
-    mine = (rows >= block.start) & (rows < block.stop)
-    return (
-        torch.from_numpy(rows[mine] - block.start).to(device),
-        torch.from_numpy(cols[mine]).to(device),
-    )

@@ -6,8 +6,9 @@ target and how many are tied with it. The `Evaluator` keeps these counts, one ro
 them into figures as sums over users divided by their number, so that batch size, order and number
 of processes cannot change a figure.
 
-What is recommended (`top_items`, `top_items_by_vectors`) and ranks among a few sampled items
-(`sample_unseen`, `count_ranks_among`, `rank_among_by_vectors`) follow the same scores.
+What is recommended (`top_items`, `top_items_by_vectors`, with ranks `rank_and_top_items`) and ranks
+among a few sampled items (`sample_unseen`, `count_ranks_among`, `rank_among_by_vectors`) follow the
+same scores.
 
 Shapes: B users, N items, C items of a chunk or candidates of a user, H hidden size, P pairs (user,
 item), K rank cut-offs, k items recommended.
@@ -17,21 +18,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from recformer.evaluation.additions import Additions, PairTerms
 from recformer.evaluation.exact import (
+    DENSE_SHARE,
     PAIR_ELEMENTS,
     TIE_TOLERANCE,
-    _checked_chunk_size,
     _checked_norms,
     _checked_users,
-    _compare,
-    _full_float32,
-    _pairs_of,
+    _ordered_norm,
     _read,
-    _user_blocks,
-    _UserSide,
+    _where,
+    of_length_one,
     pair_scores,
 )
 from recformer.evaluation.ranks import (
@@ -44,6 +43,8 @@ from recformer.evaluation.ranks import (
     _same_length,
     _to_numpy,
 )
+from recformer.evaluation.scan import Chunk, Scan
+from recformer.evaluation.top_items import BestItems
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def rank_by_vectors(
         item_vectors: (N, H), a tensor on any device or an array or `numpy.memmap`, read as float32.
         targets: item id of each user's target, integers (B,).
         seen: as in `count_ranks`.
-        chunk_size: items a chunk; by default as many as make 8 MB.
+        chunk_size: items a chunk; by default as many as make 4 MB.
         cosine: rank by cosine similarity (vectors need not be normalised; a norm below 1e-8 counts
             as 1e-8); otherwise by the dot product.
         additions: (rows, items, values): the cosine (or product) of item `items[j]` and the user in
@@ -86,46 +87,106 @@ def rank_by_vectors(
     Raises:
         UserError: wrong shapes, ids out of range, a vector that is not finite, `chunk_size` < 1.
     """
-    users = _checked_users(user_vectors, item_vectors)
-    device, num_users, num_items = users.device, len(users), item_vectors.shape[0]
-    target_ids = _ids(targets, "targets", num_items)
-    _same_length("targets", len(target_ids), num_users)
-    chunk_size = _checked_chunk_size(chunk_size, users)
-    rows, cols, num_candidates = _not_compared(seen, target_ids, num_items)
-    by_item = np.argsort(cols, kind="stable")  # the pairs of a chunk become one slice
-    terms = PairTerms.of(additions, num_users, num_items)
-    target_terms = terms.at(np.arange(num_users), target_ids)
-    terms = terms.without(rows, cols).by_item()
-    rows, cols = rows[by_item], cols[by_item]
+    scan = Scan(user_vectors, item_vectors, seen, chunk_size, cosine, additions)
+    ranks = _RankCounter(scan, targets, seen)
+    scan.run([ranks])
+    return ranks.result()
 
-    above = torch.zeros(num_users, dtype=torch.int64, device=device)
-    tied = torch.zeros_like(above)
-    blocks = _user_blocks(num_users)
-    with _full_float32(device):
-        sides = [
-            _UserSide.of(
-                users[block],
-                item_vectors,
-                target_ids[block],
-                target_terms[block],
-                block.start,
-                cosine,
-            )
-            for block in blocks
-        ]
-        for start in range(0, num_items, chunk_size):
-            stop = min(start + chunk_size, num_items)
-            items = _read(item_vectors, slice(start, stop), device)  # (C, H)
-            norms = _checked_norms(items, "item", start)
-            low, high = np.searchsorted(cols, (start, stop))
-            chunk_terms = terms.of_items(start, stop)
-            for block, side in zip(blocks, sides, strict=True):
-                pairs = _pairs_of(block, rows[low:high], cols[low:high] - start, device)
-                added = chunk_terms.of_users(block, start, device)
-                more_above, more_tied = _compare(side, items, norms, pairs, added)
-                above[block] += more_above
-                tied[block] += more_tied
-    return TargetRanks(_to_numpy(above), _to_numpy(tied), num_candidates)
+
+@torch.no_grad()
+def rank_and_top_items(
+    user_vectors: Vectors,
+    item_vectors: Vectors,
+    targets: ArrayLike,
+    k: int,
+    seen: Pairs | None = None,
+    chunk_size: int | None = None,
+    cosine: bool = True,
+    additions: Additions | None = None,
+) -> tuple[TargetRanks, NDArray[np.int64]]:
+    """The answers of `rank_by_vectors` and `top_items_by_vectors` (its items), from one product.
+
+    Arguments and errors as theirs.
+    """
+    scan = Scan(user_vectors, item_vectors, seen, chunk_size, cosine, additions)
+    ranks, best = _RankCounter(scan, targets, seen), BestItems(scan, k)
+    scan.run([ranks, best])
+    return ranks.result(), best.items
+
+
+class _RankCounter:
+    """Counts the items above each user's target and those tied with it."""
+
+    def __init__(self, scan: Scan, targets: ArrayLike, seen: Pairs | None) -> None:
+        ids = _ids(targets, "targets", scan.num_items)
+        _same_length("targets", len(ids), scan.num_users)
+        rows, cols, self._num_candidates = _not_compared(seen, ids, scan.num_items)
+        self._scan, self._ids = scan, ids
+        self._targets = torch.from_numpy(ids).to(scan.device)
+        self._scores = scan.exact(np.arange(len(ids)), ids)  # (B,) of the targets
+        self._scale = torch.ones_like(self._scores)
+        if not scan.cosine:
+            self._scale = _ordered_norm(_read(scan.items, ids, scan.device).double())
+        self._tolerance = self._scale * TIE_TOLERANCE
+        self._above = torch.zeros(len(ids), dtype=torch.int64, device=scan.device)
+        self._tied = torch.zeros_like(self._above)
+        others = scan.terms.without(rows, cols)
+        self._pending = [(others.rows, others.cols)]  # to be compared exactly
+        self._count = len(others.rows)
+
+    def look(self, block: slice, scores: torch.Tensor, spare: torch.Tensor, chunk: Chunk) -> None:
+        """Count what float32 decides, remember what it does not."""
+        targets, tolerance = self._scores[block], self._tolerance[block]
+        # no score, of this chunk or of the target, is larger than this; errors are relative to it
+        bound = self._scale[block].clamp(min=chunk.largest)
+        bound = torch.maximum(bound, targets.abs())  # a term may be larger
+        reach = tolerance + bound * chunk.rounding
+        high, low = ((targets + far).float()[:, None] for far in (reach, -reach))  # (b, 1)
+        above = torch.gt(scores, high, out=spare).sum(dim=1)
+        near = torch.ge(scores, low, out=spare).sum(dim=1) - above
+        self._above[block] += above.long()
+        rows = near.nonzero()[:, 0]
+        if not len(rows):
+            return
+        some = scores[rows]
+        close = (some >= low[rows]) & (some <= high[rows])  # (n, C)
+        own = self._targets[block][rows] - chunk.start
+        here = ((own >= 0) & (own < len(chunk.items))).nonzero()[:, 0]
+        close[here, own[here]] = False
+
+        # A collapsed encoder, or thousands of equal items, leave most pairs undecided: a float64
+        # matrix product decides them all but those within 1e-13 of the tolerance.
+        dense = (near[rows] > DENSE_SHARE * len(chunk.items)).nonzero()[:, 0]
+        if len(dense):
+            users = rows[dense]
+            tol = tolerance[users, None]
+            margin = (bound[users] * chunk.double_rounding)[:, None]
+            apart = chunk.double(self._scan.vectors[block][users]) - targets[users, None]
+            unsure = close[dense]
+            self._above[block].index_add_(0, users, (unsure & (apart > tol + margin)).sum(dim=1))
+            apart.abs_()
+            self._tied[block].index_add_(0, users, (unsure & (apart <= tol - margin)).sum(dim=1))
+            close[dense] = unsure & (apart > tol - margin) & (apart <= tol + margin)
+
+        row, col = _where(close)
+        self._pending.append((_to_numpy(rows[row]) + block.start, _to_numpy(col) + chunk.start))
+        self._count += len(row)
+        if self._count * chunk.items.shape[1] > PAIR_ELEMENTS:
+            self.close()
+
+    def close(self) -> None:
+        """Compare the remembered pairs exactly."""
+        rows, cols = (np.concatenate(side) for side in zip(*self._pending, strict=True))
+        self._pending, self._count = [(rows[:0], cols[:0])], 0
+        users = torch.from_numpy(rows).to(self._scan.device)
+        apart = self._scan.exact(rows, cols) - self._scores[users]
+        tolerance = self._tolerance[users]
+        self._above.index_add_(0, users, (apart > tolerance).long())
+        self._tied.index_add_(0, users, (apart.abs() <= tolerance).long())
+
+    def result(self) -> TargetRanks:
+        """The ranks, after the last item."""
+        return TargetRanks(_to_numpy(self._above), _to_numpy(self._tied), self._num_candidates)
 
 
 @torch.no_grad()
@@ -159,19 +220,22 @@ def rank_among_by_vectors(
     step = max(1, PAIR_ELEMENTS // max(num_candidates * users.shape[1], 1))  # users at a time
     for first in range(0, len(users), step):
         block = slice(first, first + step)
-        side = _UserSide.of(
-            users[block], item_vectors, target_ids[block], target_terms[block], first, cosine
-        )
+        vectors, lengths = of_length_one(users[block], first)
+        if cosine:
+            lengths = torch.ones_like(lengths)
+        own = _read(item_vectors, target_ids[block], users.device)
+        _checked_norms(own, "target's item", first)
+        scale = torch.ones_like(lengths) if cosine else _ordered_norm(own.double())
+        targets_of = pair_scores(vectors, own, cosine)
+        targets_of += torch.from_numpy(target_terms[block]).to(users.device) / lengths
         rows = np.arange(len(users))[block].repeat(num_candidates)
         added = torch.from_numpy(terms.at(rows, ids[block].reshape(-1))).to(users.device)
         items = _read(item_vectors, ids[block].reshape(-1), users.device)  # (P, H)
         _checked_norms(items, "candidate's item", first * num_candidates)
-        vectors = side.vectors.repeat_interleave(num_candidates, dim=0)
-        apart = pair_scores(vectors, items, cosine)
-        apart += added / side.lengths.repeat_interleave(num_candidates)
-        apart = apart.reshape(-1, num_candidates)
-        apart -= side.target_scores[:, None]
-        tolerance = (side.scale * TIE_TOLERANCE)[:, None]
+        apart = pair_scores(vectors.repeat_interleave(num_candidates, dim=0), items, cosine)
+        apart += added / lengths.repeat_interleave(num_candidates)
+        apart = apart.reshape(-1, num_candidates) - targets_of[:, None]
+        tolerance = (scale * TIE_TOLERANCE)[:, None]
         counted = torch.from_numpy(counts[block]).to(users.device)
         above[block] = _to_numpy(((apart > tolerance) & counted).sum(dim=1))
         tied[block] = _to_numpy(((apart.abs() <= tolerance) & counted).sum(dim=1))

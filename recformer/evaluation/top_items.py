@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from recformer.evaluation.additions import Additions, PairTerms
-from recformer.evaluation.exact import (
-    CHUNK_ELEMENTS,
-    DENSE_SHARE,
-    MIN_NORM,
-    PAIR_ELEMENTS,
-    USER_BLOCK,
-    _checked_chunk_size,
-    _checked_users,
-    _count,
-    _full_float32,
-    _norms32,
-    _pairs_of,
-    _read,
-    _rounding,
-    _user_blocks,
-    _where,
-    of_length_one,
-    pair_scores,
-)
-from recformer.evaluation.ranks import (
-    Pairs,
-    Vectors,
-    _checked_scores,
-    _same_length,
-    _seen_pairs,
-    _to_numpy,
-)
+from recformer.evaluation.additions import Additions
+from recformer.evaluation.exact import DENSE_SHARE, _count, _where
+from recformer.evaluation.ranks import Pairs, Vectors, _checked_scores, _seen_pairs, _to_numpy
+from recformer.evaluation.scan import Chunk, Scan
 from recformer.files import UserError
 
 MANY_TIMES = 8  # k candidates a user, from which on they are looked at again
@@ -79,151 +50,139 @@ def top_items_by_vectors(
     Raises:
         UserError: as `rank_by_vectors`; `offered` or `norms` of another length than the items.
     """
-    users = _checked_users(user_vectors, item_vectors)
-    device, num_users, num_items = users.device, len(users), item_vectors.shape[0]
-    for name, values in (("offered", offered), ("norms", norms)):
-        if values is not None:
-            _same_length(name, len(values), num_items, "an item")
-    if chunk_size is None and norms is not None and _lies_ready(item_vectors, device):
-        # Only scores take memory: few users see all items at once, and threads seldom wait.
-        chunk_size = max(1, CHUNK_ELEMENTS // max(1, min(num_users, USER_BLOCK)))
-    chunk_size = _checked_chunk_size(chunk_size, users)
-    rows, cols = _seen_pairs(seen, num_users, num_items)
-    terms = PairTerms.of(additions, num_users, num_items)
-    apart = terms.without(rows, cols)  # scored exactly whatever the product says of them
-    if offered is not None:
-        apart = apart.where(offered[apart.cols])
-    apart = apart.by_item()
-    rows, cols = np.concatenate([rows, terms.rows]), np.concatenate([cols, terms.cols])
-    by_item = np.argsort(cols, kind="stable")
-    rows, cols = rows[by_item], cols[by_item]
-    best = _Best(num_users, k)
-    blocks = _user_blocks(num_users)
-    with _full_float32(device):
-        sides = [of_length_one(users[block], block.start) for block in blocks]
-        for part in _parts(num_items, chunk_size, getattr(item_vectors, "borders", ())):
-            start = part.start
-            items = _read(item_vectors, part, device)  # (C, H)
-            chunk = _Chunk(
-                start,
-                items,
-                _norms32(items, start) if norms is None else _read(norms, part, device),
-                cosine,
-                None if offered is None else _hidden(offered[part], device),
-            )
-            low, high = np.searchsorted(cols, (part.start, part.stop))
-            chunk_terms = apart.of_items(part.start, part.stop)
-            for block, (vectors, lengths) in zip(blocks, sides, strict=True):
-                pairs = _pairs_of(block, rows[low:high], cols[low:high] - start, device)
-                row, col = chunk.candidates(vectors, pairs, k, best.least[block])
-                values = _exact(vectors, items, row, col, cosine)
-                if len(chunk_terms.rows):
-                    own_row, own_col, term = chunk_terms.of_users(block, start, device)
-                    own = _exact(vectors, items, own_row, own_col, cosine)
-                    own += term / (1.0 if cosine else lengths[own_row])
-                    values = torch.cat([values, own])
-                    row, col = torch.cat([row, own_row]), torch.cat([col, own_col])
-                if len(row):
-                    users_of = _to_numpy(row) + block.start
-                    best.offer(users_of, _to_numpy(col) + start, _to_numpy(values))
-    if cosine or not num_users:
-        return best.items, best.scores
-    return best.items, best.scores * _to_numpy(torch.cat([each for _, each in sides]))[:, None]
+    scan = Scan(user_vectors, item_vectors, seen, chunk_size, cosine, additions, offered, norms)
+    best = BestItems(scan, k)
+    scan.run([best])
+    return best.items, best.scores * _to_numpy(scan.lengths)[:, None]
 
 
-def _lies_ready(items: Any, device: torch.device) -> bool:
-    """Whether a slice of a table is no copy: float32 on the device."""
-    return getattr(items, "dtype", None) == torch.float32 and items.device == device
-
-
-def _parts(count: int, most: int, borders: Sequence[int]) -> Iterator[slice]:
-    """Slices of at most so many items, none across a border of a table that lies in pieces."""
-    for first, last in pairwise([0, *borders, count]):
-        for start in range(first, last, most):
-            yield slice(start, min(start + most, last))
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Some items that follow each other, compared with users.
+class BestItems:
+    """Keeps the k best items of each user.
 
     Attributes:
-        start: id of the first.
-        items: (C, H) float32.
-        norms: (C,) float32.
-        cosine: whether scores are divided by them.
-        hidden: (C,) bool, items that are not offered; None: all are.
+        items, scores: as in `_Best`, after the last item; scores of users of length 1.
     """
 
-    start: int
-    items: torch.Tensor
-    norms: torch.Tensor
-    cosine: bool
-    hidden: torch.Tensor | None
+    def __init__(self, scan: Scan, k: int) -> None:
+        self._scan, self._k = scan, k
+        best = _Best(scan.num_users, k)
+        self.items, self.scores = best.items, best.scores
+        self._blocks = {block.start: _Candidates(scan, block, k) for block in scan.blocks}
 
-    def candidates(
-        self,
-        users: torch.Tensor,
-        pairs: tuple[torch.Tensor, torch.Tensor],
-        k: int,
-        least: NDArray[np.float64],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pairs (rows, cols) that may be among the k best of users (B, H), float64 of length 1.
-
-        `pairs` are not to be compared; `least` (B,) is the exact score of each user's k-th best.
-        """
-        users32 = users.float()
-        if len(users) == 1:  # read as it lies, at the speed of memory
-            scores = torch.mv(self.items, users32[0])[None]
-        else:
-            scores = users32 @ self.items.T  # (B, C)
-        largest = 1.0
-        if self.cosine:
-            scores *= self.norms.clamp(min=MIN_NORM).reciprocal()
-        elif len(self.norms):
-            largest = float(self.norms.max())
-        self._hide(scores, pairs)
-        # the rounding of the norms and of their product with the scores comes on top
-        error = largest * _rounding(2 * self.items.shape[1], 2.0**-24)
-        row, col = _may_be_best(scores, k, least, 2 * error)
+    def look(self, block: slice, scores: torch.Tensor, spare: torch.Tensor, chunk: Chunk) -> None:
+        """Remember the items that can be among the best."""
+        mine, k = self._blocks[block.start], self._k
+        least = torch.from_numpy(mine.least).to(scores.device)  # (b,) float64
+        floor = (least - chunk.error).float()
+        if not mine.known:
+            floor = torch.maximum(floor, _kth(scores, k) - 2 * chunk.error)
+        rows = (scores.amax(dim=1) >= floor).nonzero()[:, 0]
+        if not len(rows):
+            return
+        some = scores if len(rows) == len(scores) else scores[rows]
+        row, col = _at_least(some, floor[rows])
+        if len(row) > MANY_TIMES * k * len(rows):
+            floor[rows] = torch.maximum(floor[rows], _kth(some, k) - 2 * chunk.error)
+            row, col = _at_least(some, floor[rows])
+        values = some[row, col].double()
+        error = torch.full_like(values, chunk.error)
 
         # A collapsed encoder, or thousands of equal items, leave most pairs undecided: a float64
         # matrix product leaves those that are equal.
-        counts = torch.bincount(row, minlength=len(users))
-        dense = (counts > max(DENSE_SHARE * len(self.items), MANY_TIMES * k)).nonzero()[:, 0]
+        counts = torch.bincount(row, minlength=len(rows))
+        crowded = counts > max(DENSE_SHARE * len(chunk.items), MANY_TIMES * k)
+        dense = crowded.nonzero()[:, 0]
         if len(dense):
-            hidden = scores[dense] == -torch.inf
-            scores = users[dense] @ self.items.double().T
-            if self.cosine:
-                norms = torch.linalg.vector_norm(self.items, dim=1, dtype=torch.float64)
-                scores /= norms.clamp(min=MIN_NORM)
-            scores.masked_fill_(hidden, -torch.inf)
-            error = largest * _rounding(self.items.shape[1], 2.0**-53)
-            numbers = least[_to_numpy(dense)]
-            near_row, near_col = _may_be_best(scores, k, numbers, 4 * error)
-            others = counts[row] <= max(DENSE_SHARE * len(self.items), MANY_TIMES * k)
-            row = torch.cat([row[others], dense[near_row]])
-            col = torch.cat([col[others], near_col])
-        return row, col
+            users = rows[dense]
+            exact = chunk.double(self._scan.vectors[block][users])
+            exact.masked_fill_(some[dense] == -torch.inf, -torch.inf)
+            off = chunk.largest * chunk.double_rounding
+            near = torch.maximum(least[users] - off, _kth(exact, k) - 2 * off)
+            dense_row, dense_col = _at_least(exact, near)
+            kept = ~crowded[row]
+            found = exact[dense_row, dense_col]
+            row, col = (torch.cat([row[kept], dense[dense_row]]), torch.cat([col[kept], dense_col]))
+            error = torch.cat([error[kept], torch.full_like(found, off)])
+            values = torch.cat([values[kept], found])
+        mine.add(
+            _to_numpy(rows[row]), _to_numpy(col) + chunk.start, _to_numpy(values), _to_numpy(error)
+        )
 
-    def _hide(self, scores: torch.Tensor, pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
-        if self.hidden is not None:
-            scores.masked_fill_(self.hidden, -torch.inf)
-        if len(pairs[0]):
-            scores[pairs] = -torch.inf
-
-
-def _hidden(offered: NDArray[np.bool_], device: torch.device) -> torch.Tensor | None:
-    return None if offered.all() else torch.from_numpy(~offered).to(device)
+    def close(self) -> None:
+        """Order the candidates exactly."""
+        for block in self._scan.blocks:
+            best = self._blocks[block.start].best()
+            self.items[block], self.scores[block] = best.items, best.scores
 
 
-def _exact(
-    users: torch.Tensor, items: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, cosine: bool
-) -> torch.Tensor:
-    """Scores (P,) float64 of pairs, few at a time."""
-    step = max(1, PAIR_ELEMENTS // max(users.shape[1], 1))
-    parts = zip(rows.split(step), cols.split(step), strict=True)
-    return torch.cat([pair_scores(users[row], items[col], cosine) for row, col in parts])
+class _Candidates:
+    """Items that can be among the k best of a block of users, with bounds of their scores.
+
+    Attributes:
+        least: (b,) float64, no more than the exact score of each user's k-th best item so far; -inf
+            where there are fewer.
+        known: whether all of them are above -inf.
+    """
+
+    def __init__(self, scan: Scan, block: slice, k: int) -> None:
+        self._scan, self._first, self._k = scan, block.start, k
+        size = block.stop - block.start
+        self.least = np.full(size, -np.inf)
+        self.known = False
+        mine = (scan.apart.rows >= block.start) & (scan.apart.rows < block.stop)
+        rows, items = scan.apart.rows[mine], scan.apart.cols[mine]
+        # a term puts a pair beyond what its product says: it is scored exactly
+        scores = _to_numpy(scan.exact(rows, items))
+        self._parts = [(rows - block.start, items, scores, scores)]
+        self._new = 0
+
+    def add(self, rows: NDArray, items: NDArray, scores: NDArray, error: NDArray) -> None:
+        """Take pairs (P,) whose scores are off by no more than `error` (P,)."""
+        self._parts.append((rows, items, scores - error, scores + error))
+        self._new += len(rows)
+        if self._new >= self._k * len(self.least):
+            self._prune()
+
+    def _prune(self) -> None:
+        """Let go what cannot be among the best."""
+        rows, items, low, high = (np.concatenate(side) for side in zip(*self._parts, strict=True))
+        order = np.lexsort((-low, rows))
+        ordered = rows[order]
+        starts = np.searchsorted(ordered, np.arange(len(self.least)))
+        ends = np.append(starts[1:], len(ordered))
+        full = np.flatnonzero(ends - starts >= self._k)
+        now = low[order[starts[full] + self._k - 1]]
+        self.least[full] = np.maximum(self.least[full], now)
+        self.known = len(full) == len(self.least)
+        kept = high >= self.least[rows]
+        parts = rows[kept], items[kept], low[kept], high[kept]
+        if kept.sum() > MANY_TIMES * self._k * len(self.least):  # as good as equal
+            best = self._exactly(*parts[:2])
+            rows, places = (best.items >= 0).nonzero()
+            scores = best.scores[rows, places]
+            parts = rows, best.items[rows, places], scores, scores
+            self.least = np.maximum(self.least, best.least)
+        self._parts, self._new = [parts], 0
+
+    def _exactly(self, rows: NDArray, items: NDArray) -> _Best:
+        best = _Best(len(self.least), self._k)
+        best.offer(rows, items, _to_numpy(self._scan.exact(rows + self._first, items)))
+        return best
+
+    def best(self) -> _Best:
+        """The best of all that were added, exactly."""
+        self._prune()
+        return self._exactly(*self._parts[0][:2])
+
+
+def _kth(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th best of scores (n, C), or the worst of fewer, (n,)."""
+    return scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1]
+
+
+def _at_least(scores: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs (rows, cols) of scores (n, C) that reach a floor (n,); never those with -inf."""
+    return _where((scores >= floor[:, None]) & (scores > -torch.inf))
 
 
 def top_items(

@@ -17,7 +17,7 @@ FIRST_BLOCK = 256  # rows of the first block of added items; each further block 
 
 
 class Rows:
-    """Rows of tables laid end to end, read in slices: never copied as a whole.
+    """Rows of tables laid end to end, read in parts: never copied as a whole.
 
     Args:
         tables: (N0, …), (N1, …), …, on one device.
@@ -42,7 +42,9 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, part: slice) -> Tensor:
+    def __getitem__(self, part: slice | NDArray[np.int64]) -> Tensor:
+        if not isinstance(part, slice):
+            return self._at(part if self.rows is None else self.rows[part])
         start, stop, _ = part.indices(self.shape[0])
         pieces = []
         for table, first in zip(self.tables, self.starts.tolist(), strict=False):
@@ -56,6 +58,21 @@ class Rows:
             if len(piece):
                 pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat([*pieces, self.tables[0][:0]])
+
+    def _at(self, rows: NDArray[np.int64]) -> Tensor:
+        """Any rows of the tables, in their order."""
+        order = np.argsort(rows, kind="stable")
+        borders = np.searchsorted(rows[order], self.starts)
+        index = torch.from_numpy(rows[order]).to(self.device)
+        pieces = [
+            table[index[low:high] - first]
+            for table, first, low, high in zip(
+                self.tables, self.starts.tolist(), borders, borders[1:], strict=False
+            )
+        ]
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return torch.cat(pieces)[torch.from_numpy(place).to(self.device)]
 
 
 class Blocks:
@@ -118,11 +135,7 @@ class View:
 
     def at(self, rows: NDArray[np.int64]) -> Tensor:
         """(K, H) float32 vectors of any rows, in their order."""
-        distinct, inverse = np.unique(rows, return_inverse=True)
-        if not len(rows):
-            return self.tables[0][:0].float()
-        found = Rows(self.tables, distinct)[0 : len(distinct)].float()
-        return found[torch.from_numpy(inverse).to(found.device)]
+        return Rows(self.tables)[rows].float()
 
 
 @dataclass(frozen=True, eq=False)

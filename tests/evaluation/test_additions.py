@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recformer.evaluation import exact, ranking
+from recformer.evaluation import exact, ranking, scan
 from recformer.evaluation import top_items as top_items_module
 from recformer.evaluation.exact import TIE_TOLERANCE
 from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
@@ -23,7 +23,7 @@ def as_lists(ranks: TargetRanks) -> list[list[int]]:
 
 
 def everywhere(monkeypatch, name: str, value) -> None:
-    for module in (exact, ranking, top_items_module):
+    for module in (exact, ranking, scan, top_items_module):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, value)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recformer.evaluation import exact, ranking
+from recformer.evaluation import exact, ranking, scan
 from recformer.evaluation import top_items as top_items_module
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.exact import TIE_TOLERANCE, item_norms
@@ -36,7 +36,7 @@ def as_lists(ranks: TargetRanks) -> list[list[int]]:
 
 def everywhere(monkeypatch, name: str, value) -> None:
     """Set a constant in every module that reads it."""
-    for module in (exact, ranking, top_items_module):
+    for module in (exact, ranking, scan, top_items_module):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, value)
 
