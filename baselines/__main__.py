@@ -136,6 +136,7 @@ def run_one(
         args.dataloader_num_workers,
         args.eval_users,
         args.seed,
+        args.test_users,
     )
     flags = asdict(args)
     if not of_window:

@@ -44,8 +44,10 @@ def run_windows(args: BaselineRunArguments, windows: Windows, run_one: RunOne) -
         run_one: does one window.
 
     Raises:
-        UserError: as `RunFolder.claim`, or what `run_one` refuses.
+        UserError: as `RunFolder.claim`, what `run_one` refuses, or a sample of test users.
     """
+    if args.test_users is not None:
+        raise UserError("--test_users: windows are judged by all their targets, leave it out")
     started = time.monotonic()
     settings = {k: v for k, v in asdict(args).items() if k != "data_path" and v is not None}
     output = RunFolder.claim(

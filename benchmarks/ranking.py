@@ -1,9 +1,10 @@
 """Exact ranking and the softmax over all items: time and memory against the plain forms in torch.
 
 Ranking: `rank_by_vectors` against one full matrix of cosines, compared by > and ==. The ceiling is
-the product of users and items alone, chunk by chunk. Loss, forward and backward:
-`full_softmax_loss` against cross-entropy over the published `cosine_similarity`, broadcast to
-(batch, items, hidden).
+the product of users and items alone, chunk by chunk. Ranks with the 50 best items, as a test needs
+them: `rank_and_top_items` against a product, > and ==, and `topk` for some users at a time. Loss,
+forward and backward: `full_softmax_loss` against cross-entropy over the published
+`cosine_similarity`, broadcast to (batch, items, hidden).
 
 Every case runs in a process of its own over the same item table, a float32 file mapped into memory
 that is resident before the first call. A plain form that does not fit in memory gets as many items
@@ -23,12 +24,16 @@ from torch.nn import functional as F
 
 from benchmarks.measure import REPEATS, Work, available_gb, row, run_alone
 from recformer.evaluation.exact import CHUNK_ELEMENTS
-from recformer.evaluation.ranking import rank_by_vectors
+from recformer.evaluation.ranking import rank_and_top_items, rank_by_vectors
 from recformer.models.losses import full_softmax_loss
 
 # items, hidden, users ranked at once, users in the loss
 SIZES = ((15_000, 256, 1024, 16), (1_500_000, 384, 1024, 16))
 QUICK = ((500, 16, 8, 4),)
+# items, hidden, users of ours, users of the peer
+JUDGED = ((1_000_000, 64, 1024, 64), (10_000_000, 64, 256, 16))
+QUICK_JUDGED = ((500, 16, 8, 4),)
+BEST = 50
 TEMPERATURE = 0.05
 SPARE_GB = 2.0  # left to others
 
@@ -40,6 +45,11 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
             write_table(table, items, hidden)
             yield _ranking_row(table, items, hidden, users)
             yield _loss_row(table, items, hidden, batch_size)
+    for items, hidden, users, of_peer in QUICK_JUDGED if quick else JUDGED:
+        with tempfile.TemporaryDirectory() as folder:
+            table = str(Path(folder) / "items")
+            write_table(table, items, hidden)
+            yield _judging_row(table, items, hidden, users, of_peer)
 
 
 def write_table(path: str, items: int, hidden: int) -> None:
@@ -72,6 +82,24 @@ def _ranking_row(table: str, items: int, hidden: int, users: int) -> dict[str, A
         peak_memory_mb=ours["peak_memory_mb"],
         peer_peak_memory_mb=peer["peak_memory_mb"],
         note=note,
+    )
+
+
+def _judging_row(table: str, items: int, hidden: int, users: int, of_peer: int) -> dict[str, Any]:
+    ours = run_alone(judging_case, "ours", table, items, hidden, users, repeats=REPEATS)
+    peer = run_alone(judging_case, "plain", table, items, hidden, of_peer, repeats=REPEATS)
+    product = run_alone(ranking_case, "product", table, items, hidden, users, repeats=REPEATS)
+    return row(
+        f"ranks and best {BEST} of {users:,} users over {items:,} items of {hidden}, mapped",
+        ours["seconds"],
+        "product, comparisons and topk in torch",
+        peer["seconds"] * users / of_peer,
+        amount=users,
+        unit="users",
+        share_of_ceiling=product["seconds"] / ours["seconds"],
+        peak_memory_mb=ours["peak_memory_mb"],
+        peer_peak_memory_mb=peer["peak_memory_mb"],
+        note=f"{1000 * ours['seconds'] / users:.2f} ms a user; the peer with {of_peer} users",
     )
 
 
@@ -135,6 +163,25 @@ def ranking_case(side: str, table: str, items: int, hidden: int, users: int) -> 
         return targets
 
     return Work({"ours": ours, "plain": plain, "product": product}[side], Tensor.tolist)
+
+
+def judging_case(side: str, table: str, items: int, hidden: int, users: int) -> Work:
+    """Ranks and best items by `side`: ours or plain."""
+    vectors, targets, queries = _read(table, items, hidden, users)
+
+    def ours() -> int:
+        ranks, best = rank_and_top_items(queries, vectors, targets, BEST)
+        return int(ranks.above.sum()) + best.size
+
+    def plain() -> int:
+        scores = F.normalize(queries) @ F.normalize(vectors).T
+        mine = scores.gather(1, targets[:, None])
+        above = (scores > mine).sum(dim=1)
+        tied = (scores == mine).sum(dim=1) - 1
+        assert len(tied) == users
+        return int(above.sum()) + scores.topk(BEST, dim=1).indices.numel()
+
+    return Work({"ours": ours, "plain": plain}[side], int)
 
 
 def loss_case(side: str, table: str, items: int, hidden: int, batch_size: int) -> Work:

@@ -238,6 +238,7 @@ class Run:
             args.dataloader_num_workers,
             args.eval_users,
             args.seed,
+            args.test_users,
         )
         self.best_model = args.ckpt.removesuffix(".bin")
         # A checkpoint's own, kept.

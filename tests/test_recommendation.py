@@ -24,7 +24,7 @@ from recformer.data.items import ItemsInMemory, TokenizedItems
 from recformer.data.mapped import open_mapped
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
-from recformer.evaluation.top_items import _parts
+from recformer.evaluation.scan import _parts
 from recformer.files import UserError, read_json
 from recformer.models import HeadOptions, RecformerForCatalogue
 from recformer.models.catalogue import token_bags

@@ -56,7 +56,4 @@ class Cooccurrence(Untrained):
         """
         users = history_weights(histories, self.folder.num_items, self.decay)
 
-        def scores(chunk: slice) -> np.ndarray:
-            return (users[chunk] @ self.follows).toarray()
-
-        return self.scaled(scores, histories)
+        return self.scaled(lambda chunk: users[chunk] @ self.follows, histories)

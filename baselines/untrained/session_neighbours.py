@@ -16,6 +16,8 @@ Shapes: B users, C of a chunk, S training sequences, N items.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.preprocessing import normalize
@@ -49,15 +51,18 @@ class SessionNeighbours(Untrained):
         """Sums of similarities; 0 for an item of no neighbour. Items of the same neighbours tie."""
         if self.weighted:
             users = linear_weights(histories, self.folder.num_items)
-            others = self.sessions.T.tocsr()
         else:
             users = normalize(item_sets(histories, self.folder.num_items))
-            others = normalize(self.sessions).T.tocsr()
 
-        def scores(chunk: slice) -> np.ndarray:
-            return (largest(users[chunk] @ others, self.neighbours) @ self.sessions).toarray()
+        def scores(chunk: slice) -> sparse.csr_matrix:
+            return largest(users[chunk] @ self._by_item, self.neighbours) @ self.sessions
 
         return scores
+
+    @cached_property
+    def _by_item(self) -> sparse.csr_matrix:
+        """Sessions that histories are multiplied with, (N, S)."""
+        return (self.sessions if self.weighted else normalize(self.sessions)).T.tocsr()
 
 
 def item_sets(sequences: Sequences, num_items: int) -> sparse.csr_matrix:

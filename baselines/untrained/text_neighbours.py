@@ -10,11 +10,12 @@ Shapes: B users, C of them at a time, N items, V words, H hidden.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from baselines.settings import TextNeighboursSettings
 from baselines.text_vectors import item_texts, text_vectors
-from baselines.untrained.base import Scores, Untrained, UntrainedUsers, seen_pairs
+from baselines.untrained.base import Scores, Untrained, UntrainedUsers
 from recformer.data.processed import ProcessedFolder, Sequences
-from recformer.evaluation.ranking import rank_by_vectors
+from recformer.evaluation.ranking import rank_and_top_items, rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.recommender import MANY_USERS
+from recformer.evaluation.top_items import top_items_by_vectors
 from recformer.files import UserError
 from recformer.preparation.text import cut_words
 
@@ -63,29 +66,49 @@ class TextNeighbours(Untrained):
             if settings.text_encoder is None
             else text_vectors(folder, settings.text_encoder)
         )
+        if not self._has_scores_only:
+            self.users_at_once = MANY_USERS
 
     def scores(self, histories: Sequences) -> Scores:
         """Products of users with item vectors: a user's length does not change the order."""
         users = self._users(histories)
-        items = self.vectors.T.tocsr() if sparse.issparse(self.vectors) else self.vectors.T
+        return self.scaled(lambda chunk: users[chunk] @ self._by_word, histories)
 
-        def scores(chunk: slice) -> np.ndarray:
-            products = users[chunk] @ items
-            return products.toarray() if sparse.issparse(products) else products
-
-        return self.scaled(scores, histories)
+    @cached_property
+    def _by_word(self) -> Any:
+        """`vectors` turned around, (V, N) or (H, N)."""
+        return self.vectors.T.tocsr() if sparse.issparse(self.vectors) else self.vectors.T
 
     def rank(self, users: UntrainedUsers, targets: Tensor, filter_seen: bool) -> TargetRanks:
         """Rank each user's target among all items; items of the same text tie.
 
         Vectors of an encoder are compared exactly, see `rank_by_vectors`.
         """
-        if sparse.issparse(self.vectors) or self.history_factor != 1:
+        if self._has_scores_only:
             return super().rank(users, targets, filter_seen)
-        histories = users.histories
-        seen = seen_pairs(histories, slice(0, len(histories))) if filter_seen else None
-        vectors, items = torch.from_numpy(self._users(histories)), torch.from_numpy(self.vectors)
-        return rank_by_vectors(vectors, items, targets.cpu().numpy(), seen)
+        seen = users.seen if filter_seen else None
+        return rank_by_vectors(*self._both(users.histories), targets, seen)
+
+    def recommend(self, users: UntrainedUsers, k: int, filter_seen: bool) -> NDArray[np.int64]:
+        if self._has_scores_only:
+            return super().recommend(users, k, filter_seen)
+        seen = users.seen if filter_seen else None
+        return top_items_by_vectors(*self._both(users.histories), k, seen)[0]
+
+    def rank_and_recommend(
+        self, users: UntrainedUsers, targets: Tensor, k: int, filter_seen: bool
+    ) -> tuple[TargetRanks, NDArray[np.int64]]:
+        if self._has_scores_only:
+            return super().rank_and_recommend(users, targets, k, filter_seen)
+        seen = users.seen if filter_seen else None
+        return rank_and_top_items(*self._both(users.histories), targets, k, seen)
+
+    @property
+    def _has_scores_only(self) -> bool:
+        return sparse.issparse(self.vectors) or self.history_factor != 1
+
+    def _both(self, histories: Sequences) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self._users(histories)), torch.from_numpy(self.vectors)
 
     def _users(self, histories: Sequences) -> Any:
         return history_weights(histories, self.folder.num_items, self.decay) @ self.vectors

@@ -15,6 +15,8 @@ from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
 from recformer.files import UserError
 from recformer.processes import rank_and_world
 
+TEST_SEED = 19  # of the sample of test users: one for all runs
+
 EVAL_BATCH_SIZE = 64  # users; memory only, no figure depends on it
 
 
@@ -120,6 +122,13 @@ class LazyLoader(DataLoader):
         yield from super().__iter__()
 
 
+def _sample(count: int, size: int | None, seed: int) -> np.ndarray:
+    """Ascending rows of a sample of `size` of `count`; of all where that is no fewer."""
+    if size is None or size >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
+
+
 class SeqRecDataModule(LightningDataModule):
     """Loaders over a processed folder.
 
@@ -129,8 +138,13 @@ class SeqRecDataModule(LightningDataModule):
         eval_collator: list of `EvalExample` -> batch for `rank`.
         batch_size: users a process and step.
         num_workers: loader processes; they share the memory-mapped item store.
-        eval_users: size of a seeded sample of validation users, None for all; of test, always all.
+        eval_users: size of a seeded sample of validation users, None for all.
         seed: order of training, draws of targets, sample of validation users.
+        test_users: size of a sample of test users, None for all; it depends on the data alone, so
+            that runs over the same data judge the same users.
+
+    Attributes:
+        num_test_users: all of them, sampled or not.
 
     Raises:
         UserError: nobody to train on, or nobody to evaluate.
@@ -145,6 +159,7 @@ class SeqRecDataModule(LightningDataModule):
         num_workers: int = 0,
         eval_users: int | None = None,
         seed: int = 42,
+        test_users: int | None = None,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -156,12 +171,9 @@ class SeqRecDataModule(LightningDataModule):
         )
         self.train_sampler = EpochBatchSampler(len(self.train_set), batch_size, seed)
         validation, test = folder.eval_examples("val"), folder.eval_examples("test")
-        rows = np.arange(len(validation))
-        if eval_users is not None and eval_users < len(validation):
-            generator = np.random.default_rng(seed)
-            rows = np.sort(generator.choice(rows, eval_users, replace=False))
-        self.val_set = EvalDataset(validation, rows)
-        self.test_set = EvalDataset(test, np.arange(len(test)))
+        self.val_set = EvalDataset(validation, _sample(len(validation), eval_users, seed))
+        self.test_set = EvalDataset(test, _sample(len(test), test_users, TEST_SEED))
+        self.num_test_users = len(test)
         for name, examples in (("val", self.val_set), ("test", self.test_set)):
             if len(examples) == 0:
                 raise UserError(f"{folder.path} has no user with a {name} target and a history")

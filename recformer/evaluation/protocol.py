@@ -31,7 +31,9 @@ FLAGS: dict[Part, tuple[str, ...]] = {
         "max_users", "user_sample_rate", "seed", "window", "targets", "min_window_sequences",
         "session_gap", "previous_sessions", "events",
     ),
-    "evaluation": ("metric_ks", "ties", "filter_seen", "eval_users", "sampled_negatives"),
+    "evaluation": (
+        "metric_ks", "ties", "filter_seen", "eval_users", "test_users", "sampled_negatives",
+    ),
 }  # fmt: skip
 HELP = (
     "published protocol whose flags are the defaults: the name of a file in protocols/ or the path "

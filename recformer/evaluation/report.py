@@ -42,7 +42,10 @@ def format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     columns = [name for name in last if name in last["intervals"] and "MRR@" not in name]
     columns.append("tie_rate")
     lines = {name: [f"{figures[c]:.4f}" for c in columns] for name, figures in rows.items()}
-    for end, label in enumerate(("  95 % from", "  to")):
+    drawn = (
+        f" ({last['num_users']:,} of {last['drawn_from']:,} users)" if "drawn_from" in last else ""
+    )
+    for end, label in enumerate((f"  95 %{drawn} from", "  to")):
         lines[label] = [f"{last['intervals'][c][end]:.4f}" for c in columns[:-1]]
     return _aligned(columns, lines)
 

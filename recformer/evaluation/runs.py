@@ -44,8 +44,8 @@ class RunResult:
     Attributes:
         evaluations: name -> split -> figures, in the order they were made.
         stages: name -> what its training brought.
-        ties, filter_seen, split_hash, protocol, data_protocol, eval_users, sampled_negatives: the
-            rules that the figures were made by.
+        ties, filter_seen, split_hash, protocol, data_protocol, eval_users, test_users,
+            sampled_negatives: the rules that the figures were made by.
         seed, precision: of the run.
         seconds_a_user: of ranking a test user, loading of batches included.
         parameters: trained ones.
@@ -63,6 +63,7 @@ class RunResult:
     protocol: dict[str, Any] | None = None
     data_protocol: dict[str, Any] | None = None
     eval_users: int | None = None
+    test_users: int | None = None
     sampled_negatives: int | None = None
     seed: int | None = None
     precision: str | None = None

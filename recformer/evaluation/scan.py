@@ -36,6 +36,7 @@ from recformer.evaluation.exact import (
 from recformer.evaluation.ranks import Pairs, Vectors, _same_length, _seen_pairs
 from recformer.files import UserError
 
+ROUND = 64  # chunks are multiples of it, which suits kernels
 MOST_ITEMS = 2**24  # of a chunk: up to here float32 counts exactly
 
 
@@ -163,7 +164,8 @@ class Scan:
         if not (self._norms is not None and ready and self.items.device == self.device):
             width = max(width, hidden)
         # Else only scores take memory: few users see all items at once, and threads seldom wait.
-        return max(1, CHUNK_ELEMENTS // width)
+        items = CHUNK_ELEMENTS // width
+        return max(1, items - items % ROUND)
 
     def run(self, readers: Sequence[Reader]) -> None:
         """Pass over the table once and show the scores to the readers."""

@@ -12,6 +12,8 @@ from recformer.evaluation.ranks import Pairs, Vectors, _checked_scores, _seen_pa
 from recformer.evaluation.scan import Chunk, Scan
 from recformer.files import UserError
 
+STRETCH = 64  # neighbouring items of which only the best is looked at first
+
 MANY_TIMES = 8  # k candidates a user, from which on they are looked at again
 
 
@@ -76,37 +78,31 @@ class BestItems:
         floor = (least - chunk.error).float()
         if not mine.known:
             floor = torch.maximum(floor, _kth(scores, k) - 2 * chunk.error)
-        rows = (scores.amax(dim=1) >= floor).nonzero()[:, 0]
-        if not len(rows):
+        row, col, values = _at_least(scores, floor)
+        if not len(row):
             return
-        some = scores if len(rows) == len(scores) else scores[rows]
-        row, col = _at_least(some, floor[rows])
-        if len(row) > MANY_TIMES * k * len(rows):
-            floor[rows] = torch.maximum(floor[rows], _kth(some, k) - 2 * chunk.error)
-            row, col = _at_least(some, floor[rows])
-        values = some[row, col].double()
+        if len(row) > MANY_TIMES * k * len(scores):
+            floor = torch.maximum(floor, _kth(scores, k) - 2 * chunk.error)
+            row, col, values = _at_least(scores, floor)
+        values = values.double()
         error = torch.full_like(values, chunk.error)
 
         # A collapsed encoder, or thousands of equal items, leave most pairs undecided: a float64
         # matrix product leaves those that are equal.
-        counts = torch.bincount(row, minlength=len(rows))
+        counts = torch.bincount(row, minlength=len(scores))
         crowded = counts > max(DENSE_SHARE * len(chunk.items), MANY_TIMES * k)
         dense = crowded.nonzero()[:, 0]
         if len(dense):
-            users = rows[dense]
-            exact = chunk.double(self._scan.vectors[block][users])
-            exact.masked_fill_(some[dense] == -torch.inf, -torch.inf)
+            exact = chunk.double(self._scan.vectors[block][dense])
+            exact.masked_fill_(scores[dense] == -torch.inf, -torch.inf)
             off = chunk.largest * chunk.double_rounding
-            near = torch.maximum(least[users] - off, _kth(exact, k) - 2 * off)
-            dense_row, dense_col = _at_least(exact, near)
+            near = torch.maximum(least[dense] - off, _kth(exact, k) - 2 * off)
+            dense_row, dense_col, found = _at_least(exact, near)
             kept = ~crowded[row]
-            found = exact[dense_row, dense_col]
             row, col = (torch.cat([row[kept], dense[dense_row]]), torch.cat([col[kept], dense_col]))
             error = torch.cat([error[kept], torch.full_like(found, off)])
             values = torch.cat([values[kept], found])
-        mine.add(
-            _to_numpy(rows[row]), _to_numpy(col) + chunk.start, _to_numpy(values), _to_numpy(error)
-        )
+        mine.add(_to_numpy(row), _to_numpy(col) + chunk.start, _to_numpy(values), _to_numpy(error))
 
     def close(self) -> None:
         """Order the candidates exactly."""
@@ -180,9 +176,17 @@ def _kth(scores: torch.Tensor, k: int) -> torch.Tensor:
     return scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1]
 
 
-def _at_least(scores: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs (rows, cols) of scores (n, C) that reach a floor (n,); never those with -inf."""
-    return _where((scores >= floor[:, None]) & (scores > -torch.inf))
+def _at_least(
+    scores: torch.Tensor, floor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pairs (rows, cols) of scores (n, C) that reach a floor (n,), and their scores; never -inf."""
+    floor = floor.clamp(min=torch.finfo(scores.dtype).min)
+    width = STRETCH if scores.shape[1] % STRETCH == 0 else scores.shape[1]
+    stretches = scores.view(len(scores), -1, width)
+    row, stretch = (stretches.amax(dim=2) >= floor[:, None]).nonzero(as_tuple=True)
+    some = stretches[row, stretch]  # nearly always nearly nothing is left
+    place, col = _where(some >= floor[row, None])
+    return row[place], stretch[place] * width + col, some[place, col]
 
 
 def top_items(

@@ -109,6 +109,11 @@ class EvaluationArguments:
     ties: str = flag("expected", "rank of a target that ties with other items", choices=list(TIES))
     filter_seen: bool = flag(False, "take items of the history out of the candidates")
     eval_users: int | None = flag(None, "validate on a seeded sample of so many users")
+    test_users: int | None = flag(
+        None,
+        "test on a sample of so many users, the same for every run over the same data; intervals "
+        "and tables say so",
+    )
     sampled_negatives: int | None = flag(
         None,
         "rank test targets also among so many sampled items that the user never met; such figures "
@@ -136,10 +141,10 @@ class EvaluationArguments:
         self.protocol_record()
         if not self.metric_ks or min(self.metric_ks) < 1:
             raise UserError(f"--metric_ks {self.metric_ks}: cut-offs must be at least 1")
-        if self.eval_users is not None and self.eval_users < 1:
-            raise UserError(f"--eval_users {self.eval_users}: must be at least 1")
-        if self.sampled_negatives is not None and self.sampled_negatives < 1:
-            raise UserError(f"--sampled_negatives {self.sampled_negatives}: must be at least 1")
+        for name in ("eval_users", "test_users", "sampled_negatives"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise UserError(f"--{name} {number}: must be at least 1")
 
 
 @dataclass

@@ -155,6 +155,8 @@ class Experiment:
                 module.evaluator, self.data.folder, split, module.sampled
             )
             self.seconds_a_user = seconds / figures[split]["num_users"]
+            if split == "test" and len(self.data.test_set) < self.data.num_test_users:
+                figures[split]["drawn_from"] = self.data.num_test_users
             for callback in around:
                 if isinstance(callback, ExtraFigures):
                     figures[split] |= callback.figures(trainer)
@@ -247,6 +249,7 @@ class Experiment:
             "protocol": args.protocol_record(),
             "data_protocol": (self.data.folder.dataset or {}).get("protocol"),
             "eval_users": args.eval_users,
+            "test_users": args.test_users,
             "sampled_negatives": args.sampled_negatives,
             "seed": args.seed,
             "precision": self.compute.precision,
@@ -267,8 +270,9 @@ class Experiment:
     def headline(self, figures: dict[str, Any]) -> str:
         """The rules in words, above a table of figures."""
         seen = "filtered" if self.args.filter_seen else "kept"
+        drawn = f" drawn from {figures['drawn_from']:,}" if "drawn_from" in figures else ""
         return (
-            f"test, {figures['num_users']:,.0f} users, full ranking, ties {self.args.ties}, "
+            f"test, {figures['num_users']:,.0f} users{drawn}, full ranking, ties {self.args.ties}, "
             f"seen items {seen}"
         )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
@@ -17,9 +20,25 @@ from transformers import (
 from recformer.data.batches import EvalBatch, LabelledBatch
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.negatives import sample_unseen
-from recformer.evaluation.ranks import TargetRanks
-from recformer.evaluation.recommender import Recommender
+from recformer.evaluation.ranks import Pairs, TargetRanks
+from recformer.evaluation.recommender import Recommender, joined_pairs
 from recformer.files import UserError, sha256_of
+
+
+@dataclass(frozen=True)
+class Users:
+    """Users that are asked about in one call.
+
+    Attributes:
+        read: what the model has read of them.
+        ids, targets: int64 (B,).
+        seen: (rows, items), every item of the histories.
+    """
+
+    read: Any
+    ids: Tensor
+    targets: Tensor
+    seen: Pairs
 
 
 @runtime_checkable
@@ -191,6 +210,7 @@ class LitWrapper(LitTraining):
         self.sampled_negatives = sampled_negatives
         self.evaluator = Evaluator(self.metric_ks, self.ties)
         self.sampled: Evaluator | None = None
+        self._waiting: list[tuple[Any, EvalBatch]] = []  # users that are read and not yet judged
 
     @property
     def recommender(self) -> Recommender:
@@ -200,38 +220,68 @@ class LitWrapper(LitTraining):
         return self.model
 
     def on_validation_epoch_start(self) -> None:
-        self.evaluator = Evaluator(self.metric_ks, self.ties)
+        self.evaluator, self._waiting = Evaluator(self.metric_ks, self.ties), []
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, TargetRanks]:
-        return self._ranked(batch, self.recommender.read(batch.history, batch.seen))
+        return self._read(batch, self._rank)
 
-    def _ranked(self, batch: EvalBatch, users: Any) -> dict[str, TargetRanks]:
-        ranks = self.recommender.rank(users, batch.labels, self.filter_seen)
-        self.evaluator.update(batch.user_ids, batch.labels, ranks)
-        return {"ranks": ranks}  # for callbacks: they may say more than the evaluator asks
+    def _read(
+        self, batch: EvalBatch, judge: Callable[[Users], TargetRanks]
+    ) -> dict[str, TargetRanks]:
+        """Read users, and judge all that wait when there are enough."""
+        users = self.recommender.read(batch.history, batch.seen)
+        self._waiting.append((users, replace(batch, history=None)))  # which is not needed again
+        if sum(len(each.labels) for _, each in self._waiting) < self.recommender.users_at_once:
+            return {}
+        return {"ranks": self._judge(judge)}  # for callbacks: ranks may say more than is asked
+
+    def _judge(self, judge: Callable[[Users], TargetRanks]) -> TargetRanks:
+        """Ask about all users that wait."""
+        batches = [batch for _, batch in self._waiting]
+        starts = np.cumsum([0, *(len(batch.labels) for batch in batches)])
+        users = Users(
+            self.recommender.join([read for read, _ in self._waiting]),
+            torch.cat([batch.user_ids for batch in batches]),
+            torch.cat([batch.labels for batch in batches]),
+            joined_pairs([batch.seen for batch in batches], starts),
+        )
+        self._waiting = []
+        ranks = judge(users)
+        self.evaluator.update(users.ids, users.targets, ranks)
+        return ranks
+
+    def _rank(self, users: Users) -> TargetRanks:
+        return self.recommender.rank(users.read, users.targets, self.filter_seen)
 
     def on_validation_epoch_end(self) -> None:
+        if self._waiting:
+            self._judge(self._rank)
         self._log_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        self.evaluator = Evaluator(self.metric_ks, self.ties)
+        self.evaluator, self._waiting = Evaluator(self.metric_ks, self.ties), []
         if self.sampled_negatives is not None:
             self.sampled = Evaluator(self.metric_ks, self.ties)
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, TargetRanks]:
-        users = self.recommender.read(batch.history, batch.seen)
-        output = self._ranked(batch, users)
-        items = self.recommender.recommend(users, max(self.metric_ks), self.filter_seen)
+        return self._read(batch, self._rank_and_recommend)
+
+    def _rank_and_recommend(self, users: Users) -> TargetRanks:
+        ranks, items = self.recommender.rank_and_recommend(
+            users.read, users.targets, max(self.metric_ks), self.filter_seen
+        )
         self.evaluator.count_recommended(items, self.num_items)
         if self.sampled is not None and self.sampled_negatives is not None:
             negatives = sample_unseen(
-                batch.user_ids, batch.labels, batch.seen, self.num_items, self.sampled_negatives
+                users.ids, users.targets, users.seen, self.num_items, self.sampled_negatives
             )
-            among = self.recommender.rank_among(users, batch.labels, negatives)
-            self.sampled.update(batch.user_ids, batch.labels, among)
-        return output
+            among = self.recommender.rank_among(users.read, users.targets, negatives)
+            self.sampled.update(users.ids, users.targets, among)
+        return ranks
 
     def on_test_epoch_end(self) -> None:
+        if self._waiting:
+            self._judge(self._rank_and_recommend)
         self._log_metrics("test")
         if self.sampled is not None:
             self.sampled.gather()

@@ -30,7 +30,8 @@ from baselines.untrained.text_neighbours import TextNeighbours, word_vectors
 from recformer.data.collators import EvalExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
-from recformer.evaluation.ranks import TargetRanks
+from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
+from recformer.evaluation.top_items import top_items
 from recformer.files import UserError, read_json
 from tests.tiny import tiny_bert
 
@@ -107,6 +108,29 @@ def test_popularity_without_seen_items(folder: ProcessedFolder) -> None:
     ranks = ranks_of(Popularity(folder), filter_seen=True)
     # Histories {0, 1, 4}, {0, 2, 3} and {4, 0, 1} leave {2, 3, 5}, {1, 4, 5} and {2, 3, 5}.
     assert counts(ranks) == ([0, 0, 1], [0, 1, 1], [3, 3, 3])
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+@pytest.mark.parametrize("model", [Popularity, TextNeighbours, Cooccurrence, SessionNeighbours])
+def test_one_call_gives_what_a_full_matrix_of_scores_gives(
+    folder: ProcessedFolder, model, filter_seen: bool
+) -> None:
+    examples, untrained = folder.eval_examples("test"), model(folder)
+    everyone = slice(0, len(examples))
+    seen = base.seen_pairs(examples.histories, everyone)
+    scores = untrained.scores(examples.histories)(everyone)
+    scores = torch.as_tensor(scores.toarray() if hasattr(scores, "toarray") else scores)
+    targets = torch.from_numpy(examples.targets)
+    users = UntrainedUsers(examples.histories, seen)
+    for k in (2, 9):
+        ranks, items = untrained.rank_and_recommend(users, targets, k, filter_seen)
+        left_out = seen if filter_seen else None
+        assert counts(ranks) == counts(count_ranks(scores, targets, left_out))
+        assert items.tolist() == top_items(scores, k, left_out)[0].tolist()
+        assert untrained.recommend(users, k, filter_seen).tolist() == items.tolist()
+    candidates = np.array([[0, 1], [4, 5], [2, 2]])
+    among = untrained.rank_among(users, targets, candidates)
+    assert counts(among) == counts(count_ranks_among(scores, targets, candidates))
 
 
 def test_popularity_counts_training_alone(folder: ProcessedFolder) -> None:
@@ -269,6 +293,23 @@ def test_the_command_writes_figures_and_ranks(
     assert ranks["num_candidates"] == [6, 6, 6]
 
 
+def test_a_sample_of_test_users_is_named_wherever_figures_stand(
+    folder: ProcessedFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", "popularity", "--data_path", str(folder.path), "--test_users", "2"]
+    main([*command, "--output_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "test, 2 users drawn from 3, full ranking" in printed
+    assert "95 % (2 of 3 users) from" in printed
+    result = read_json(tmp_path / "metrics.json")
+    assert (result["test_users"], result["test"]["drawn_from"]) == (2, 3)
+    assert "drawn_from" not in result["validation"]
+    ranks = pq.read_table(tmp_path / "ranks" / "untrained_test.parquet").to_pydict()
+    assert len(ranks["user_id"]) == 2
+    with pytest.raises(UserError, match="--test_users 0: must be at least 1"):
+        main([*command[:-1], "0"])
+
+
 def test_a_flag_of_another_model_is_refused(folder: ProcessedFolder) -> None:
     with pytest.raises(UserError, match="--decay is no flag of --model popularity"):
         main(["--model", "popularity", "--data_path", str(folder.path), "--decay", "0.5"])
@@ -312,8 +353,8 @@ def test_items_of_the_history_have_their_scores_multiplied(
     folder: ProcessedFolder, model, settings
 ) -> None:
     histories = folder.eval_examples("test").histories
-    plain = model(folder).scores(histories)(slice(0, 3))
-    scaled = model(folder, settings(history_factor=0.25)).scores(histories)(slice(0, 3))
+    plain = model(folder).scores(histories)(slice(0, 3)).toarray()
+    scaled = model(folder, settings(history_factor=0.25)).scores(histories)(slice(0, 3)).toarray()
     for row, history in enumerate(histories[row] for row in range(3)):
         expected = np.array(plain[row])
         expected[np.unique(history)] *= 0.25  # once, however often it was bought
@@ -343,13 +384,15 @@ def test_session_neighbours_by_hand(sessions: ProcessedFolder) -> None:
     histories = sessions.eval_examples("test").histories
     assert histories[0].tolist() == [1, 2]
     a, b, c = 2 / np.sqrt(2 * 3), 1 / np.sqrt(2 * 2), 1 / np.sqrt(2 * 3)
-    scores = SessionNeighbours(sessions).scores(histories)(slice(0, 1))
+    scores = SessionNeighbours(sessions).scores(histories)(slice(0, 1)).toarray()
     assert scores[0] == pytest.approx([a, a + b, a + c, b + c, c, 0])
-    nearest = SessionNeighbours(sessions, SknnSettings(1)).scores(histories)(slice(0, 1))
+    nearest = SessionNeighbours(sessions, SknnSettings(1)).scores(histories)(slice(0, 1)).toarray()
     assert nearest[0] == pytest.approx([a, a, a, 0, 0, 0])
     # Items 1 and 2 weigh 1/2 and 1: the sequences 3/2, 1/2 and 1.
     model = SessionNeighbours(sessions, SknnSettings(2), weighted=True)
-    assert model.scores(histories)(slice(0, 1))[0] == pytest.approx([1.5, 1.5, 2.5, 1, 1, 0])
+    assert model.scores(histories)(slice(0, 1)).toarray()[0] == pytest.approx(
+        [1.5, 1.5, 2.5, 1, 1, 0]
+    )
     ranks = ranks_of(model)  # item 0 is below 2 and beside 1
     assert counts(ranks) == ([1], [1], [6])
     with pytest.raises(UserError, match="--neighbours 0"):
@@ -363,7 +406,7 @@ def test_session_neighbours_are_those_of_loops_over_sets(tmp_path: Path) -> None
     histories = folder.eval_examples("test").histories
     for weighted in (False, True):
         model = SessionNeighbours(folder, SknnSettings(7), weighted=weighted)
-        found = model.scores(histories)(slice(0, 40))
+        found = model.scores(histories)(slice(0, 40)).toarray()
         for user, row in enumerate(found):
             history = histories[user].tolist()
             weight = {item: (place + 1) / len(history) for place, item in enumerate(history)}

@@ -103,6 +103,18 @@ def test_workers_change_nothing(folder):
     assert draws(0) == draws(2)
 
 
+def test_sample_of_test_users_is_one_for_all_runs(folder):
+    def users(**settings) -> list[int]:
+        return [e.user_id for b in module(folder, **settings).test_dataloader() for e in b]
+
+    chosen = users(test_users=2, seed=3)
+    assert len(chosen) == 2
+    assert users(test_users=2, seed=4) == chosen
+    assert users(test_users=99) == users() == [0, 1, 2, 4]
+    assert module(folder, test_users=2).num_test_users == 4
+    assert len(module(folder, test_users=2).val_set) == 4
+
+
 def test_sample_of_validation_users_is_seeded_and_never_of_test(folder):
     def users(**settings) -> list[int]:
         return [e.user_id for b in module(folder, **settings).val_dataloader() for e in b]

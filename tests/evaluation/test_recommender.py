@@ -121,3 +121,45 @@ def test_lightning_moves_a_batch() -> None:
     moved = move_data_to_device(TrainBatch(TARGETS, packed()), torch.device("meta"))
     assert isinstance(moved, TrainBatch)
     assert moved.history.cu_seqlens.device.type == moved.labels.device.type == "meta"
+
+
+@pytest.mark.parametrize("model", [Vectors(), Vectors(0.3), Scores()])
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_ranks_and_recommendations_together_are_those_alone(model, filter_seen) -> None:
+    users = model.read(USERS, SEEN)
+    ranks, items = model.rank_and_recommend(users, TARGETS, 3, filter_seen)
+    alone = model.rank(users, TARGETS, filter_seen)
+    assert (ranks.above.tolist(), ranks.tied.tolist()) == (
+        alone.above.tolist(),
+        alone.tied.tolist(),
+    )
+    assert items.tolist() == model.recommend(users, 3, filter_seen).tolist()
+
+
+class Raised(Vectors):
+    """Items of the history, here the first of each batch's rows, are raised by `bonus`."""
+
+    def history_terms(self, history: Tensor, vectors: Tensor) -> Additions | None:
+        if len(history) > 1:
+            return None  # a batch may have no terms
+        return torch.tensor([0]), torch.tensor([4]), torch.tensor([self.bonus])
+
+
+def test_users_of_several_batches_are_joined() -> None:
+    model = Raised(3.0)
+    parts = [
+        model.read(USERS[1:], (torch.tensor([0]), torch.tensor([2]))),
+        model.read(USERS, SEEN),
+        model.read(USERS[:1], (torch.tensor([0, 0]), torch.tensor([0, 4]))),
+    ]
+    targets = [TARGETS[1:], TARGETS, TARGETS[:1]]
+    ranks, items = model.rank_and_recommend(model.join(parts), torch.cat(targets), 4, True)
+    apart = [
+        model.rank_and_recommend(part, target, 4, True)
+        for part, target in zip(parts, targets, strict=True)
+    ]
+    assert ranks.above.tolist() == [n for each, _ in apart for n in each.above.tolist()]
+    assert items.tolist() == [row for _, each in apart for row in each.tolist()]
+    assert items[0].tolist() == [4, 1, 3, 0]  # raised above all, item 2 is in the history
+    with pytest.raises(TypeError, match="Scores does not join users"):
+        Scores().join([Scores().read(USERS, SEEN)] * 2)
