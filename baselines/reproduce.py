@@ -267,17 +267,21 @@ class Reproduction:
             write_json(self.folder(run) / DONE, self.line(run))
 
     def plan(self, chosen: Sequence[Run]) -> list[list[str]]:
-        """Rows of step, what is to do, minutes."""
+        """Rows of step, what is to do, minutes; also where raw files are missing."""
         rows = []
         for name in dict.fromkeys(run.data for run in chosen):
             data = self.experiment.data[name]
             if (self.data_folder(data) / "dataset.json").exists():
                 rows.append([f"data {name}", "is there", "0"])
                 continue
-            lacking = len(self.raw_files(data)) < sum(n in data.process for n in DATA_FILES)
-            how = (
-                "process" if not lacking else "generate" if data.sample is not None else "download"
-            )
+            wanted = sum(n in data.process for n in DATA_FILES)
+            try:
+                lacking = len(self.raw_files(data)) < wanted
+                how = "process"
+                if lacking:
+                    how = "generate" if data.sample is not None else "download"
+            except FileNotFoundError as error:
+                how = f"cannot be made: {error}"
             rows.append([f"data {name}", how, f"{data.minutes:.1f}"])
         for run in chosen:
             if run.of is not None:
@@ -341,8 +345,11 @@ def report(reproduction: Reproduction, found: Sequence[tuple[Run, Row]]) -> dict
     }
 
 
+SLICES = ("cold target", "rare target", "frequent target")
+
+
 def markdown(content: Mapping[str, Any]) -> str:
-    """The table of a `reproduction.json`, one a data set."""
+    """The table of a `reproduction.json`, one a data set, and the first metric by kind of target."""
     text = f"{content['title']}\n"
     for name in dict.fromkeys(row["data"] for row in content["rows"]):
         rows = [row for row in content["rows"] if row["data"] == name]
@@ -363,7 +370,23 @@ def markdown(content: Mapping[str, Any]) -> str:
             line.append(f"{row['train_seconds'] / 60:.1f}" if row["train_seconds"] else "")
             cells.append([*line, row["verdict"]])
         text += markdown_table(["", *METRICS, "p", "minutes", "expected"], cells)
+        text += _by_target(rows)
     return text
+
+
+def _by_target(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Table of the users whose target was bought never, one to four times, more often in training;
+    empty where all targets are of one kind."""
+    users = {name: n for row in rows for name, (n, _) in row["slices"].items() if name in SLICES}
+    kinds = [name for name in SLICES if users.get(name)]
+    if len(kinds) < 2:
+        return ""
+    cells = [
+        [row["name"], *(f"{row['slices'][k][1]:.4f}" if k in row["slices"] else "" for k in kinds)]
+        for row in rows
+    ]
+    heads = ["", *(f"{name} ({users[name]:,.0f} users)" for name in kinds)]
+    return f"\n{METRICS[0]} by target\n\n{markdown_table(heads, cells)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -397,12 +420,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = args.output_dir or Path("reproduced") / experiment.name
     replaced = dict(text.split("=", 1) for text in args.replace)
     reproduction = Reproduction(experiment, output_dir, args.raw, replaced)
-    plan = reproduction.plan(chosen)  # raw files are looked for before anything is run
     if args.dry_run:
+        plan = reproduction.plan(chosen)
         print(markdown_table(["step", "what", "minutes"], plan), end="")
         return
-    for name in dict.fromkeys(run.data for run in chosen):
-        reproduction.prepare(experiment.data[name])
+    sets = [experiment.data[name] for name in dict.fromkeys(run.data for run in chosen)]
+    for data in sets:  # raw files are looked for before anything is run
+        if not (reproduction.data_folder(data) / "dataset.json").exists():
+            reproduction.raw_files(data)
+    for data in sets:
+        reproduction.prepare(data)
     for run in chosen:
         reproduction.train(run)
     content = report(reproduction, reproduction.rows(chosen))

@@ -80,6 +80,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
             "recformer.commands.export",
             "write item vectors for other search engines, the encoder as ONNX",
         ),
+        "env": ("recformer.commands.env", "print versions, device and threads, for a report"),
     },
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -112,10 +113,14 @@ def test_changed_flags_do_not_report_the_run_before(place):
         main(flags)
 
 
-def test_raw_files_must_be_there_and_right(place):
+def test_raw_files_must_be_there_and_right(place, capsys):
     flags = ["shop.yaml", "--output_dir", "out"]
     with pytest.raises(FileNotFoundError, match="clicks.csv of shop is in no folder of --raw"):
-        main([*flags, "--dry_run"])
+        main(flags)
+    main([*flags, "--dry_run"])  # what it costs is said before the files are looked for
+    said = capsys.readouterr().out
+    assert "|data shop|cannot be made: clicks.csv of shop is in no folder of --raw;" in said
+    assert "|all|any|6.5|" in said
     (place / "raw files" / "deep" / "clicks.csv").write_text(CLICKS + "u7,i1,9\n")
     with pytest.raises(UserError, match="is not the file that shop was made of"):
         main([*flags, "--raw", "raw files"])
@@ -139,13 +144,24 @@ def test_files_of_another_form_are_refused(place, old, new, said):
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_experiment_of_the_package_has_flags_that_exist(path):
+def test_every_experiment_of_the_package_has_flags_that_exist(path, capsys):
     from baselines.arguments import BaselineArguments
+    from recformer.commands import process
     from recformer.finetune import FinetuneArguments
+
+    with pytest.raises(SystemExit):
+        process.main(["--help"])
+    flags_of_process = set(re.findall(r"--(\w+)", capsys.readouterr().out))
 
     experiment = Experiment.load(path.stem)
     for run in experiment.runs:
         known = FinetuneArguments if run.command == "finetune" else BaselineArguments
         assert set(run.flags) <= set(known.__dataclass_fields__), run.name
+    for data in experiment.data.values():
+        assert set(data.process) <= flags_of_process, data.name
+        assert data.sample is not None or (data.origin and data.split_hash)
+        raw = {data.process[name] for name in reproduce.DATA_FILES}
+        assert data.sample is not None or set(data.sha256) == raw
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in data.sha256.values())
     with pytest.raises(FileNotFoundError, match="no such experiment; there are .*sample"):
         Experiment.load("none")
