@@ -349,7 +349,7 @@ SLICES = ("cold target", "rare target", "frequent target")
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The table of a `reproduction.json`, one a data set, and the first metric by kind of target."""
+    """Tables of a `reproduction.json` for each data set: figures, and one metric by target."""
     text = f"{content['title']}\n"
     for name in dict.fromkeys(row["data"] for row in content["rows"]):
         rows = [row for row in content["rows"] if row["data"] == name]

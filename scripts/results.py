@@ -4,6 +4,7 @@ python scripts/results.py --take FOLDER    takes FOLDER/reproduction.json into d
 python scripts/results.py --write          puts the tables into docs/results.md
 
 In the page `<!-- reproduced: NAME -->` and `<!-- end -->` stand around a table: never typed.
+`<!-- experiments -->` stands before the list of all experiments.
 """
 
 from __future__ import annotations
@@ -14,12 +15,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from baselines.reproduce import markdown
+from baselines.reproduce import FOLDER, Experiment, markdown
+from recformer.evaluation.table import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 TABLE = re.compile(r"(<!-- reproduced: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+LIST = re.compile(r"(<!-- experiments -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def experiments(figures: Path) -> str:
+    """A row an experiment: its rows, those of a table in the page, and what all of it takes."""
+    rows = []
+    for path in sorted(FOLDER.glob("*.yaml")):
+        experiment = Experiment.load(path.stem)
+        made = json.loads((figures / path.name).with_suffix(".json").read_text(encoding="utf-8"))
+        minutes = sum(data.minutes for data in experiment.data.values())
+        minutes += sum(r.minutes * max(1, len(r.seeds)) for r in experiment.runs if r.of is None)
+        counts = (len(experiment.runs), len(made["rows"]), round(minutes))
+        rows.append([f"`{path.stem}`", experiment.title, *map(str, counts)])
+    return markdown_table(["NAME", "", "rows", "in a table", "minutes on two cores"], rows)
 
 
 def with_tables(page: str, figures: Path = FIGURES) -> str:
@@ -33,6 +51,7 @@ def with_tables(page: str, figures: Path = FIGURES) -> str:
         )
         return f"{match[1]}\n{text}\n{match[3]}"
 
+    page = LIST.sub(lambda match: f"{match[1]}\n{experiments(FIGURES)}\n{match[2]}", page)
     return TABLE.sub(table, page)
 
 

@@ -23,7 +23,8 @@ NEEDED = (
 OPTIONAL = ("deepspeed", "fastapi", "faiss-cpu", "onnxruntime", "optuna")
 VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME",
-    "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "WORLD_SIZE", "SLURM_NTASKS",
+    "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "WORLD_SIZE",
+    "SLURM_NTASKS",
 )  # fmt: skip
 GIB = 1 << 30
 
@@ -65,19 +66,20 @@ def _versions(names: Sequence[str], missing: bool) -> list[str]:
     return found
 
 
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")  # of Linux
+    return path.read_text() if path.is_file() else ""
+
+
 def _processor() -> str:
     """Name of the processor, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        if found := re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE):
-            return found[1]
-    return platform.processor() or "unknown"
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return found[1] if found else platform.processor() or "unknown"
 
 
 def _bfloat16() -> str:
     """Which instructions multiply bfloat16, by the system's list of the processor's flags."""
-    path = Path("/proc/cpuinfo")
-    flags = path.read_text().split() if path.is_file() else []
+    flags = _cpuinfo().split()
     known = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags]
     return ", ".join(known) or "no instructions of the processor known"
 
