@@ -73,7 +73,7 @@ class Run:
         data: name of its `Data`.
         flags: of the command, as a mapping.
         seeds: one run each; empty for the command's own.
-        evaluation: of the run's; None for its last one.
+        evaluation: `zero_shot`; None for the run's last one.
         expected: metric -> value on the test users, a mean over seeds.
         tolerance: by which a metric may differ.
         minutes: about how long a seed takes.
@@ -148,6 +148,10 @@ class Experiment:
                 raise UserError(f"{where}: no run {run.of!r}")
             if run.of is None and run.command not in COMMANDS:
                 raise UserError(f"{where}: command {run.command!r}, expected {', '.join(COMMANDS)}")
+            if run.evaluation not in (None, "zero_shot"):
+                raise UserError(
+                    f"{where}: evaluation {run.evaluation!r}, expected zero_shot or none"
+                )
             unknown = [name for name in run.expected if name not in METRICS]
             if unknown or not run.expected:
                 raise UserError(f"{where}: expected {unknown or 'nothing'}; of {METRICS}")

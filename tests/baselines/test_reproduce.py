@@ -132,6 +132,7 @@ def test_raw_files_must_be_there_and_right(place, capsys):
     [
         ("data: shop", "data: other", "no data 'other'"),
         ("command: baseline", "command: rm", "command 'rm', expected baseline, finetune"),
+        ("data: shop", "data: shop\n  evaluation: stage1", "'stage1', expected zero_shot or none"),
         ("Recall@10: 1.0", "Recall@7: 1.0", r"expected \['Recall@7'\]"),
         ("title:", "titel:", "is no experiment"),
         ("title:", "title: [", "is no YAML"),

@@ -21,10 +21,10 @@ def test_a_table_is_put_in_its_place(tmp_path: Path) -> None:
     content = json.loads((results.FIGURES / f"{name}.json").read_text())
     content["rows"][0]["name"] = "a new name"
     (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    page = f"before\n<!-- reproduced: {name} -->\nold\n<!-- end -->\nafter\n"
+    page = f"before\n<!-- reproduced: {name} -->\nto be replaced\n<!-- end -->\nafter\n"
     made = results.with_tables(page, tmp_path)
     assert made.startswith(f"before\n<!-- reproduced: {name} -->\n\n`recformer reproduce {name}`: ")
     assert made.endswith("<!-- end -->\nafter\n")
     assert "|a new name|" in made
-    assert "old" not in made
+    assert "to be replaced" not in made
     assert results.with_tables(made, tmp_path) == made
