@@ -71,9 +71,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--bf16",
-        action="store_true",
-        help="read histories in bfloat16, on processors made for it more than twice as fast "
-        "(docs/guides/serving.md)",
+        action=argparse.BooleanOptionalAction,
+        help="read texts in bfloat16; scores move in the fourth digit (docs/guides/serving.md; "
+        "default: on processors made for it)",
     )
     parser.add_argument("--threads", type=int, help="that compute (default: all cores)")
     parser.add_argument("--max_batch", type=int, default=64, help="histories in a batch (64)")
@@ -169,6 +169,7 @@ def serve(args: argparse.Namespace, key: str | None) -> None:
     from recformer.serving.app import create_app
     from recformer.serving.examples import ExampleUsers
     from recformer.serving.logs import write_json_lines
+    from recformer.serving.served import computes_in_bfloat16
     from recformer.serving.service import BESIDE, MAIN, Limits, Service
     from recformer.serving.store import Store
 
@@ -180,7 +181,8 @@ def serve(args: argparse.Namespace, key: str | None) -> None:
     listening = listen(args.host, args.port)  # before the long work: the address may be taken
     store = Store(args.database)
     limits = Limits(body=args.max_body, k=args.max_k, rows=args.max_rows, batch=args.max_batch)
-    service = Service(folders, store, limits, args.shown_types, args.meta_file, args.bf16)
+    bf16 = computes_in_bfloat16() if args.bf16 is None else args.bf16
+    service = Service(folders, store, limits, args.shown_types, args.meta_file, bf16)
     config = uvicorn.Config(
         create_app(service, key, users),
         log_config=None,
@@ -195,6 +197,7 @@ def serve(args: argparse.Namespace, key: str | None) -> None:
     say(
         f"{len(service.main.recommender):,} items; {store.name}; page and API on http://{shown}:{port}"
     )
+    say(f"texts are read in {'bfloat16 (--no-bf16: float32)' if bf16 else 'float32'}")
     if key is None:
         say("there is no key: this machine alone is answered, by the names localhost and 127.0.0.1")
     sys.stdout.flush()

@@ -315,8 +315,22 @@ class Served:
         ]
 
 
+def computes_in_bfloat16() -> bool:
+    """True where bfloat16 is the quicker form: the GPU, or a processor with instructions for it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
 def _encode_in_bfloat16(encoder: Any) -> None:
     encode, device = encoder.encode, encoder.device.type
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Linear):  # else autocast converts them for every batch
+            module.to(torch.bfloat16)
 
     def encode_in_bfloat16(packed: Any) -> Any:
         with torch.autocast(device, torch.bfloat16):
