@@ -671,3 +671,27 @@ def test_remembered_histories_are_not_read_again(folder: Path, monkeypatch) -> N
     read.clear()
     recommender.recommend([histories[0]], k=5)
     assert sum(read) == 1
+
+
+def test_tokens_of_a_row_are_kept_and_of_a_new_text_made(folder: Path, monkeypatch) -> None:
+    tokenised: list[int] = []
+    of = ItemsInMemory.of.__func__
+
+    def counting(cls: type, items: list, tokenizer: RecformerTokenizer) -> ItemsInMemory:
+        tokenised.append(len(items))
+        return of(cls, items, tokenizer)
+
+    recommender, plain = (CatalogueRecommender.load(folder) for _ in range(2))
+    monkeypatch.setattr(ItemsInMemory, "of", classmethod(counting))
+    unknown = {"title": "tent torch"}
+    histories = [["B1", "B2"], ["B2", unknown, "N0", "B2"]]
+    vectors = recommender.user_vectors(histories)
+    assert tokenised == [4]  # B1, B2, N0 and the text that no catalogue knows
+    assert torch.equal(recommender.user_vectors(histories), vectors)
+    assert torch.equal(recommender.user_vectors([["N0"]]), plain.user_vectors([["N0"]]))
+    assert tokenised[1:3] == [1, 0]
+    recommender.update_items({"B2": {"title": "rope knife"}})
+    plain.update_items({"B2": {"title": "rope knife"}})
+    changed = recommender.user_vectors(histories)
+    assert torch.equal(changed, plain.user_vectors(histories))
+    assert not torch.isclose(changed, vectors).all(dim=1).any()

@@ -32,6 +32,9 @@ from recformer.training.item_encoder import (
 
 PathLike = str | os.PathLike
 
+# Rows of the catalogue whose tokens are kept at most; some 30 MB.
+ROWS_REMEMBERED = 65_536
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -56,6 +59,7 @@ class Sequences:
     def __init__(self, model: RecformerForSeqRec, tokenizer: RecformerTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.remembered = Remembered(0)
+        self._tokens_of_row: dict[int, _Tokens] = {}
 
     def item_vectors(self, store: ItemsInMemory, cache_dir: PathLike | None = None) -> Tensor:
         """(M, H) vectors of tokenised items, of which there is at least one."""
@@ -69,7 +73,7 @@ class Sequences:
         config = self.model.config
         most = config.max_item_embeddings - 1
         sequences = [asked.known[number][-most:] for number in numbers]
-        store = ItemsInMemory.of(asked.items, self.tokenizer)
+        store = self._tokenised(asked)
         # The tokens of a history are all that its vector depends on.
         keys = [_tokens(store, sequence) for sequence in sequences]
         read = {key: self.remembered.get(key) for key in dict.fromkeys(keys)}
@@ -87,6 +91,30 @@ class Sequences:
                 self.remembered.put(keys[place], vector)
         users = torch.stack([found[key] for key in keys])
         return users, None
+
+    def _tokenised(self, asked: Asked) -> ItemsInMemory:
+        """The items of a request; the text of a row never changes, so its tokens are kept."""
+        rows = asked.rows.tolist()
+        known = [self._tokens_of_row.get(row) for row in rows]
+        new = [place for place, tokens in enumerate(known) if tokens is None]
+        store = ItemsInMemory.of([asked.items[place] for place in new], self.tokenizer)
+        if len(new) == len(rows):
+            tokens = [_tokens_of(store, number) for number in range(len(new))]
+        else:
+            found = iter(_tokens_of(store, number) for number in range(len(new)))
+            tokens = [next(found) if each is None else each for each in known]
+            lengths = [0, *(len(ids) for ids, _ in tokens)]
+            store = ItemsInMemory(
+                np.concatenate([ids for ids, _ in tokens]),
+                np.concatenate([types for _, types in tokens]),
+                np.cumsum(lengths, dtype=np.int64),
+            )
+        if len(self._tokens_of_row) + len(new) > ROWS_REMEMBERED:
+            self._tokens_of_row = {}
+        self._tokens_of_row.update(
+            (rows[place], tokens[place]) for place in new if rows[place] >= 0
+        )
+        return store
 
     def users_and_items(self, asked: Asked, items: list[Item], view: View) -> tuple[Tensor, Tensor]:
         """Vectors of all histories (B, H) and of some texts (M, H), out of the same batch."""
@@ -108,6 +136,14 @@ class Sequences:
             ages: how many items came after it where the history holds it.
         """
         return cosines
+
+
+_Tokens = tuple[NDArray[Any], NDArray[np.uint8]]  # ids and token types of an item
+
+
+def _tokens_of(store: ItemsInMemory, item: int) -> _Tokens:
+    part = slice(store.offsets[item], store.offsets[item + 1])
+    return store.input_ids[part].copy(), store.token_type_ids[part].copy()
 
 
 def _tokens(store: ItemsInMemory, sequence: NDArray[np.int64]) -> bytes:

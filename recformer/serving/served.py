@@ -6,6 +6,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,19 @@ class Served:
         self.version = 0
         self.thread: ModelThread[Filters, Question, Recommended]
         self.thread = ModelThread(self._answers, most, name)
+        # A batch is cut into a part a core: parts never wait for each other, where threads within
+        # an operation wait after each one, for a core that another request may hold.
+        self.cores = torch.get_num_threads()
+        self._parts = ThreadPoolExecutor(self.cores, name, torch.set_num_threads, (1,))
+        list(self._parts.map(time.sleep, [0.01] * self.cores))  # all of them begin
+        torch.set_num_threads(self.cores)  # of threads that begin later
+        self.thread.run(lambda: torch.set_num_threads(self.cores))
         metrics.catalogue.labels(name).set(len(self.recommender))
+
+    def close(self) -> None:
+        """End its threads when all that waits is done."""
+        self.thread.close()
+        self._parts.shutdown()
 
     def _words(self, attributes: Mapping[str, Any]) -> str:
         values = [attributes.get(self.shape.title), attributes.get("brand")]
@@ -280,6 +293,18 @@ class Served:
 
     def _answers(self, filters: Filters, questions: list[Question]) -> list[Recommended]:
         start = time.perf_counter()
+        parts = np.array_split(np.arange(len(questions)), min(self.cores, len(questions)))
+        cut = [[questions[place] for place in part] for part in parts]
+        if len(cut) == 1:  # alone: all cores for it
+            answers = self._answers_of_part(filters, questions)
+        else:
+            found = self._parts.map(lambda part: self._answers_of_part(filters, part), cut)
+            answers = [answer for part in found for answer in part]
+        self.metrics.batches.labels(self.name).observe(len(questions))
+        self.metrics.computing.labels(self.name).observe(time.perf_counter() - start)
+        return answers
+
+    def _answers_of_part(self, filters: Filters, questions: list[Question]) -> list[Recommended]:
         hidden = self.hidden
         many = len(hidden) > FEW_LEFT_OUT
         blocked = (*filters.blocked, *hidden) if many else filters.blocked
@@ -307,8 +332,6 @@ class Served:
                 blocked=blocked,
                 where=dict(filters.where),
             )
-        self.metrics.batches.labels(self.name).observe(len(questions))
-        self.metrics.computing.labels(self.name).observe(time.perf_counter() - start)
         return [
             _without(answer, names, question.k)
             for answer, names, question in zip(answers, left_out, questions, strict=True)

@@ -152,7 +152,7 @@ class Service:
                     old, self._served[name] = self._served[name], served
             finally:
                 self._changes = None
-            old.thread.close()  # answers what it was asked before
+            old.close()  # answers what it was asked before
             self.metrics.reloads.labels("done").inc()
             return served
         except BaseException:
@@ -164,7 +164,7 @@ class Service:
     def close(self) -> None:
         """End the threads of the models and the connections of the database."""
         for served in self._served.values():
-            served.thread.close()
+            served.close()
         self.store.close()
 
     # --- items --------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_no_pickle_is_opened(
     folder = Path(shutil.copytree(model_folder, tmp_path / "pickled"))
     for name in ("pytorch_model.bin", "model.pt", "vectors.pkl", "training_args.bin"):
         (folder / name).write_bytes(pickle.dumps(Exploding()))
-    Served(folder, "main", Metrics()).thread.close()  # weights lie beside them as safetensors
+    Served(folder, "main", Metrics()).close()  # weights lie beside them as safetensors
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="opens no pickled weights"):
         Served(folder, "main", Metrics())

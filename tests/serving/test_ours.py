@@ -91,7 +91,7 @@ def test_bfloat16_is_near(model_folder: Path) -> None:
         assert other[name] == pytest.approx(score, abs=0.02)
     assert left.scores != right.scores
     for served in (exact, fast):
-        served.thread.close()
+        served.close()
 
 
 def test_search(client: TestClient) -> None:
