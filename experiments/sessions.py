@@ -76,7 +76,9 @@ def prepare(name: str, folder: Path, ml100k: Path | None) -> None:
     write_season(raw, shuffled=name == "shuffled_season")
     process(
         ["--file_path", str(raw / FILE), "--output_path", str(folder)]
-        + ["--protocol", "t4rec_rees46", "--session_column", "user_session"]
+        + ["--split", "windows", "--window", "1d", "--targets", "every"]  # more of them than "last"
+        + ["--session_column", "user_session", "--min_interactions", "2"]
+        + ["--drop_consecutive_repeats"]
         + ["--features", "price:float:item", "category_code:cat", "brand:cat", "hour"]
     )
 

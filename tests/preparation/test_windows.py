@@ -220,4 +220,5 @@ def test_published_protocols(name: str) -> None:
     protocol = Protocol.load(name)
     assert protocol.parts["data"]["split"] == "windows"
     assert protocol.parts["data"]["window"] == "1d"
+    assert protocol.parts["data"]["targets"] == "last"  # the published runs judge no other item
     assert protocol.parts["evaluation"]["metric_ks"] == [20]
