@@ -14,6 +14,8 @@ import requests
 from tests.serving.conftest import NAMES
 from tests.serving.test_serve_command import Running, running
 
+ALL = 10_000  # more than there will ever be items: an answer holds the whole catalogue
+
 
 class Client:
     """One client with items and users of its own, so that it knows what must be there.
@@ -75,7 +77,7 @@ class Client:
             self.clicks.add((user, item))
         elif choice < 0.998:
             user = f"U{self.number}-{self.random.randrange(5)}"
-            found = call("GET", f"/api/recommend/{user}?n=1000").json()
+            found = call("GET", f"/api/recommend/{user}?n={ALL}").json()
             done = {item for who, item in self.clicks if who == user}
             missing = (set(self.items) | set(NAMES)) - done - set(found)
             if missing or done & set(found):
@@ -120,7 +122,7 @@ def mixed(folder: Path, work: Path, total: int, kills: int, clients: int = 8) ->
     """Send `total` requests of many kinds with kills between; returns those sent, by kind."""
     crew = [Client(number) for number in range(clients)]
     for turn in range(kills + 1):
-        with running(folder, work) as service:
+        with running(folder, work, "--max_k", str(ALL)) as service:
             check(crew, service)
             share = total // (kills + 1) // clients
             threads = [
