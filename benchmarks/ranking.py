@@ -45,6 +45,9 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
             write_table(table, items, hidden)
             yield _ranking_row(table, items, hidden, users)
             yield _loss_row(table, items, hidden, batch_size)
+
+
+def judging_rows(quick: bool) -> Iterator[dict[str, Any]]:
     for items, hidden, users, of_peer in QUICK_JUDGED if quick else JUDGED:
         with tempfile.TemporaryDirectory() as folder:
             table = str(Path(folder) / "items")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,24 @@ class PackedTokens:
             torch.cat([batch.item_position_ids for batch in batches]),
             torch.cat(ends),
         )
+
+    def split(self, count: int) -> list[PackedTokens]:
+        """Parts of `count` sequences each, the last one of what is left."""
+        parts = []
+        starts = range(0, self.batch_size, count)
+        borders = [*self.cu_seqlens[: self.batch_size : count].tolist(), self.num_tokens]
+        for start, (first, last) in zip(starts, pairwise(borders), strict=True):
+            positions = self.position_ids
+            parts.append(
+                PackedTokens(
+                    self.input_ids[first:last],
+                    self.token_type_ids[first:last],
+                    self.item_position_ids[first:last],
+                    self.cu_seqlens[start : start + count + 1] - first,
+                    None if positions is None else positions[first:last],
+                )
+            )
+        return parts
 
     def with_filler(self, multiple: int, longest: int) -> PackedTokens:
         """More sequences at the end, of at most `longest` tokens: T becomes a multiple."""

@@ -263,7 +263,15 @@ def two_zero_ranks(inputs, output_dir, num_train_epochs) -> subprocess.Popen:
     flags = arguments(inputs, output_dir, num_train_epochs=num_train_epochs, batch_size=2)
     command = [sys.executable, "-m", "recformer.pretrain", "--device", "2"]
     command += ["--strategy", "deepspeed_stage_2", "--from_scratch"]
-    passed = {"output_dir", "config_overrides", "pooler_type", "max_token_num", "batch_size"}
+    flags.grad_cache = 1
+    passed = {
+        "grad_cache",
+        "output_dir",
+        "config_overrides",
+        "pooler_type",
+        "max_token_num",
+        "batch_size",
+    }
     passed |= {"max_item_embeddings", "num_train_epochs", "valid_step", "log_step"}
     passed |= {"gradient_accumulation_steps", "learning_rate", "dataloader_num_workers"}
     for name in sorted({*inputs, *passed}):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from recformer.config import RecformerConfig
@@ -127,6 +128,32 @@ class _Gather(torch.autograd.Function):
         return grad[first : first + ctx.size]
 
 
+def _check_pairs(a: PackedTokens, b: PackedTokens) -> None:
+    if a.batch_size != b.batch_size:
+        raise UserError(
+            f"side a has {a.batch_size} sequences and side b {b.batch_size}: they are pairs"
+        )
+
+
+def _mlm_counts(true_ids: dict[str, Tensor]) -> Tensor:
+    """Predicted tokens of each side, int64 (sides,)."""
+    return torch.stack([(side != NO_LABEL).sum() for side in true_ids.values()])
+
+
+def _mlm_means(sums: Tensor, true_ids: dict[str, Tensor]) -> dict[str, Tensor]:
+    """MLM loss of each side from the sums (sides,) over this process's masked tokens.
+
+    Divided by the mean count of all processes, so that the mean of their losses is that of all.
+    """
+    if not true_ids:
+        return {}
+    counts, world = _mlm_counts(true_ids), 1
+    if _several():
+        world = dist.get_world_size()
+        dist.all_reduce(counts)
+    return dict(zip(true_ids, (sums * world / counts.clamp(min=1)).unbind(), strict=True))
+
+
 class RecformerForPretraining(RecformerPreTrainedModel):
     """Recformer in pretraining: the encoder and a masked-language-model head (paper, section 2.3).
 
@@ -182,40 +209,37 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         Raises:
             UserError: sides of different sizes, or as `RecformerModel.encode`.
         """
-        if a.batch_size != b.batch_size:
-            raise UserError(
-                f"side a has {a.batch_size} sequences and side b {b.batch_size}: they are pairs"
-            )
+        _check_pairs(a, b)
         masked = {
             name: (replace(side, input_ids=mlm[0]), mlm[1])
             for name, side, mlm in (("mlm_a", a, mlm_a), ("mlm_b", b, mlm_b))
             if mlm is not None
         }
-        size = a.batch_size
-        if masked:
-            copies = [side for side, _ in masked.values()]
-            hidden, pooled = self.longformer.encode_tokens(PackedTokens.cat([a, b, *copies]))
-        else:
-            pooled = self.longformer.encode(PackedTokens.cat([a, b]))
-        everyone = _Gather.apply(pooled[size : 2 * size].float())
+        true_ids = {name: labels for name, (_, labels) in masked.items()}
+        return self._pair_losses(*self._encoded(a, b, masked), true_ids, target_ids)
+
+    def _pair_losses(
+        self,
+        vectors: Tensor,
+        targets: Tensor,
+        sums: Tensor,
+        true_ids: dict[str, Tensor],
+        target_ids: Tensor | None,
+    ) -> PairLosses:
+        """Losses of vectors (B, H) of both sides and of the sums of the MLM losses."""
+        everyone = _Gather.apply(targets.float())
         ids = None if target_ids is None else _gathered(target_ids)
-        first = dist.get_rank() * size if _several() else 0
-        logits = contrastive_scores(pooled[:size], everyone, self.config.temp, ids, first)
-        labels = torch.arange(first, first + size, device=logits.device)
-        parts = {"contrastive": F.cross_entropy(logits, labels)}
-        if masked:
-            begin = a.num_tokens + b.num_tokens
-            true_ids = {name: side for name, (_, side) in masked.items()}
-            parts |= self._mlm_losses(hidden[begin:], true_ids)
-        weights = {"contrastive": 1.0, "mlm_a": self.config.mlm_weight}
-        weights["mlm_b"] = self.config.mlm_weight
-        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        return PairLosses(loss, parts, logits, labels, pooled[:size])
+        first = dist.get_rank() * len(vectors) if _several() else 0
+        logits = contrastive_scores(vectors, everyone, self.config.temp, ids, first)
+        labels = torch.arange(first, first + len(vectors), device=logits.device)
+        parts = {"contrastive": F.cross_entropy(logits, labels)} | _mlm_means(sums, true_ids)
+        return PairLosses(self._weighted(parts), parts, logits, labels, vectors)
 
-    def _mlm_losses(self, hidden: Tensor, true_ids: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mean cross-entropy at the masked tokens of each side, the head run on no others.
+    def _mlm_sums(self, hidden: Tensor, true_ids: dict[str, Tensor]) -> Tensor:
+        """Sums of the cross-entropies at the masked tokens of each side, (sides,).
 
-        A side without a masked token gives zero, with zero gradients.
+        The head runs on no other tokens. A side without a masked token gives zero, with zero
+        gradients.
 
         Args:
             hidden: (T, H) of the masked copies, side by side.
@@ -226,25 +250,111 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         rows = F.pad(places, (0, -len(places) % MASKED_MULTIPLE))
         scores = self.lm_head(hidden.index_select(0, rows))[: len(places)].float()  # (M, V)
         losses = F.cross_entropy(scores, labels.index_select(0, places), reduction="none")
-        counts = torch.stack([(side != NO_LABEL).sum() for side in true_ids.values()])
-        sums = [part.sum() for part in losses.split(counts.tolist())]
-        world = 1
-        if _several():
-            world = dist.get_world_size()
-            dist.all_reduce(counts)
-        means = [
-            part * world / count.clamp(min=1) for part, count in zip(sums, counts, strict=True)
-        ]
-        return dict(zip(true_ids, means, strict=True))
+        parts = losses.split(_mlm_counts(true_ids).tolist())
+        return torch.stack([part.sum() for part in parts])
 
-    def batch_losses(self, batch: PairBatch) -> PairLosses:
-        """`forward_packed` on a batch."""
-        return self.forward_packed(batch.a, batch.b, batch.mlm_a, batch.mlm_b, batch.target_ids)
+    def batch_losses(self, batch: PairBatch, at_once: int | None = None) -> PairLosses:
+        """`forward_packed` on a batch; `at_once` as in `training_loss`."""
+        vectors, targets, sums, true_ids = self._encoded_in_parts(batch, at_once)
+        return self._pair_losses(
+            torch.cat(vectors), torch.cat(targets), sums, true_ids, batch.target_ids
+        )
 
-    def training_loss(self, batch: PairBatch) -> dict[str, Tensor]:
-        """The loss and its parts."""
-        losses = self.batch_losses(batch)
-        return {"loss": losses.loss, **losses.parts}
+    def training_loss(self, batch: PairBatch, at_once: int | None = None) -> dict[str, Tensor]:
+        """The loss and its parts.
+
+        Args:
+            batch: the pairs.
+            at_once: so many pairs go through the encoder at a time; None: all of them. Their
+                activations are not kept: vectors alone are, and every part is computed again, from
+                the same random state, when its gradient is there (gradient caching: Gao et al.
+                2021, arXiv:2101.06983). Loss and gradients are those of the batch in one piece but
+                for rounding and for what dropout draws; memory is that of one part, and 4 H bytes a
+                vector.
+
+        Raises:
+            UserError: as `forward_packed`.
+        """
+        if at_once is None:
+            losses = self.batch_losses(batch)
+            return {"loss": losses.loss, **losses.parts}
+        vectors, targets, sums, true_ids = self._encoded_in_parts(batch, at_once)
+        parts = {"contrastive": self._contrastive(vectors, torch.cat(targets), batch.target_ids)}
+        parts |= _mlm_means(sums, true_ids)
+        return {"loss": self._weighted(parts), **parts}
+
+    def _encoded_in_parts(
+        self, batch: PairBatch, at_once: int | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, dict[str, Tensor]]:
+        """Vectors of both sides, part by part, the sums of the MLM losses, and all true ids."""
+        _check_pairs(batch.a, batch.b)
+        sides = {"mlm_a": batch.mlm_a, "mlm_b": batch.mlm_b}
+        masked = {name: mlm for name, mlm in sides.items() if mlm is not None}
+        true_ids = {name: mlm[1] for name, mlm in masked.items()}
+        if at_once is None:
+            parts = [(batch.a, batch.b)]
+        else:
+            parts = list(zip(batch.a.split(at_once), batch.b.split(at_once), strict=True))
+        starts = dict.fromkeys(sides, 0)
+        found = []
+        for a, b in parts:
+            copies: dict[str, tuple[PackedTokens, Tensor]] = {}
+            for name, mlm in masked.items():
+                side = a if name == "mlm_a" else b
+                tokens = slice(starts[name], starts[name] + side.num_tokens)
+                starts[name] = tokens.stop
+                copies[name] = (replace(side, input_ids=mlm[0][tokens]), mlm[1][tokens])
+            if at_once is None:
+                found.append(self._encoded(a, b, copies))
+            else:
+                found.append(checkpoint(self._encoded, a, b, copies, use_reentrant=False))
+        vectors, targets, sums = (list(each) for each in zip(*found, strict=True))
+        return vectors, targets, torch.stack(sums).sum(dim=0), true_ids
+
+    def _encoded(
+        self, a: PackedTokens, b: PackedTokens, masked: dict[str, tuple[PackedTokens, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors of both sides, (B, H) each, and the sums of the MLM losses of masked copies."""
+        size = a.batch_size
+        if not masked:
+            pooled = self.longformer.encode(PackedTokens.cat([a, b]))
+            return pooled[:size], pooled[size:], pooled.new_zeros(0)
+        copies = [side for side, _ in masked.values()]
+        hidden, pooled = self.longformer.encode_tokens(PackedTokens.cat([a, b, *copies]))
+        begin = a.num_tokens + b.num_tokens
+        true_ids = {name: labels for name, (_, labels) in masked.items()}
+        return pooled[:size], pooled[size : 2 * size], self._mlm_sums(hidden[begin:], true_ids)
+
+    def _contrastive(
+        self, vectors: list[Tensor], targets: Tensor, target_ids: Tensor | None
+    ) -> Tensor:
+        """The contrastive loss of vectors of side a in parts, whose scores are not kept either.
+
+        Args:
+            vectors: B rows together.
+            targets: (B, H) of side b.
+            target_ids: as in `forward_packed`.
+        """
+        everyone = _Gather.apply(targets.float())
+        ids = None if target_ids is None else _gathered(target_ids)
+        first = dist.get_rank() * len(targets) if _several() else 0
+
+        def summed(part: Tensor, place: int) -> Tensor:
+            scores = contrastive_scores(part, everyone, self.config.temp, ids, place)
+            labels = torch.arange(place, place + len(part), device=scores.device)
+            return F.cross_entropy(scores, labels, reduction="sum")
+
+        sums = []
+        for part in vectors:
+            sums.append(checkpoint(summed, part, first, use_reentrant=False))
+            first += len(part)
+        return torch.stack(sums).sum() / len(targets)
+
+    def _weighted(self, parts: dict[str, Tensor]) -> Tensor:
+        """contrastive + mlm_weight * (MLM of a + MLM of b), of those that are there."""
+        weights = {"contrastive": 1.0, "mlm_a": self.config.mlm_weight}
+        weights["mlm_b"] = self.config.mlm_weight
+        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
 
     def forward(
         self,

@@ -31,6 +31,8 @@ class PretrainModule(LitTraining):
         store: tokenised items.
         pool: (N,) item ids of the pool; `labels` of validation batches are places in it.
         contrast: False trains on the MLM losses alone.
+        grad_cache: pairs that go through the encoder at a time, `at_once` of
+            `RecformerForPretraining.training_loss`; None: all of a batch.
         metric_ks: cut-offs of NDCG and Recall.
         options: as in `LitTraining`.
     """
@@ -41,6 +43,7 @@ class PretrainModule(LitTraining):
         store: TokenizedItems,
         pool: np.ndarray,
         contrast: bool = True,
+        grad_cache: int | None = None,
         metric_ks: tuple[int, ...] = (10, 50),
         **options: Any,
     ) -> None:
@@ -48,6 +51,7 @@ class PretrainModule(LitTraining):
         self.metric_ks = tuple(metric_ks)
         self.evaluator = Evaluator(self.metric_ks)
         self.store, self.pool, self.contrast = store, pool, contrast
+        self.grad_cache = grad_cache
         self._pool_vectors: Tensor | None = None
 
     @property
@@ -58,7 +62,7 @@ class PretrainModule(LitTraining):
         return model
 
     def batch_loss(self, batch: PairBatch) -> Tensor | dict[str, Tensor]:
-        losses = self.pretrained.training_loss(batch)
+        losses = self.pretrained.training_loss(batch, self.grad_cache)
         if not self.contrast:
             losses["loss"] = losses["loss"] - losses["contrastive"]
         return losses
@@ -77,7 +81,7 @@ class PretrainModule(LitTraining):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         assert self._pool_vectors is not None
-        losses = self.pretrained.batch_losses(batch)
+        losses = self.pretrained.batch_losses(batch, self.grad_cache)
         size = len(batch.labels)
         figures = {"loss": losses.loss, **losses.parts, "accuracy": losses.num_correct / size}
         for name, value in figures.items():

@@ -32,6 +32,7 @@ BENCHMARKS_WITH_MEMORY = (
     "tokenization",
     "data_preparation",
     "generation",
+    "gradient_caching",
 )
 FIELDS = {
     "what",

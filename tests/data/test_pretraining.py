@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,25 +74,25 @@ def open_data(files, tokenizer) -> PretrainingData:
 
 
 def small_config(tokenizer, **values) -> RecformerConfig:
-    return RecformerConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        attention_window=8,
-        max_attr_num=3,
-        max_attr_length=16,
-        max_item_embeddings=6,
-        max_token_num=40,
-        max_position_embeddings=60,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
-        **values,
-    )
+    small = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "attention_window": 8,
+        "max_attr_num": 3,
+        "max_attr_length": 16,
+        "max_item_embeddings": 6,
+        "max_token_num": 40,
+        "max_position_embeddings": 60,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+    }
+    return RecformerConfig(**small | values)
 
 
 # --- data
@@ -307,19 +308,20 @@ def eight_pairs(tokenizer, config, folder) -> tuple[list, WholeWordMasker]:
     return examples, WholeWordMasker(tokenizer, 0.3, NAMES)
 
 
-def losses_of(model, collate, examples) -> tuple[torch.Tensor, dict]:
-    losses = model.training_loss(collate(examples))
+def losses_of(model, collate, examples, at_once=None) -> tuple[torch.Tensor, dict]:
+    model.zero_grad()
+    losses = model.training_loss(collate(examples), at_once)
     losses["loss"].backward()
     return losses["loss"].detach(), {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }
 
 
-def build(tokenizer, folder):
+def build(tokenizer, folder, **values):
     from recformer.data.items import TokenizedItems
 
     torch.manual_seed(0)
-    config = small_config(tokenizer, temp=0.2, mlm_weight=0.5)
+    config = small_config(tokenizer, temp=0.2, mlm_weight=0.5, **values)
     model = RecformerForPretraining(config).eval()
     store = TokenizedItems.open_or_build(list(catalogue().values()), tokenizer, folder)
     examples, masker = eight_pairs(tokenizer, config, folder)
@@ -335,12 +337,13 @@ def one_of_two(rank, folder):
         folder / "tokenizer", RecformerConfig(max_attr_num=3)
     )
     model, collate, examples = build(tokenizer, folder)
-    loss, grads = losses_of(model, collate, examples[rank * 4 : rank * 4 + 4])
-    for tensor in (loss, *grads.values()):
-        dist.all_reduce(tensor)
-        tensor /= 2  # what data-parallel training makes of them
-    if rank == 0:
-        torch.save((loss, grads), folder / "result.pt")
+    for at_once in (None, 3):
+        loss, grads = losses_of(model, collate, examples[rank * 4 : rank * 4 + 4], at_once)
+        for tensor in (loss, *grads.values()):
+            dist.all_reduce(tensor)
+            tensor /= 2  # what data-parallel training makes of them
+        if rank == 0:
+            torch.save((loss, grads), folder / f"result_{at_once}.pt")
     dist.destroy_process_group()
 
 
@@ -351,11 +354,73 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tokenizer, tmp_path):
     assert len(set(targets[:4]) & set(targets[4:])) > 0  # repeated across the processes
     loss, grads = losses_of(model, collate, examples)
     mp.spawn(one_of_two, args=(tmp_path,), nprocs=2)
-    loss_of_two, grads_of_two = torch.load(tmp_path / "result.pt")
-    torch.testing.assert_close(loss_of_two, loss, rtol=1e-5, atol=1e-6)
-    assert grads.keys() == grads_of_two.keys()
-    for name, grad in grads.items():
-        torch.testing.assert_close(grads_of_two[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    for at_once in (None, 3):  # the second one with gradient caching
+        loss_of_two, grads_of_two = torch.load(tmp_path / f"result_{at_once}.pt")
+        torch.testing.assert_close(loss_of_two, loss, rtol=1e-5, atol=1e-6)
+        assert grads.keys() == grads_of_two.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grads_of_two[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4, 8, 50])
+@pytest.mark.parametrize("masks", [True, False])
+def test_gradient_caching_changes_neither_loss_nor_gradients(tokenizer, tmp_path, at_once, masks):
+    model, collate, examples = build(tokenizer, tmp_path)
+    batch = collate(examples)
+    if not masks:
+        batch = replace(batch, mlm_a=None, mlm_b=None)
+    plain = losses_of(model, lambda _: batch, examples)
+    cached = losses_of(model, lambda _: batch, examples, at_once)
+    torch.testing.assert_close(cached[0], plain[0], rtol=1e-6, atol=1e-6)
+    assert cached[1].keys() == plain[1].keys()
+    for name, grad in plain[1].items():
+        torch.testing.assert_close(cached[1][name], grad, rtol=1e-5, atol=1e-6, msg=name)
+    with torch.no_grad():  # as validation sees it
+        whole, parts = model.batch_losses(batch), model.batch_losses(batch, at_once)
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-5, atol=1e-6)
+    assert parts.num_correct == whole.num_correct
+
+
+def test_both_passes_of_gradient_caching_draw_the_same_dropout(tokenizer, tmp_path):
+    """The gradient is that of the loss: it foretells what a small step does to it."""
+    dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+    model, collate, examples = build(tokenizer, tmp_path, **dropout)
+    model.train()
+    batch = collate(examples)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(3)
+        return model.training_loss(batch, 3)["loss"]
+
+    model.zero_grad()
+    first = loss()
+    first.backward()
+    squared, step = 0.0, 1e-3
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                squared += float(parameter.grad.double().square().sum())
+                parameter -= step * parameter.grad
+        foretold = step * squared
+        assert float(first - loss()) == pytest.approx(foretold, rel=0.1)
+
+
+@pytest.mark.parametrize("at_once", [4, 16])
+def test_memory_of_gradient_caching_is_that_of_one_part(tokenizer, tmp_path, at_once):
+    """Tensors that the backward pass keeps: a part's, whatever the batch."""
+    model, collate, examples = build(tokenizer, tmp_path)
+
+    def kept(repeats: int, parts: int | None) -> int:
+        sizes = []
+        batch = collate(examples * repeats)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            model.training_loss(batch, parts)
+        return sum(sizes)
+
+    assert kept(4, None) > 3 * kept(1, None)
+    assert kept(4, at_once) < kept(1, None) / 4
 
 
 def test_masked_copies_change_the_mlm_losses_alone(tokenizer, tmp_path):
