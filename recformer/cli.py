@@ -15,7 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from recformer.files import UserError
-from recformer.processes import Stopped, is_first, stopped_by_signals, stopped_message
+from recformer.processes import (
+    Stopped,
+    is_first,
+    message_of_lost,
+    stopped_by_signals,
+    stopped_message,
+)
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -214,6 +220,12 @@ def exit_with_message(main: Callable[[], Any]) -> None:
     except (UserError, OSError) as error:  # OSError: the system's own words name the file
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        lost = message_of_lost(error)
+        if lost is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr, flush=True)
+        os._exit(1)  # threads of a process group that is broken may not let go
     except Stopped as stop:
         if is_first():
             print(stopped_message(stop), file=sys.stderr)

@@ -36,7 +36,7 @@ from recformer.files import (
 from recformer.models import RecformerForPretraining
 from recformer.processes import is_first, join, say
 from recformer.tokenization import RecformerTokenizer
-from recformer.training.arguments import ModelArguments, flag
+from recformer.training.arguments import ModelArguments, check_nodes, flag
 from recformer.training.callbacks import EarlyStop
 from recformer.training.history import StepHistory, plot_steps
 from recformer.training.pretraining import PretrainModule
@@ -121,6 +121,11 @@ class PretrainArguments(ModelArguments):
     save_top_k: int = flag(5, "checkpoints kept, the best by validation accuracy, beside the last")
     patience: int = flag(0, "stop after so many validations without better accuracy; 0: never")
     device: int = flag(1, "number of GPUs; without a GPU, of processes on the CPU (gloo)")
+    num_nodes: int | None = flag(
+        None,
+        "machines that the command is started on, each with --device GPUs or processes; unset: as "
+        "many as torchrun or srun say, else 1",
+    )
     strategy: str = flag(
         "auto",
         "how processes share the work; deepspeed_stage_2 also runs on the CPU",
@@ -176,6 +181,7 @@ class PretrainArguments(ModelArguments):
             )
         if self.from_scratch and self.longformer_ckpt:
             raise UserError("--from_scratch and --longformer_ckpt exclude each other")
+        check_nodes(self.num_nodes)
         if torch.cuda.is_available() and self.device > torch.cuda.device_count():
             raise UserError(
                 f"--device {self.device}: this machine has {torch.cuda.device_count()} GPUs"
@@ -193,9 +199,9 @@ class Run:
         self.precision = half_precision(self.accelerator) if args.fp16 else "32-true"
         os.environ.setdefault("RAYON_NUM_THREADS", str(args.preprocessing_num_workers))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        join(args.device, self.accelerator == "cuda")
+        self.world = join(args.device, self.accelerator == "cuda", args.num_nodes).world
         self._resume = self._find_checkpoint()
-        self.strategy = build_strategy(args.strategy, self.accelerator, args.device)
+        self.strategy = build_strategy(args.strategy, self.accelerator, self.world)
 
         seed_everything(args.seed, verbose=False)
         # Data before weights: what is wrong with it shows in seconds.
@@ -223,7 +229,7 @@ class Run:
             args.seed,
         )
         for split, sampler in self.loaders.samplers.items():
-            if sampler.num_batches(args.device) == 0:
+            if sampler.num_batches(self.world) == 0:
                 raise UserError(
                     f"--device {args.device}: the {split} file has {len(sampler.sequences)} "
                     "sequences of two items or more, at least one a process is needed"
@@ -333,7 +339,7 @@ class Run:
         has no accumulated gradients; the few batches beyond the last one are left out of the epoch,
         for no validation or checkpoint would hold what they taught.
         """
-        batches = self.loaders.samplers["train"].num_batches(self.args.device)
+        batches = self.loaders.samplers["train"].num_batches(self.world)
         intervals = max(1, round(batches / self.args.valid_step))
         steps = batches // intervals // self.args.gradient_accumulation_steps
         if intervals == 1 or steps == 0:
@@ -371,7 +377,7 @@ class Run:
             seed=args.seed,
         )
         interval = self._batches_between_validations()
-        batches = self.loaders.samplers["train"].num_batches(args.device)
+        batches = self.loaders.samplers["train"].num_batches(self.world)
         history = StepHistory(self.output_dir / "history.csv", args.log_step, METRIC)
         checkpoints = self.output_dir / "checkpoints"
         keeper = Keeper(
@@ -413,7 +419,7 @@ class Run:
             "best_checkpoint": Path(keeper.best_model_path).name,
             "seconds": round(time.monotonic() - started, 1),
             "precision": self.precision,
-            "processes": args.device,
+            "processes": self.world,
             "seed": args.seed,
         }
         if is_first():

@@ -1,15 +1,21 @@
 """Place of this process among those of a run, the one that prints, and signals that end a run.
 
-A run's processes are on one machine. They are started by the run itself (`--num_processes 2`), by
-`torchrun`, or by `srun`; `join` finds out which, once, before anything is written.
+A run's processes are on one machine, or on several that see the same files. They are started by the
+run itself (`--num_processes 2`), by `torchrun`, or by `srun`; on several nodes also by whatever
+starts the command once on each of them: a shell, Kubernetes. `join` finds out which, once, before
+anything is written.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import re
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +29,16 @@ _LOGGER = logging.getLogger("recformer")
 # which inherit variables too, take themselves for them.
 PARENT = "RECFORMER_FIRST_PROCESS"
 
+# Seconds that the others of a node have to end when the first one has.
+_PATIENCE = 30
+
+# What gloo, NCCL and torch's store say when a process that they talk to is gone.
+_GONE = re.compile(
+    r"closed by peer|connection reset|broken pipe|connection refused|connection was closed"
+    r"|failed to recv|nccl|timed out|timeout",
+    re.IGNORECASE,
+)
+
 Value = TypeVar("Value")
 
 
@@ -33,85 +49,164 @@ class Group:
     Attributes:
         rank, world: which of how many this is.
         external: others started them, so that the run must start none.
+        node, nodes: on which of how many machines.
+        local_rank: which of those of its machine.
     """
 
     rank: int = 0
     world: int = 1
     external: bool = False
+    node: int = 0
+    nodes: int = 1
+    local_rank: int = 0
 
 
 _group = Group()
 
 
-def join(num_processes: int, cuda: bool = False) -> Group:
+def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -> Group:
     """Find this process's place among the processes of a run.
 
-    Where others started them, they know of each other from here on.
+    Where others started them, or they are on several nodes, they know of each other from here on.
 
     Args:
-        num_processes: that the run is told to have.
+        num_processes: that the run is told to have on each node.
         cuda: they compute on GPUs.
+        num_nodes: that the run is told to have; None: as many as `srun` or `torchrun` say, else 1.
 
     Raises:
-        UserError: `srun` or `torchrun` started another number of processes, or on several nodes.
+        UserError: `srun` or `torchrun` started another number of processes, or nothing says which
+            of several nodes this is.
     """
     global _group
-    starter, rank, world = _started_by(num_processes)
-    nodes = _nodes(starter, num_processes, world)
-    if nodes > 1:
-        advice = (
-            "start it on one (--nnodes=1)"
-            if starter == "torchrun"
-            else "ask for --nodes=1, or unset SLURM_NNODES to use this node alone"
-        )
+    starter, found = _started_by(num_processes, num_nodes)
+    if num_nodes is not None and found.nodes != num_nodes:
         raise UserError(
-            f"a run uses one node, {starter or 'SLURM'} gave this job {nodes} nodes: {advice}"
+            f"--num_nodes {num_nodes}: {starter} started the processes on {found.nodes}; leave the "
+            f"flag out, or start them on {num_nodes}"
         )
-    if world != num_processes and (starter or world > 1):
+    if found.world != num_processes * found.nodes and (starter or found.world > 1):
+        each = f" on each of {found.nodes} nodes" if found.nodes > 1 else ""
         raise UserError(
-            f"{starter} started {world} processes, and the flags ask for {num_processes}: start "
-            f"{num_processes}, or set --num_processes (GPUs: --device) to {world}"
+            f"{starter} started {found.world} processes, and the flags ask for {num_processes}"
+            f"{each}: start {num_processes * found.nodes}, or set --num_processes (GPUs: --device) "
+            f"to {found.world // found.nodes}"
         )
-    _group = Group(rank, world, starter not in ("", "this run"))
-    if not starter and world > 1:
+    _group = found
+    if not starter and found.world > 1:
         os.environ[PARENT] = str(os.getpid())  # for those that it starts
-    if _group.external and _talking() is None:
+    if not starter and found.nodes > 1:
+        _start_others(num_processes)
+    if found.external and _talking() is None:
         import torch.distributed
 
-        if starter == "srun":
-            job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", 0))
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(15000 + job % 10000))
+        _find_first_node(starter, found.nodes)
         if cuda:
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(found.local_rank)
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=world
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=found.rank, world_size=found.world
         )
     return _group
 
 
-def _started_by(num_processes: int) -> tuple[str, int, int]:
-    """Starter of the processes, empty where there is none yet; rank and world of this one."""
+def _started_by(num_processes: int, num_nodes: int | None = None) -> tuple[str, Group]:
+    """Starter of the processes, empty where there is none yet, and the place of this one."""
     env = os.environ
     if env.get(PARENT) == str(os.getppid()) and "LOCAL_RANK" in env:
-        return "this run", int(env["LOCAL_RANK"]), num_processes
+        nodes = num_nodes or 1
+        node = _node(nodes) if nodes > 1 else 0
+        return "this run", _place(node, nodes, int(env["LOCAL_RANK"]), num_processes, nodes > 1)
     if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", "1")) > 1:
-        return "torchrun", int(env["RANK"]), int(env["WORLD_SIZE"])
+        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local = int(env.get("LOCAL_WORLD_SIZE", world))
+        return "torchrun", Group(
+            rank, world, True, rank // local, world // local, int(env.get("LOCAL_RANK", rank))
+        )
     # Variables of a job alone say what it may use; those of a step say what srun started.
     tasks, place = int(env.get("SLURM_STEP_NUM_TASKS", "1")), int(env.get("SLURM_PROCID", "0"))
     if tasks > 1 or place > 0:
-        return "srun", place, max(tasks, int(env.get("SLURM_NTASKS", "1")))
-    return "", 0, num_processes
+        tasks = max(tasks, int(env.get("SLURM_NTASKS", "1")))
+        nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
+        node = int(env.get("SLURM_NODEID", "0"))
+        if nodes == tasks > 1 and num_processes > 1:  # one a node, which starts the others there
+            return "", _place(node, nodes, 0, num_processes, True)
+        local = int(env.get("SLURM_LOCALID", "0")) if nodes > 1 else place
+        # Not SLURM_PROCID: with another distribution of the tasks, nodes would mix.
+        return "srun", Group(node * (tasks // nodes) + local, tasks, True, node, nodes, local)
+    if num_nodes is None and num_processes > 1 and int(env.get("SLURM_NNODES", "1")) > 1:
+        raise UserError(
+            f"SLURM gave this job {env['SLURM_NNODES']} nodes, and the command runs on one of "
+            f"them: start it with srun, see scripts/slurm, or unset SLURM_NNODES to use this alone"
+        )
+    nodes = num_nodes or 1
+    return "", _place(_node(nodes) if nodes > 1 else 0, nodes, 0, num_processes, nodes > 1)
 
 
-def _nodes(starter: str, num_processes: int, world: int) -> int:
-    """Nodes that the processes of the run are on; 1 where a job has more and the run has one."""
+def _place(node: int, nodes: int, local_rank: int, each: int, external: bool) -> Group:
+    return Group(node * each + local_rank, nodes * each, external, node, nodes, local_rank)
+
+
+def _node(nodes: int) -> int:
+    """Which of several nodes this is, where each was given the command once."""
     env = os.environ
-    if starter == "torchrun":
-        return world // int(env.get("LOCAL_WORLD_SIZE", world))
-    if starter == "srun":
-        return int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
-    return int(env.get("SLURM_NNODES", "1")) if not starter and num_processes > 1 else 1
+    # Of a shell, torchrun's in Kubeflow, SLURM's, Kubernetes' indexed jobs; and Kubeflow's own,
+    # which counts nodes where it starts one process on each.
+    names = ["NODE_RANK", "PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX"]
+    names += ["RANK"] if env.get("WORLD_SIZE") == str(nodes) else []
+    name = next((name for name in names if name in env), None)
+    if name is None:
+        raise UserError(
+            f"--num_nodes {nodes}: nothing says which of them this is, set NODE_RANK (0 to "
+            f"{nodes - 1}) and MASTER_ADDR (the name of node 0) on each"
+        )
+    value = env[name]
+    if not value.isdecimal() or int(value) >= nodes:
+        raise UserError(f"--num_nodes {nodes}: got {name}={value}, expected 0 to {nodes - 1}")
+    return int(value)
+
+
+def _find_first_node(starter: str, nodes: int) -> None:
+    """Set where the processes meet, where the starter did not."""
+    env = os.environ
+    if "PET_MASTER_ADDR" in env:
+        env.setdefault("MASTER_ADDR", env["PET_MASTER_ADDR"])
+        env.setdefault("MASTER_PORT", env.get("PET_MASTER_PORT", "29500"))
+    if "SLURM_JOB_ID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        job = int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", 0))
+        env.setdefault("MASTER_PORT", str(15000 + job % 10000))
+        names = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
+        if nodes > 1 and names:
+            from lightning.fabric.plugins.environments import SLURMEnvironment
+
+            env.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(names))
+    if nodes == 1:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_ADDR" not in env:
+        raise UserError(
+            f"{nodes} nodes: nothing says where the first of them is, set MASTER_ADDR to its name "
+            f"on each, and MASTER_PORT if 29500 is taken"
+        )
+    env.setdefault("MASTER_PORT", "29500")
+
+
+def _start_others(num_processes: int) -> None:
+    """Start the other processes of this node; they end when this one does."""
+    others = [
+        subprocess.Popen(
+            [sys.executable, *sys.orig_argv[1:]], env=os.environ | {"LOCAL_RANK": str(rank)}
+        )
+        for rank in range(1, num_processes)
+    ]
+
+    def end() -> None:
+        deadline = time.monotonic() + _PATIENCE
+        for other in others:
+            try:
+                other.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                other.kill()
+
+    atexit.register(end)
 
 
 def group() -> Group:
@@ -204,3 +299,20 @@ def stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def message_of_lost(error: BaseException) -> str | None:
+    """What to say where another process of the run has ended; None: the error is of another kind.
+
+    Args:
+        error: that a process of several met.
+    """
+    if _group.world == 1 or not isinstance(error, RuntimeError) or not _GONE.search(str(error)):
+        return None
+    said = next((line.strip() for line in str(error).splitlines() if _GONE.search(line)), "")
+    where = f"process {_group.rank} of {_group.world}"
+    where += f" (node {_group.node} of {_group.nodes})" if _group.nodes > 1 else ""
+    return (
+        f"{where} lost the others: one of them ended or cannot be reached, and says why itself "
+        f"({said[:160]}); give the command again, on all nodes, to go on from what is kept"
+    )

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 # Before anything imports torch or transformers, here and in the processes that tests start.
@@ -51,6 +56,38 @@ def _own_randomness_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def two_nodes(repository: Path) -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+    """Starts a command as on two nodes: two launchers that meet over gloo on loopback."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*command: object) -> list[subprocess.Popen[str]]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        nodes = [
+            subprocess.Popen(
+                [*map(str, command), "--num_nodes", "2"],
+                cwd=repository,
+                env=os.environ
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                | {"NODE_RANK": str(node), "PYTHONPATH": str(repository)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            for node in range(2)
+        ]
+        started.extend(nodes)
+        return nodes
+
+    yield start
+    for node in started:
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
 
 
 @pytest.fixture(scope="session")

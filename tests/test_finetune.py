@@ -346,12 +346,13 @@ def test_a_seed_that_no_generator_takes_is_refused(data, tmp_path, seed):
         run(arguments(data, tmp_path, seed=seed))
 
 
-def test_two_processes_equal_one(data, tmp_path):
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(data, tmp_path, nodes, two_nodes):
     dropout = "hidden_dropout_prob=0,attention_probs_dropout_prob=0"
     quiet = {"config_overrides": f"{SMALL},{dropout}", "num_train_epochs": 2, "stages": "1"}
     quiet |= {"verbose": 1, "sampled_negatives": 10}
     one = run(arguments(data, tmp_path / "one", batch_size=10, **quiet))
-    args = arguments(data, tmp_path / "two", batch_size=5, num_processes=2, **quiet)
+    args = arguments(data, tmp_path / "two", batch_size=5, num_processes=2 // nodes, **quiet)
     argv = []
     for name, value in vars(args).items():
         if isinstance(value, list):
@@ -360,12 +361,15 @@ def test_two_processes_equal_one(data, tmp_path):
             argv.append(f"--{name}")
         elif value not in (None, False):
             argv += [f"--{name}", str(value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "recformer.finetune", *argv],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "recformer.finetune", *argv]
+    if nodes == 2:
+        started = two_nodes(*command)
+        said = [node.communicate(timeout=240) for node in started]
+        assert [node.returncode for node in started] == [0, 0], said
+    else:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
     two = read_json(tmp_path / "two" / "metrics.json")
     for name in one["evaluations"]:
         mine, theirs = (flat(run["evaluations"][name]["test"]) for run in (one, two))

@@ -258,10 +258,10 @@ def test_start_weights_of_another_size_are_refused(inputs, tmp_path):
         )
 
 
-def two_zero_ranks(inputs, output_dir, num_train_epochs) -> subprocess.Popen:
-    """The job on two ZeRO ranks, started as a user would."""
+def zero_command(inputs, output_dir, num_train_epochs, device) -> list[str]:
+    """The job with ZeRO, as a user would start it."""
     flags = arguments(inputs, output_dir, num_train_epochs=num_train_epochs, batch_size=2)
-    command = [sys.executable, "-m", "recformer.pretrain", "--device", "2"]
+    command = [sys.executable, "-m", "recformer.pretrain", "--device", str(device)]
     command += ["--strategy", "deepspeed_stage_2", "--from_scratch"]
     flags.grad_cache = 1
     passed = {
@@ -276,6 +276,12 @@ def two_zero_ranks(inputs, output_dir, num_train_epochs) -> subprocess.Popen:
     passed |= {"gradient_accumulation_steps", "learning_rate", "dataloader_num_workers"}
     for name in sorted({*inputs, *passed}):
         command += [f"--{name}", str(getattr(flags, name))]
+    return command
+
+
+def two_zero_ranks(inputs, output_dir, num_train_epochs) -> subprocess.Popen:
+    """The job on two ZeRO ranks."""
+    command = zero_command(inputs, output_dir, num_train_epochs, 2)
     return subprocess.Popen(
         command,
         cwd=Path(__file__).resolve().parent.parent,
@@ -317,6 +323,34 @@ def test_killed_zero_ranks_go_on_to_the_same_curve(inputs, tmp_path):
     assert not (tmp_path / "killed" / "metrics.json").exists()
     finish(two_zero_ranks(inputs, tmp_path / "killed", 3))
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_zero_on_two_nodes_and_one_that_dies(inputs, tmp_path, two_nodes):
+    """The curve of one node; the run goes on where the loss of a node ended it."""
+    pytest.importorskip("deepspeed")
+    finish(two_zero_ranks(inputs, tmp_path / "one", 3))
+
+    def on_two_nodes(name: str) -> list[subprocess.Popen]:
+        return two_nodes(*zero_command(inputs, tmp_path / name, 3, 1))
+
+    lost = on_two_nodes("nodes")
+    while lost[0].poll() is None and not (tmp_path / "nodes/checkpoints/last.ckpt").exists():
+        time.sleep(0.02)
+    lost[1].kill()
+    said = lost[0].communicate(timeout=240)
+    assert lost[0].returncode == 1, said
+    assert "error: process 0 of 2 (node 0 of 2) lost the others" in said[1]
+    assert "Traceback" not in said[1]
+    assert not (tmp_path / "nodes" / "metrics.json").exists()
+
+    nodes = on_two_nodes("nodes")
+    said = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert said[1][0] == ""  # one rank prints
+    assert curve(tmp_path / "nodes") == curve(tmp_path / "one")
+    metrics = json.loads((tmp_path / "nodes" / "metrics.json").read_text())
+    assert metrics["processes"] == 2
 
 
 def test_a_folder_moved_aside_is_found_again(tmp_path):

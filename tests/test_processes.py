@@ -24,68 +24,145 @@ def alone(monkeypatch):
     monkeypatch.setattr(processes, "_group", Group())
 
 
-def started(monkeypatch, num_processes: int, **variables: str) -> tuple[str, int, int]:
+def started(
+    monkeypatch, num_processes: int, num_nodes: int | None = None, **variables: str
+) -> tuple[str, Group]:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    return processes._started_by(num_processes)
+    return processes._started_by(num_processes, num_nodes)
 
 
 def test_variables_that_were_left_behind_mean_nothing(monkeypatch):
     found = started(monkeypatch, 1, LOCAL_RANK="1", RANK="3", WORLD_SIZE="8", NODE_RANK="1")
-    assert found == ("", 0, 1)
-    assert join(1) == Group(0, 1, external=False)
+    assert found == ("", Group())
+    assert join(1) == Group()
     assert processes.is_first()
 
 
 def test_a_job_of_many_tasks_is_no_step_of_many(monkeypatch):
     # `sbatch --ntasks=4` and no `srun`: one process runs
-    assert started(monkeypatch, 1, SLURM_NTASKS="4", **JOB) == ("", 0, 1)
-    assert started(monkeypatch, 2, SLURM_NTASKS_PER_NODE="1") == ("", 0, 2)
-    assert join(2) == Group(0, 2, external=False)
+    assert started(monkeypatch, 1, SLURM_NTASKS="4", **JOB) == ("", Group())
+    assert started(monkeypatch, 2, SLURM_NTASKS_PER_NODE="1") == ("", Group(0, 2))
+    assert join(2) == Group(0, 2)
 
 
 def test_tasks_of_srun(monkeypatch):
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-    assert started(monkeypatch, 2, **JOB | step) == ("srun", 1, 2)
+    assert started(monkeypatch, 2, **JOB | step) == ("srun", Group(1, 2, True, 0, 1, 1))
     with pytest.raises(UserError, match="srun started 2 processes, and the flags ask for 1"):
         join(1)
 
 
 def test_processes_of_torchrun(monkeypatch):
     own = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    assert started(monkeypatch, 2, **own) == ("torchrun", 1, 2)
+    assert started(monkeypatch, 2, **own) == ("torchrun", Group(1, 2, True, 0, 1, 1))
     with pytest.raises(UserError, match="torchrun started 2 processes, and the flags ask for 4"):
         join(4)
 
 
 def test_children_of_the_run_know_their_parent(monkeypatch):
     own = {PARENT: str(os.getppid()), "LOCAL_RANK": "1"}
-    assert started(monkeypatch, 2, **own) == ("this run", 1, 2)
-    assert join(2) == Group(1, 2, external=False)
+    assert started(monkeypatch, 2, **own) == ("this run", Group(1, 2, local_rank=1))
+    assert join(2) == Group(1, 2, local_rank=1)
     assert not processes.is_first()
     monkeypatch.setenv(PARENT, str(os.getpid()))  # inherited by a child of a child
-    assert join(2) == Group(0, 2, external=False)
+    assert join(2) == Group(0, 2)
 
 
-def test_two_nodes_are_refused(monkeypatch):
-    started(monkeypatch, 2, **JOB | {"SLURM_NNODES": "2", "SLURM_NTASKS": "4"})
-    with pytest.raises(UserError, match="a run uses one node, SLURM gave this job 2 nodes"):
-        join(2)
-    assert join(1) == Group()
+TWO_NODES = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
 
 
 @pytest.mark.parametrize(
-    ("starter", "variables"),
+    ("each", "num_nodes", "variables", "found"),
     [
-        ("srun", {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "3"}),
-        ("torchrun", {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}),
+        # torchrun --nnodes 2 --nproc-per-node 2
+        (
+            2,
+            None,
+            {
+                "TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1",
+                "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
+            },
+            ("torchrun", Group(3, 4, True, 1, 2, 1)),
+        ),
+        # srun --nodes 2 --ntasks-per-node 2, tasks dealt out to the nodes in turns
+        (
+            2,
+            2,
+            TWO_NODES
+            | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+            ("srun", Group(2, 4, True, 1, 2, 0)),
+        ),
+        # srun --nodes 2 --ntasks-per-node 1, which start the others of their node
+        (
+            2,
+            None,
+            TWO_NODES
+            | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+            ("", Group(2, 4, True, 1, 2, 0)),
+        ),
+        # a shell on each node, Kubernetes' indexed jobs, Kubeflow
+        (1, 2, {"NODE_RANK": "1"}, ("", Group(1, 2, True, 1, 2, 0))),
+        (3, 2, {"JOB_COMPLETION_INDEX": "1"}, ("", Group(3, 6, True, 1, 2, 0))),
+        (1, 3, {"RANK": "2", "WORLD_SIZE": "3"}, ("", Group(2, 3, True, 2, 3, 0))),
+        (2, 2, {"PET_NODE_RANK": "0", "RANK": "7"}, ("", Group(0, 4, True, 0, 2, 0))),
+    ],
+)  # fmt: skip
+def test_several_nodes(monkeypatch, each, num_nodes, variables, found):
+    assert started(monkeypatch, each, num_nodes, **variables) == found
+
+
+def test_children_on_the_second_node(monkeypatch):
+    own = {PARENT: str(os.getppid()), "LOCAL_RANK": "1", "NODE_RANK": "1"}
+    assert started(monkeypatch, 2, 2, **own) == ("this run", Group(3, 4, True, 1, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("each", "num_nodes", "variables", "message"),
+    [
+        (1, 2, {}, "--num_nodes 2: nothing says which of them this is, set NODE_RANK"),
+        (1, 2, {"NODE_RANK": "2"}, "got NODE_RANK=2, expected 0 to 1"),
+        (1, 2, {"NODE_RANK": "0"}, "2 nodes: nothing says where the first of them is, set MASTER"),
+        (2, None, JOB | {"SLURM_NNODES": "2"}, "SLURM gave this job 2 nodes, and the command runs"),
+        (
+            2,
+            3,
+            TWO_NODES | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"},
+            "--num_nodes 3: srun started the processes on 2",
+        ),
+        (
+            4,
+            2,
+            TWO_NODES | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"},
+            "srun started 4 processes, and the flags ask for 4 on each of 2 nodes: start 8, or",
+        ),
     ],
 )
-def test_processes_on_two_nodes_are_refused(monkeypatch, starter, variables):
-    """They would wait for each other at an address that is each node's own."""
-    started(monkeypatch, 4, **JOB | variables | {"LOCAL_WORLD_SIZE": "2"})
-    with pytest.raises(UserError, match=f"a run uses one node, {starter} gave this job 2 nodes"):
-        join(4)
+def test_nodes_that_cannot_find_each_other_are_refused(
+    monkeypatch, each, num_nodes, variables, message
+):
+    for name in ("MASTER_ADDR", "PET_MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        join(each, num_nodes=num_nodes)
+
+
+def test_first_node_is_found(monkeypatch):
+    def found(nodes: int, **variables: str) -> tuple[str, str]:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "PET_MASTER_ADDR", "SLURM_JOB_ID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        processes._find_first_node("", nodes)
+        return os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+
+    assert found(1) == ("127.0.0.1", "29500")
+    assert found(2, PET_MASTER_ADDR="job-0", PET_MASTER_PORT="7") == ("job-0", "7")
+    assert found(2, MASTER_ADDR="a", MASTER_PORT="8") == ("a", "8")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2"}
+    assert found(2, SLURM_STEP_NODELIST="gpu[03-04]", **slurm) == ("gpu03", "15007")
 
 
 TALK = """
@@ -110,6 +187,38 @@ def test_processes_that_others_start_agree():
     ]
     outputs = [task.communicate(timeout=240)[0] for task in tasks]
     assert outputs == ["(0, 2) True of 0\n", "(1, 2) False of 0\n"]
+
+
+NODE = """
+import sys
+from recformer.cli import exit_with_message
+from recformer.processes import agreed, group, join, rank_and_world
+def main():
+    join(2, num_nodes=2)
+    print(rank_and_world(), group().node, agreed(f"of {group().rank}"), flush=True)
+    if group().rank == 3:
+        sys.exit(9)
+    import torch
+    torch.distributed.barrier()
+exit_with_message(main)
+"""
+
+
+def test_two_launchers_are_two_nodes_and_one_that_dies_ends_the_others(tmp_path, two_nodes):
+    """Each starts the other process of its node; the last of the four ends at once."""
+    script = tmp_path / "node.py"
+    script.write_text(NODE)
+    nodes = two_nodes(sys.executable, script)
+    found = [node.communicate(timeout=240) for node in nodes]
+    for node, (said, _) in enumerate(found):
+        assert sorted(said.splitlines()) == [
+            f"({2 * node + local}, 4) {node} of 0" for local in range(2)
+        ]
+    assert [node.returncode for node in nodes] == [1, 1]
+    errors = "".join(error for _, error in found)
+    for rank in range(3):
+        assert f"error: process {rank} of 4 (node {rank // 2} of 2) lost the others" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_message_about_a_signal(monkeypatch):

@@ -27,7 +27,7 @@ from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
 from recformer.files import UserError, atomic_write, write_json
 from recformer.models import RecformerForSeqRec
-from recformer.processes import say
+from recformer.processes import group, say
 from recformer.training.arguments import DeviceArguments, ModelArguments, flag
 from recformer.training.item_encoder import catalogue_vectors, item_keys, vectors_key
 from recformer.training.start import load_start_model
@@ -66,6 +66,7 @@ def run(args: EncodeArguments) -> Vectors:
         accelerator=compute.accelerator,
         strategy="ddp" if compute.num_processes > 1 else "auto",
         devices=compute.devices,
+        num_nodes=group().nodes,
         precision=precision,
         plugins=[RunEnvironment()],
     )

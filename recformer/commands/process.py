@@ -73,8 +73,23 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
     flags.add_split_flags(parser)
     flags.add_feature_flags(parser)
     flags.add_reading_flags(parser)
+    flags.add_memory_flag(parser)
+    parser.add_argument(
+        "--engine",
+        choices=["local", "spark"],
+        default="local",
+        help="spark: --file_path is a table of Parquet files where Spark finds it, a folder "
+        "or a URL, and is read and sorted there (pip install 'recformer[spark]', and Java)",
+    )
+    parser.add_argument(
+        "--master",
+        metavar="URL",
+        help="of the Spark cluster (default: as spark-submit says, else all cores of this machine)",
+    )
     args = parser.parse_args(with_protocol(argv, "data"))
     flags.check_attributes(parser, args.attributes)
+    if args.master is not None and args.engine != "spark":
+        parser.error("--master is of Spark: give --engine spark")
     sessions = flags.session_options(parser, args)
     options = flags.split_options(parser, args)
     if args.min_interactions is None:
@@ -82,7 +97,9 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
 
     protocol = Protocol.load(args.protocol).record("data", vars(args)) if args.protocol else None
     with ExitStack() as pipes:
-        interactions = pipes.enter_context(rereadable(args.file_path))
+        interactions = args.file_path
+        if args.engine == "local":
+            interactions = pipes.enter_context(rereadable(args.file_path))
         items = args.meta_file_path and pipes.enter_context(rereadable(args.meta_file_path))
         dataset = prepare_finetuning(
             interactions,
@@ -93,6 +110,8 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
             sessions=sessions,
             features=args.features,
             protocol=protocol,
+            engine=args.engine,
+            master=args.master,
         )
     counts = dataset["counts"]
     flags.report_bad_lines(counts["bad_lines"])

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None, beside: Path | None = None) -> None:
     flags.add_user_flags(parser, 2, "sequences of fewer known items than this")
     flags.add_filter_flags(parser)
     flags.add_reading_flags(parser)
+    flags.add_memory_flag(parser)
     args = parser.parse_args(argv)
     flags.check_attributes(parser, args.attributes)
 

@@ -39,6 +39,7 @@ from recformer.data.processed_files import (
     ITEM_FEATURES_FILE,
     ITEM_FILE,
     META_FILE,
+    READ_FILES,
     TEST_FILE,
     TRAIN_FILE,
     USER_FILE,
@@ -63,6 +64,7 @@ __all__ = [
     "ITEM_FEATURES_FILE",
     "ITEM_FILE",
     "META_FILE",
+    "READ_FILES",
     "TEST_FILE",
     "TRAIN_FILE",
     "USER_FILE",
@@ -160,7 +162,7 @@ class ProcessedFolder:
         dataset = None
         if (folder / DATASET_FILE).is_file():
             dataset = expect_object(folder / DATASET_FILE, read_json(folder / DATASET_FILE))
-            ours = names[:4] == (TRAIN_FILE, VAL_FILE, TEST_FILE, ITEM_FILE)
+            ours = names[:4] == READ_FILES[:4]
             digest = content.split_hash
             if ours and dataset.get("split_hash", digest) != digest:
                 # Also what an interrupted rewrite of the folder leaves: dataset.json comes last.

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,12 @@ META_FILE = "meta_data.json"
 DATASET_FILE = "dataset.json"
 INTERACTION_FILE = "interactions.parquet"
 ITEM_FEATURES_FILE = "item_features.parquet"
+
+# Those that make up a folder; the others are for people and audits.
+READ_FILES = (TRAIN_FILE, VAL_FILE, TEST_FILE, ITEM_FILE, META_FILE)
+
+_ROWS = 1 << 20  # of a group of Parquet
+_USERS_AT_ONCE = 1 << 16
 
 
 def split_hash(
@@ -101,49 +108,92 @@ def write_processed(
         # killed between two renames does not pass for a whole one.
         json.dump(about, staged(DATASET_FILE), ensure_ascii=False, indent=2)
         if item_columns:
-            _write_table(
-                stack.enter_context(atomic_write(folder / ITEM_FEATURES_FILE, "wb")), item_columns
-            )
+            features = stack.enter_context(atomic_write(folder / ITEM_FEATURES_FILE, "wb"))
+            _write_tables(features, iter([_table(item_columns)]))
         interactions = stack.enter_context(atomic_write(folder / INTERACTION_FILE, "wb"))
-        _write_interactions(interactions, join_splits(train, val, test), times, columns or {})
+        _write_interactions(interactions, (train, val, test), times, columns or {})
         write_mapping(staged(META_FILE), meta.items())
         write_mapping(staged(ITEM_FILE), ((asin, item) for item, asin in enumerate(asins)))
         write_mapping(staged(USER_FILE), ((name, user) for user, name in enumerate(user_names)))
         for name, part in ((TEST_FILE, test), (VAL_FILE, val), (TRAIN_FILE, train)):
-            filled = np.flatnonzero(part.lengths).tolist()
-            rows = ((str(user), part[user].tolist()) for user in filled)
-            write_mapping(staged(name), rows)
+            write_mapping(staged(name), _split_rows(part))
     remove_stores(folder)  # of what stood here before
     return about
 
 
+def _split_rows(part: Sequences) -> Iterator[tuple[str, list[int]]]:
+    """User id and items of every row that has any."""
+    for start in range(0, len(part), _USERS_AT_ONCE):
+        own = part.between(start, min(start + _USERS_AT_ONCE, len(part)))
+        items, borders = own.items.tolist(), own.offsets.tolist()
+        for user, (begin, end) in enumerate(pairwise(borders), start):
+            if end > begin:
+                yield str(user), items[begin:end]
+
+
 def _write_interactions(
-    handle: IO[bytes], joined: Sequences, times: np.ndarray | None, columns: Mapping[str, Any]
+    handle: IO[bytes],
+    parts: Sequence[Sequences],
+    times: np.ndarray | None,
+    columns: Mapping[str, Any],
 ) -> None:
+    """Every user's items of all the parts, users one after the other.
+
+    What is in memory at once does not depend on how many there are.
+    """
     # Imported here: only data preparation writes, and training needs no parquet.
     import pyarrow as pa
 
-    if times is not None and len(times) != len(joined.items):
-        raise ValueError(f"got {len(times)} times for {len(joined.items)} interactions")
-    missing = pa.nulls(len(joined.items), pa.int64())
-    table = {
-        "user_id": joined.rows.astype(np.int32),
-        "item_id": joined.items,
-        "timestamp": missing if times is None else times.astype(np.int64),
-    }
-    _write_table(handle, table | dict(columns))
+    offsets = offsets_of(np.sum([part.lengths for part in parts], axis=0))
+    if times is not None and len(times) != offsets[-1]:
+        raise ValueError(f"got {len(times)} times for {offsets[-1]} interactions")
+    starts = [0]
+    while not starts[1:] or starts[-1] < len(offsets) - 1:
+        fits = np.searchsorted(offsets, offsets[starts[-1]] + _ROWS, side="right") - 1
+        starts.append(min(max(int(fits), starts[-1] + 1), len(offsets) - 1))
+
+    def tables() -> Iterator[Any]:
+        for start, stop in pairwise(starts):
+            joined = join_splits(*(part.between(start, stop) for part in parts))
+            where = slice(int(offsets[start]), int(offsets[stop]))
+            missing = pa.nulls(len(joined.items), pa.int64())
+            own = {
+                "user_id": (joined.rows + start).astype(np.int32),
+                "item_id": joined.items,
+                "timestamp": missing if times is None else times[where].astype(np.int64),
+                **{name: values[where] for name, values in columns.items()},
+            }
+            yield _table(own)
+
+    _write_tables(handle, tables())
 
 
-def _write_table(handle: IO[bytes], columns: Mapping[str, Any]) -> None:
-    """Arrays of numpy, pyarrow or Polars as Parquet."""
+def _write_tables(handle: IO[bytes], tables: Iterator[Any]) -> None:
+    """Tables one after the other as Parquet, whose groups of rows do not show where one ended."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    first = next(tables)
+    held = first.slice(0, 0)
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+    with pq.ParquetWriter(handle, first.schema, **options) as writer:
+        for table in chain([first], tables):
+            held = pa.concat_tables([held, table])
+            while len(held) > _ROWS:
+                writer.write_table(held.slice(0, _ROWS).combine_chunks())
+                held = held.slice(_ROWS)
+        writer.write_table(held.combine_chunks())
+
+
+def _table(columns: Mapping[str, Any]) -> Any:
+    """Arrays of numpy, pyarrow or Polars as a table."""
+    import pyarrow as pa
 
     arrays = {
         name: values.to_arrow() if hasattr(values, "to_arrow") else pa.array(values)
         for name, values in columns.items()
     }
-    pq.write_table(pa.table(arrays), handle, compression="zstd", write_page_checksum=True)
+    return pa.table(arrays)
 
 
 def write_mapping(handle: IO[str], entries: Iterable[tuple[str, Any]]) -> None:

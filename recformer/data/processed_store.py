@@ -80,7 +80,7 @@ def open_or_build(folder: Path, names: Sequence[str], read: Callable[[], Content
         names: of its train, validation, test and item files, and of that of the texts.
         read: reads and checks them.
     """
-    if sum((folder / name).stat().st_size for name in names) < LARGE:
+    if _size(folder, names) < LARGE:
         return read()
     key = content_key(folder, names)
     store = store_path(folder, key)
@@ -107,6 +107,18 @@ def content_key(folder: Path, names: Sequence[str]) -> str:
 def store_path(folder: Path, key: str) -> Path:
     """Where the copy of a key lies."""
     return folder / STORES / f"processed-{key[:32]}"
+
+
+def keep(folder: Path, names: Sequence[str], content: Content) -> None:
+    """Write the copy of a folder that was just written, if it is large."""
+    if _size(folder, names) >= LARGE:
+        key = content_key(folder, names)
+        with build_mapped(store_path(folder, key), key) as writer:
+            write_content(writer, content)
+
+
+def _size(folder: Path, names: Sequence[str]) -> int:
+    return sum((folder / name).stat().st_size for name in names)
 
 
 def remove_stores(folder: Path) -> None:

@@ -33,6 +33,11 @@ class Sequences:
             raise IndexError(f"row {row} of {len(self)}")
         return self.items[self.offsets[row] : self.offsets[row + 1]]
 
+    def between(self, start: int, stop: int) -> Sequences:
+        """Rows `start` to `stop`, a view."""
+        offsets = self.offsets[start : stop + 1]
+        return Sequences(offsets - offsets[0], self.items[offsets[0] : offsets[-1]])
+
     @property
     def lengths(self) -> np.ndarray:
         """Items a row, int64 (U,)."""

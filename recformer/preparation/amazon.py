@@ -308,48 +308,33 @@ def read_interactions(
     Raises:
         UserError: see `read_reviews`.
     """
-    path, bad_lines = Path(path), bad_lines or BadLines()
+    path = Path(path)
     users, items, times, billionths = array("i"), array("i"), array("q"), array("q")
     user_codes: dict[str, int] = {}
     item_codes: dict[str, int] = {}
-    num_unknown = num_below = num_other_events = 0
-    first_unknown = None
-    reviews = read_reviews(
+    reviews = KnownReviews(
         path,
-        bad_lines,
-        columns,
-        rating=min_rating is not None,
-        event=events is not None,
+        known,
+        bad_lines or BadLines(),
+        columns=columns,
+        min_rating=min_rating,
+        events=events,
         encoding=encoding,
     )
     for review in reviews:
-        asin = review.asin
-        if events is not None and review.event not in events:
-            num_other_events += 1
-            continue
-        if asin not in known:
-            num_unknown += 1
-            first_unknown = first_unknown or asin
-            continue
-        if min_rating is not None and review.rating < min_rating:
-            num_below += 1
-            continue
         if review.billionths and not billionths:
             billionths.extend([0] * len(times))
         if billionths or review.billionths:
             billionths.append(review.billionths)
         users.append(user_codes.setdefault(review.reviewerID, len(user_codes)))
-        items.append(item_codes.setdefault(asin, len(item_codes)))
+        items.append(item_codes.setdefault(review.asin, len(item_codes)))
         times.append(review.unixReviewTime)
 
     moments = np.frombuffer(times, np.int64) if times else np.empty(0, np.int64)
     if billionths:
         moments, too_large = in_one_unit(moments, np.frombuffer(billionths, np.int64))
         if too_large.any():
-            raise UserError(
-                f"{path} has times with fractions and the time {moments[too_large][0]} among them, "
-                f"which is too large for their unit: mend or remove this one"
-            )
+            raise too_large_time(path, moments[too_large][0])
     interactions = Interactions(
         users=np.frombuffer(users, np.int32) if users else np.empty(0, np.int32),
         items=np.frombuffer(items, np.int32) if items else np.empty(0, np.int32),
@@ -357,14 +342,74 @@ def read_interactions(
         user_names=list(user_codes),
         item_names=list(item_codes),
         has_times=columns is None or columns.time is not None,
-        first_unknown=first_unknown,
+        first_unknown=reviews.first_unknown,
     )
-    return interactions, {
-        "reviews": len(users) + num_unknown + num_below + num_other_events,
-        "reviews_of_unknown_products": num_unknown,
-        **({} if events is None else {"reviews_of_other_events": num_other_events}),
-        **({} if min_rating is None else {"reviews_below_min_rating": num_below}),
-    }
+    return interactions, reviews.counts()
+
+
+class KnownReviews:
+    """The reviews of known products of a file, in file order, and counts of what was left out.
+
+    Args:
+        path, known, bad_lines, columns, min_rating, events, encoding: see `read_interactions`.
+
+    Attributes:
+        first_unknown: the first product that is not known, of the reviews so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        known: Container[str],
+        bad_lines: BadLines,
+        *,
+        columns: ReviewColumns | None = None,
+        min_rating: float | None = None,
+        events: Container[str] | None = None,
+        encoding: str | None = None,
+    ) -> None:
+        self.first_unknown: str | None = None
+        self._known, self._min_rating, self._events = known, min_rating, events
+        self._kept = self._unknown = self._below = self._other_events = 0
+        self._reviews = read_reviews(
+            path,
+            bad_lines,
+            columns,
+            rating=min_rating is not None,
+            event=events is not None,
+            encoding=encoding,
+        )
+
+    def __iter__(self) -> Iterator[Review]:
+        known, events, min_rating = self._known, self._events, self._min_rating
+        for review in self._reviews:
+            if events is not None and review.event not in events:
+                self._other_events += 1
+            elif review.asin not in known:
+                self._unknown += 1
+                self.first_unknown = self.first_unknown or review.asin
+            elif min_rating is not None and review.rating < min_rating:
+                self._below += 1
+            else:
+                self._kept += 1
+                yield review
+
+    def counts(self) -> dict[str, int]:
+        """Reviews so far, and those that were left out, for dataset.json."""
+        return {
+            "reviews": self._kept + self._unknown + self._below + self._other_events,
+            "reviews_of_unknown_products": self._unknown,
+            **({} if self._events is None else {"reviews_of_other_events": self._other_events}),
+            **({} if self._min_rating is None else {"reviews_below_min_rating": self._below}),
+        }
+
+
+def too_large_time(path: Path, time: int) -> UserError:
+    """What to say of a time that does not fit the unit of the others."""
+    return UserError(
+        f"{path} has times with fractions and the time {time} among them, which is too large for "
+        f"their unit: mend or remove this one"
+    )
 
 
 class _Texts:

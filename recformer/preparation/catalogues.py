@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from recformer.files import UserError
@@ -100,20 +101,32 @@ def text_of_log(
     """
     products: dict[str, dict[str, str]] = {name: {} for name in histories.item_names}
     for name, column in attributes.items():
-        assert histories.extra is not None
-        values = histories.extra[column]
-        if isinstance(values.dtype, pl.List | pl.Array):
-            values = values.cast(pl.List(pl.String)).list.join(" ")
-        frame = pl.DataFrame(
-            {"item": histories.sequences.items, "text": values.cast(pl.String).str.strip_chars()}
-        )
-        frame = frame.filter(pl.col("text").is_not_null() & (pl.col("text") != ""))
-        frame = frame.unique("item", keep="first", maintain_order=True)
-        for item, text in frame.iter_rows():
-            own = clean_text(text) if clean else text
-            if own:
-                products[histories.item_names[item]][name] = own
+        known = np.zeros(len(products), dtype=bool)
+        for piece in histories.pieces():
+            items = piece.sequences.items
+            frame = pl.DataFrame({"item": items, "text": _texts(histories, column, piece.entries)})
+            frame = frame.filter(pl.Series(~known[items]) & (pl.col("text") != ""))
+            frame = frame.unique("item", keep="first", maintain_order=True)
+            known[frame["item"].to_numpy()] = True
+            for item, text in frame.iter_rows():
+                own = clean_text(text) if clean else text
+                if own:
+                    products[histories.item_names[item]][name] = own
     return products
+
+
+def as_text(values: pl.Series) -> pl.Series:
+    """What a further column says of items, empty where it says nothing."""
+    if isinstance(values.dtype, pl.List | pl.Array):
+        values = values.cast(pl.List(pl.String)).list.join(" ")
+    return values.cast(pl.String).str.strip_chars().fill_null("")
+
+
+def _texts(histories: Histories, column: str, entries: slice) -> pl.Series:
+    if histories.extra is not None:
+        return as_text(histories.extra[column][entries])
+    places, texts = histories.texts[column]
+    return texts.gather(pl.Series(places[entries]))
 
 
 def _item_rows(source: ItemSource, bad_lines: BadLines) -> Iterator[tuple[Any, ...]]:

@@ -4,7 +4,7 @@ A file is read by Python's `csv`, strictly: a row that is not whole names its fi
 reading goes on with the line after it. In files of tabs a quote may be text: a line that is no row
 when quotes count, and one when they do not, is the latter.
 
-A file in which nothing needs judging (`row_starts`) is read by Polars, which is several times
+A file in which nothing needs judging (`regular_pieces`) is read by Polars, which is several times
 faster and finds the same.
 """
 
@@ -24,6 +24,7 @@ from recformer.preparation.lines import byte_blocks, escaped
 
 _MOST_ROWS, _FEWEST_ROWS = 50_000, 64  # a step; few after one that has to be read again
 _LONGEST_FIELD = 1 << 20
+_PIECE, _HELD = 1 << 25, 1 << 26  # bytes of a piece, and of pieces that are kept while looked at
 _LINE_FEED, _CARRIAGE_RETURN, _QUOTE = b'\n\r"'
 
 Note = Callable[[int, str], None]  # line number, reason
@@ -70,32 +71,76 @@ def read_rows(
             yield numbers, rows
 
 
-def row_starts(path: Path, layout: Layout, width: int) -> np.ndarray | None:
-    """Lines on which the rows of a UTF-8 file begin, where nothing in the file needs judging.
+def regular_pieces(
+    path: Path, layout: Layout, width: int
+) -> Iterator[tuple[bytes, np.ndarray]] | None:
+    """Pieces of a UTF-8 file in which nothing needs judging.
 
     Every row has `width` fields, and quotes, if any, stand around whole fields and are doubled
-    inside. There are no zeros, and carriage returns only at ends of lines. Whether all of it is
-    UTF-8 is for its reader to find.
+    inside. There are no zeros, and carriage returns only at ends of lines. The file is read twice,
+    unless it is small: the first time to know that all of it is so.
 
     Args:
         path: the file, gzipped or plain.
         layout: how it is cut, at a single byte.
         width: fields of a row, two or more.
 
+    Yields:
+        Some megabytes of whole rows, and the line on which each of them begins, int64, counted
+        from 1.
+
     Returns:
-        int64 (rows,), counted from 1; None: something is to be judged.
+        None: something is to be judged.
     """
+    held: list[tuple[bytes, np.ndarray]] | None = []
+    size = 0
+    try:
+        for piece in _pieces(path, layout, width):
+            size += len(piece[0])
+            if size > _HELD:
+                held = None
+            elif held is not None:
+                held.append(piece)
+    except _Irregular:
+        return None
+    return iter(held) if held is not None else _pieces(path, layout, width)
+
+
+class _Irregular(Exception):
+    """Something in a file needs judging."""
+
+
+def _pieces(path: Path, layout: Layout, width: int) -> Iterator[tuple[bytes, np.ndarray]]:
     scan = _Scan(layout, width)
+    rows: list[bytes] = []
     rest = b""
     first = True
     for block in byte_blocks(path):
         data = rest + (block.removeprefix(codecs.BOM_UTF8) if first else block)
         first = False
         end = data.rfind(b"\n") + 1
-        if len(data) - end > _LONGEST_FIELD or not scan.takes(data[:end]):
-            return None
+        if len(data) - end > _LONGEST_FIELD:
+            raise _Irregular
+        rows.append(_taken(scan, data[:end]))
         rest = data[end:]
-    return scan.starts() if scan.takes(rest + b"\n" if rest else b"") else None
+        if scan.at_border() and sum(map(len, rows)) >= _PIECE:
+            yield b"".join(rows), scan.starts()
+            rows = []
+    rows.append(_taken(scan, rest + b"\n" if rest else b""))
+    if not scan.at_border():
+        raise _Irregular
+    if any(rows):
+        yield b"".join(rows), scan.starts()
+
+
+def _taken(scan: _Scan, data: bytes) -> bytes:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        raise _Irregular from None
+    if not scan.takes(data):
+        raise _Irregular
+    return data
 
 
 class _Scan:
@@ -154,11 +199,15 @@ class _Scan:
         """Places that are not inside of quotes."""
         return places[(np.searchsorted(quotes, places) + self._inside) & 1 == 0]
 
-    def starts(self) -> np.ndarray | None:
-        """Lines on which rows begin; None: the last one does not end."""
-        if self._inside:
-            return None
-        return np.concatenate(self._starts)[:-1]  # behind the last end begins none
+    def at_border(self) -> bool:
+        """Whether a row ends where the last lines end."""
+        return not self._inside and not self._left
+
+    def starts(self) -> np.ndarray:
+        """Lines on which the rows since the last call begin."""
+        found = np.concatenate(self._starts)
+        self._starts = [found[-1:]]  # of the row that comes next
+        return found[:-1]
 
 
 class _Reader:

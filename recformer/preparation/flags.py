@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -107,6 +108,18 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out and count lines that are broken or lack what is needed, instead of "
         "stopping at the first; a file that is cut off stops the run all the same",
+    )
+
+
+def add_memory_flag(parser: argparse.ArgumentParser) -> None:
+    """--memory."""
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="about so much may be used, such as 4GB: interactions then lie in files beside the "
+        "output while they are worked on, however many they are, and what is written is the same "
+        "(default: all are held in memory)",
     )
 
 
@@ -350,6 +363,7 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
         "skip_bad_lines": args.skip_bad_lines,
         "columns": columns(args),
         "filters": filters(args),
+        "memory": args.memory,
     }
 
 
@@ -376,6 +390,15 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
     return value
+
+
+def _size(text: str) -> int:
+    """Bytes of `4GB`, `800MB` or `4GiB`."""
+    units = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]i?B)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a size such as 4GB or 800MB")
+    return int(float(match[1]) * units[match[2]])
 
 
 def _feature(text: str) -> Asked:

@@ -51,7 +51,7 @@ _KINDS: dict[str, Kind] = {
 FEW_NAMES = 12  # named in a message
 LOOK_AT = 20  # lines
 
-_WHOLE_FLOAT = re.compile(r"-?\d+\.0+", re.ASCII)
+WHOLE_FLOAT = re.compile(r"-?\d+\.0+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -358,10 +358,10 @@ def id_names(value: pl.Expr, type_: Any, file: RawFile, column: str) -> pl.Expr:
 def without_fraction(names: pl.Series) -> pl.Series:
     """Ids without `.0` where all have it: whole numbers beside a missing value, as pandas writes
     them."""
-    if not len(names) or not _WHOLE_FLOAT.fullmatch(names[0]):
+    if not len(names) or not WHOLE_FLOAT.fullmatch(names[0]):
         return names
     distinct = names.unique()
-    if not distinct.str.contains(f"^{_WHOLE_FLOAT.pattern}$").all():
+    if not distinct.str.contains(f"^{WHOLE_FLOAT.pattern}$").all():
         return names
     return names.str.replace(r"\.0+$", "")
 

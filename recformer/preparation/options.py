@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from recformer.files import UserError
+from recformer.files import UserError, naming, partial_folder
 from recformer.preparation.bad_lines import BadLines
+from recformer.preparation.filters import count_duplicates, kept_of
+from recformer.preparation.held_out import hold_out_items
+from recformer.preparation.in_files import histories_in_files
+from recformer.preparation.log_arrays import Histories, Interactions, Scratch
 from recformer.preparation.sessions import check_owners, split_at_gaps, with_previous_sessions
+from recformer.preparation.spark import spooled_by_spark
 from recformer.preparation.splits import (
-    Histories,
     Split,
     build_histories,
-    count_duplicates,
-    filter_interactions,
-    hold_out_items,
     split_leave_one_out,
     split_temporal,
 )
+from recformer.preparation.spool import LogInFiles, spooled
 from recformer.preparation.tables import Columns, InteractionSource, ItemSource
 from recformer.preparation.windows import Windowed, split_windows
 
@@ -160,9 +163,18 @@ def read_histories(
     seed: int,
     sessions: SessionOptions = NO_SESSIONS,
     extra: Sequence[str] = (),
+    scratch: Scratch | None = None,
+    table: Any = None,
 ) -> tuple[Histories, dict[str, int], dict[str, int]]:
-    """Histories of a source, counts of its interactions, and of what the filters left out."""
-    interactions, counts = source.read(
+    """Histories of a source, counts of its interactions, and of what the filters left out.
+
+    Args:
+        source, items, products, bad_lines, filters, sessions, extra: what to read, and how.
+        min_interactions, user_sample_rate, seed: see `build_histories`.
+        scratch: where interactions go that do not fit into memory; None: they fit.
+        table: of Spark, see `spark.open_lake`; None: the source is read here.
+    """
+    batches = source.batches(
         products,
         bad_lines,
         filters.min_rating,
@@ -170,45 +182,54 @@ def read_histories(
         owners=sessions.previous > 0 and sessions.gap is None,
         extra=extra,
     )
-    if not len(interactions):
-        below = counts.get("reviews_below_min_rating", 0)
-        names = ""
-        if interactions.first_unknown is not None:
-            own = next(iter(products), "") if isinstance(products, dict) else ""
-            names = (
-                f" (an id of the former is {interactions.first_unknown!r}, of the latter {own!r})"
+    log: Interactions | LogInFiles
+    if scratch is None:
+        log, counts = source.collected(batches)
+        _check_any(log, counts, source, items, products, filters.min_rating)
+        if sessions.previous and not log.has_times:
+            raise UserError(
+                f"--previous_sessions needs times, {source.path} has none: name their column with "
+                f"--time_column"
             )
-        where = source.path if items is None else items.path
-        raise UserError(
-            f"none of the {counts['reviews']} reviews in {source.path} is of a product in "
-            f"{where}"
-            + (f" and rated {filters.min_rating} or better ({below} below)" if below else "")
-            + f"{names}: expected two files of the same category"
-        )
-    if sessions.previous and not interactions.has_times:
-        raise UserError(
-            f"--previous_sessions needs times, {source.path} has none: name their column with "
-            f"--time_column"
-        )
-    if sessions.gap is not None:
-        interactions = split_at_gaps(interactions, sessions.gap)
-    elif sessions.previous:
-        counts["sessions_of_several_users"] = check_owners(interactions)
-    counts["duplicate_reviews"] = count_duplicates(interactions)
-    interactions, filtered = filter_interactions(
-        interactions,
+        if sessions.gap is not None:
+            log = split_at_gaps(log, sessions.gap)
+        elif sessions.previous:
+            counts["sessions_of_several_users"] = check_owners(log)
+    else:
+        if table is None:
+            log, counts = spooled(batches, scratch, sessions.gap)
+        else:
+            assert isinstance(products, dict)
+            log, counts = spooled_by_spark(
+                table,
+                source,
+                list(products),
+                bad_lines,
+                filters.min_rating,
+                filters.events,
+                scratch,
+            )
+        _check_any(log, counts, source, items, products, filters.min_rating)
+    counts["duplicate_reviews"] = count_duplicates(log)
+    kept, filtered = kept_of(
+        log,
         deduplicate=filters.deduplicate,
         drop_consecutive_repeats=filters.drop_consecutive_repeats,
         k_core=filters.k_core,
     )
-    histories = build_histories(
-        interactions,
-        min_interactions=min_interactions,
-        user_sample_rate=user_sample_rate,
-        seed=seed,
-        max_users=filters.max_users,
-    )
-    if not histories.user_names:
+    chosen: dict[str, Any] = {
+        "min_interactions": min_interactions,
+        "user_sample_rate": user_sample_rate,
+        "seed": seed,
+        "max_users": filters.max_users,
+    }
+    if isinstance(log, LogInFiles):
+        histories, single = histories_in_files(log, kept, **chosen)
+    else:
+        log = log if kept is None else log.take(np.flatnonzero(kept))
+        histories = build_histories(log, **chosen)
+        single = int((np.bincount(log.users, minlength=1) == 1).sum())
+    if not len(histories.user_names):
         left_out = "".join(f", {number} {name}" for name, number in filtered.items())
         raise UserError(
             f"no user is left of {histories.counts['users']} in {source.path}: "
@@ -218,11 +239,93 @@ def read_histories(
             f"{left_out}"
         )
     if sessions.asked:
-        single = np.bincount(np.bincount(interactions.users, minlength=1), minlength=2)[1]
-        histories.counts["sessions_of_one_event"] = int(single)
+        histories.counts["sessions_of_one_event"] = single
     if sessions.previous:
         histories = with_previous_sessions(histories, sessions.previous)
     return histories, counts, filtered
+
+
+def _check_any(
+    log: Interactions | LogInFiles,
+    counts: Mapping[str, int],
+    source: InteractionSource,
+    items: ItemSource | None,
+    products: Container[str],
+    min_rating: float | None,
+) -> None:
+    """Refuse a log of which no interaction is left."""
+    if len(log):
+        return
+    below = counts.get("reviews_below_min_rating", 0)
+    names = ""
+    if log.first_unknown is not None:
+        own = next(iter(products), "") if isinstance(products, dict) else ""
+        names = f" (an id of the former is {log.first_unknown!r}, of the latter {own!r})"
+    raise UserError(
+        f"none of the {counts['reviews']} reviews in {source.path} is of a product in "
+        f"{source.path if items is None else items.path}"
+        + (f" and rated {min_rating} or better ({below} below)" if below else "")
+        + f"{names}: expected two files of the same category"
+    )
+
+
+# Bytes that an interaction takes while it is sorted, filtered and split, of what is held at once;
+# and the share of the memory that this may be, beside the names of users and items.
+_BYTES_A_ROW, _SHARE = 150, 0.2
+_LEAST_MEMORY = 10**9
+
+
+@contextmanager
+def scratch_beside(output: Path, memory: int | None) -> Iterator[Scratch | None]:
+    """Where interactions go that do not fit into memory, for as long as the block runs.
+
+    Args:
+        output: folder that is to be written.
+        memory: bytes; None: everything is held in memory.
+    """
+    if memory is None:
+        yield None
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with naming(output), partial_folder(output / "log") as folder:
+        yield Scratch(folder, int(memory * _SHARE / _BYTES_A_ROW))
+
+
+def check_in_files(
+    memory: int | None,
+    source: InteractionSource,
+    options: SplitOptions = SplitOptions(),
+    sessions: SessionOptions = NO_SESSIONS,
+    features: Sequence[Any] = (),
+    by_spark: bool = False,
+) -> None:
+    """Refuse what can only be done where all interactions are in memory, or are read here.
+
+    Raises:
+        UserError: says what.
+    """
+    if memory is None:
+        return
+    if memory < _LEAST_MEMORY:
+        raise UserError(f"--memory: got {memory / 1e9:.2f}GB, expected 1GB or more")
+    wrong = [
+        *(["--split windows"] if options.split == "windows" else []),
+        *(["--previous_sessions"] if sessions.previous else []),
+        *(["--features"] if features else []),
+        *(["--session_gap"] if by_spark and sessions.gap is not None else []),
+    ]
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)}: needs all interactions in memory at once, leave out "
+            f"{'--engine spark' if by_spark else '--memory'}"
+        )
+    if by_spark and source.file.lists & set(vars(source.columns).values()):
+        raise UserError(f"{source.path} has lists of items, expected an interaction a row")
+    if source.in_one_piece:
+        raise UserError(
+            f"--memory: {source.path} is a file of whole histories, which is read at once: leave "
+            f"--memory out, or convert it to a log of interactions, such as Parquet"
+        )
 
 
 def writable_folder(path: str | os.PathLike) -> Path:

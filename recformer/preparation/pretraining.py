@@ -26,7 +26,6 @@ from recformer.data.processed import (
     DATASET_FILE,
     META_FILE,
     TRAIN_FILE,
-    Sequences,
     write_mapping,
 )
 from recformer.files import UserError, atomic_write, read_json
@@ -38,18 +37,19 @@ from recformer.preparation.amazon import (
     read_reviews,
 )
 from recformer.preparation.bad_lines import BadLines
+from recformer.preparation.filters import count_duplicates
+from recformer.preparation.log_arrays import Histories
 from recformer.preparation.options import (
     DEFAULT_COLUMNS,
     DEFAULT_FILTERS,
     Filters,
+    check_in_files,
     read_histories,
+    scratch_beside,
     shared_parameters,
     writable_folder,
 )
-from recformer.preparation.splits import (
-    build_histories,
-    count_duplicates,
-)
+from recformer.preparation.splits import build_histories
 from recformer.preparation.tables import Columns, open_sources
 
 PRETRAINING_CATEGORIES = (
@@ -87,6 +87,7 @@ def prepare_pretraining_sources(
     skip_bad_lines: bool = False,
     columns: Columns = DEFAULT_COLUMNS,
     filters: Filters = DEFAULT_FILTERS,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Write meta_data.json, train.json and dev.json from sources of any form.
 
@@ -109,6 +110,8 @@ def prepare_pretraining_sources(
         open_sources(source.interactions, source.items, columns, attributes)
         for source, _ in members
     ]
+    for interaction_source, _ in opened:
+        check_in_files(memory, interaction_source)
     output = writable_folder(output_dir)
     bad_lines = BadLines(skip=skip_bad_lines)
     counts: dict[str, Any] = {}
@@ -126,26 +129,29 @@ def prepare_pretraining_sources(
 
         def items_of_all() -> Iterator[tuple[str, dict[str, str]]]:
             for (source, file_name), (interaction_source, item_source) in zip(members, opened):
-                products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
-                histories, review_counts, filtered = read_histories(
-                    interaction_source,
-                    item_source,
-                    products,
-                    bad_lines,
-                    filters,
-                    min_interactions=min_interactions,
-                    user_sample_rate=user_sample_rate,
-                    seed=seed,
-                )
-                counts[source.name] = {
-                    "metadata": metadata_counts,
-                    "reviews": review_counts,
-                    "filters": filtered,
-                    "histories": histories.counts,
-                }
-                ids = [f"{source.name}:{name}" for name in histories.item_names]
-                files[file_name].add(histories.sequences, ids)
-                yield from ((key, products[name]) for key, name in zip(ids, histories.item_names))
+                with scratch_beside(output, memory) as scratch:
+                    products, metadata_counts = item_source.read(clean=clean, bad_lines=bad_lines)
+                    histories, review_counts, filtered = read_histories(
+                        interaction_source,
+                        item_source,
+                        products,
+                        bad_lines,
+                        filters,
+                        min_interactions=min_interactions,
+                        user_sample_rate=user_sample_rate,
+                        seed=seed,
+                        scratch=scratch,
+                    )
+                    counts[source.name] = {
+                        "metadata": metadata_counts,
+                        "reviews": review_counts,
+                        "filters": filtered,
+                        "histories": histories.counts,
+                    }
+                    names = histories.item_names
+                    ids = [f"{source.name}:{name}" for name in names]
+                    files[file_name].add(histories, ids)
+                yield from ((key, products[name]) for key, name in zip(ids, names))
 
         write_mapping(meta, items_of_all())
         for file in files.values():
@@ -198,14 +204,16 @@ class _SequenceFile:
         self.name, self.handle, self.digest = name, handle, digest
         self.total = {"sequences": 0, "interactions": 0}
 
-    def add(self, sequences: Sequences, ids: Sequence[str]) -> None:
-        """Write sequences of item numbers by the items' ids."""
-        for row in range(len(sequences)):
-            line = json.dumps([ids[item] for item in sequences[row]])
-            self.digest.update(f"{self.name} {line}\n".encode())
-            self.handle.write((",\n" if self.total["sequences"] else "[\n") + line)
-            self.total["sequences"] += 1
-        self.total["interactions"] += len(sequences.items)
+    def add(self, histories: Histories, ids: Sequence[str]) -> None:
+        """Write histories of item numbers by the items' ids."""
+        for piece in histories.pieces():
+            own = piece.sequences
+            for row in range(len(own)):
+                line = json.dumps([ids[item] for item in own[row]])
+                self.digest.update(f"{self.name} {line}\n".encode())
+                self.handle.write((",\n" if self.total["sequences"] else "[\n") + line)
+                self.total["sequences"] += 1
+            self.total["interactions"] += len(own.items)
 
     def end(self) -> None:
         """Close the list."""
@@ -351,7 +359,7 @@ def prepare_pretraining(
                     "duplicate_reviews": count_duplicates(interactions),
                     **histories.counts,
                 }
-                file.add(histories.sequences, histories.item_names)
+                file.add(histories, histories.item_names)
             file.end()
             if not file.total["sequences"]:
                 raise UserError(

@@ -18,7 +18,7 @@ from recformer.preparation.splits import Histories, Interactions
 from recformer.preparation.times import units_a_second
 
 
-def split_at_gaps(interactions: Interactions, gap: int) -> Interactions:
+def split_at_gaps(interactions: Interactions, gap: int, units: int | None = None) -> Interactions:
     """Sessions in place of users: a new one begins after a pause longer than `gap` seconds.
 
     Session k of user `ann` is called `ann/k`, from 1. Interactions stay in the order of the source,
@@ -27,16 +27,13 @@ def split_at_gaps(interactions: Interactions, gap: int) -> Interactions:
     Args:
         interactions: M interactions with times.
         gap: seconds; a pause of exactly so many does not end a session.
+        units: of the times in a second; None: told by their size.
 
     Raises:
         UserError: there are no times, or no moments.
     """
-    if not interactions.has_times:
-        raise UserError(
-            "--session_gap needs times, the interactions have none: name their column with "
-            "--time_column"
-        )
-    most = gap * units_a_second(interactions.times, "--session_gap")
+    check_times(interactions.has_times)
+    most = gap * (units or units_a_second(interactions.times, "--session_gap"))
     users, times = interactions.users, interactions.times
     order = np.lexsort((times, users))
     same_user = users[order][1:] == users[order][:-1]
@@ -57,6 +54,15 @@ def split_at_gaps(interactions: Interactions, gap: int) -> Interactions:
     owners, places = users[order][begins], within[begins]
     names = [f"{interactions.user_names[owners[s]]}/{places[s]}" for s in by_appearance]
     return replace(interactions, users=codes[sessions], user_names=names, owners=users)
+
+
+def check_times(has_times: bool) -> None:
+    """Refuse a source without times."""
+    if not has_times:
+        raise UserError(
+            "--session_gap needs times, the interactions have none: name their column with "
+            "--time_column"
+        )
 
 
 def check_owners(interactions: Interactions) -> int:

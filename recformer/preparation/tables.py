@@ -37,6 +37,7 @@ __all__ = [
     "Columns",
     "InteractionSource",
     "ItemSource",
+    "interaction_source",
     "open_interactions",
     "open_items",
     "open_sources",
@@ -77,7 +78,7 @@ def open_log(
             f"it with --meta_file_path"
         )
     file = open_file(path, columns)
-    source = _interaction_source(file, columns)
+    source = interaction_source(file, columns)
     if attributes is not None:
         chosen = _chosen(attributes)
         _check_attributes(file, chosen)
@@ -121,13 +122,13 @@ def open_sources(
             paths[:1] if log.kind == "json" and columns.user is None else [],
             paths[1:] if catalogue.kind == "json" and columns.item_key is None else [],
         )
-    return _interaction_source(log, columns), _item_source(catalogue, columns.item_key, attributes)
+    return interaction_source(log, columns), _item_source(catalogue, columns.item_key, attributes)
 
 
 def open_interactions(path: str | os.PathLike, columns: Columns) -> InteractionSource:
     """As `open_sources`, of a file of interactions alone."""
     _check_paths([Path(path)], columns)
-    return _interaction_source(open_file(Path(path), columns), columns)
+    return interaction_source(open_file(Path(path), columns), columns)
 
 
 def open_items(
@@ -149,7 +150,12 @@ def _check_paths(paths: Sequence[Path], columns: Columns) -> None:
         check_encoding(columns.encoding)
 
 
-def _interaction_source(file: RawFile, columns: Columns) -> InteractionSource:
+def interaction_source(file: RawFile, columns: Columns) -> InteractionSource:
+    """What stands where in a file of interactions.
+
+    Raises:
+        UserError: a column is missing, or one is to be two things.
+    """
     if file.kind in ("object", "histories"):
         unused = ("user", "item", "time", "rating", "event", "session", "owner")
         wrong = [f"--{name}_column" for name in columns.named() if name in unused]

@@ -23,6 +23,7 @@ NO_TIME = "is no number and no ISO 8601 date"
 
 _LARGEST = 2**63 - 1
 _BILLION = 10**9
+_EXPONENTS = (0, 3, 6, 9)
 _NUMBER = re.compile(r"[+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})(?:[eE][+-]?\d{1,2})?", re.ASCII)
 _DATE = re.compile(
     r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})"
@@ -83,25 +84,71 @@ def _date(text: str) -> tuple[int, int] | None:
     return whole, int((fraction or "0").ljust(9, "0")[:9])
 
 
-def in_one_unit(wholes: np.ndarray, billionths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Times with fractions as whole numbers of the largest of 1, 10⁻³, 10⁻⁶, 10⁻⁹ that is exact.
+class Fractions:
+    """Unit in which times with fractions become whole numbers, found batch after batch.
+
+    Attributes:
+        total: times so far.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._finest = 0  # exponent in which all of them are whole
+        self._too_large = dict.fromkeys(_EXPONENTS, 0)
+
+    def add(self, wholes: np.ndarray, billionths: np.ndarray) -> None:
+        """Look at times, int64 (M,) each, as `parse_time` gives them."""
+        self.total += len(wholes)
+        for exponent in _EXPONENTS[self._finest // 3 :]:
+            self._finest = exponent
+            if not (billionths % 10 ** (9 - exponent)).any():
+                break
+        for exponent in _EXPONENTS[1:]:
+            self._too_large[exponent] += int(_too_large(wholes, exponent).sum())
+
+    def merge(self, other: Fractions) -> None:
+        """Take over what another has seen."""
+        self.total += other.total
+        self._finest = max(self._finest, other._finest)
+        for exponent, number in other._too_large.items():
+            self._too_large[exponent] += number
+
+    def exponent(self) -> int:
+        """Of the unit: the largest of 1, 10⁻³, 10⁻⁶, 10⁻⁹ that is exact."""
+        exponent = self._finest
+        # Milliseconds with nine places do not fit: what is cut then is below a billionth of a
+        # second.
+        while exponent and 2 * self._too_large[exponent] > self.total:
+            exponent -= 3
+        return exponent
+
+    def all_fit(self) -> bool:
+        """Whether no time is too large for a number of 64 bits in that unit."""
+        return not self._too_large[self.exponent()]
+
+
+def in_unit(
+    wholes: np.ndarray, billionths: np.ndarray, exponent: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Times with fractions as whole numbers of 10^-exponent.
 
     Args:
         wholes, billionths: int64 (M,) each, as `parse_time` gives them.
+        exponent: of the unit, see `Fractions`.
 
     Returns:
         int64 (M,) times, and bool (M,) where one is too large for a number of 64 bits in that unit.
     """
-    exponent = 0
-    for exponent in (0, 3, 6, 9):
-        if not (billionths % 10 ** (9 - exponent)).any():
-            break
-    # Milliseconds with nine places do not fit: what is cut then is below a billionth of a second.
-    while exponent and 2 * int(_too_large(wholes, exponent).sum()) > len(wholes):
-        exponent -= 3
     too_large = _too_large(wholes, exponent)
     times = np.where(too_large, 0, wholes) * 10**exponent + billionths // 10 ** (9 - exponent)
     return np.where(too_large, wholes, times), too_large
+
+
+def in_one_unit(wholes: np.ndarray, billionths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`in_unit` of all times there are."""
+    fractions = Fractions()
+    fractions.add(wholes, billionths)
+    return in_unit(wholes, billionths, fractions.exponent())
 
 
 def _too_large(wholes: np.ndarray, exponent: int) -> np.ndarray:
@@ -116,6 +163,8 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 # Seconds of 1973 and of 2286: what tells seconds from milliseconds and so on.
 _OLDEST, _NEWEST = 10**8, 10**10
+# Oldest and newest moment of seconds, of milliseconds, and so on; the last is beyond 64 bits.
+_BORDERS = np.array([edge * 1000**k for k in range(4) for edge in (_OLDEST, _NEWEST)][:-1])
 
 
 def parse_duration(text: str) -> int:
@@ -130,6 +179,35 @@ def parse_duration(text: str) -> int:
     return int(match[1]) * _SECONDS[match[2]]
 
 
+class Moments:
+    """Size of the times of a source, looked at batch after batch: it tells their unit."""
+
+    def __init__(self) -> None:
+        self._below = np.zeros(len(_BORDERS), dtype=np.int64)  # times below each border
+        self._total = 0
+        self._first = 2**63 - 1
+
+    def add(self, times: np.ndarray) -> None:
+        """Look at times, int64 (M,)."""
+        if not len(times):
+            return
+        self._total += len(times)
+        self._first = min(self._first, int(times.min()))
+        places = np.searchsorted(_BORDERS, times, side="right")
+        self._below += np.cumsum(np.bincount(places, minlength=len(_BORDERS)))[: len(_BORDERS)]
+
+    def units_a_second(self, flag: str) -> int:
+        """See the function of this name."""
+        middle = (self._total - 1) // 2  # place of the lower median
+        reached = int((self._below <= middle).sum()) - 1  # the last border that it is not below
+        if self._total and reached >= 0 and reached % 2 == 0:
+            return 1000 ** (reached // 2)
+        raise UserError(
+            f"{flag} needs moments since 1970 in seconds, milli-, micro- or nanoseconds, the times "
+            f"begin at {self._first}: name their column with --time_column"
+        )
+
+
 def units_a_second(times: np.ndarray, flag: str) -> int:
     """Units of a source in a second, by the size of its times: 1, 10³, 10⁶ or 10⁹.
 
@@ -138,13 +216,8 @@ def units_a_second(times: np.ndarray, flag: str) -> int:
         flag: that wants to know, for the message.
 
     Raises:
-        UserError: they are no moments of 1973 to 2286 in any of these units.
+        UserError: most are no moments of 1973 to 2286 in any of these units.
     """
-    middle = float(np.median(times)) if len(times) else 0.0
-    for units in (1, 10**3, 10**6, 10**9):
-        if _OLDEST * units <= middle < _NEWEST * units:
-            return units
-    raise UserError(
-        f"{flag} needs moments since 1970 in seconds, milli-, micro- or nanoseconds, the times are "
-        f"about {middle:.0f}: name their column with --time_column"
-    )
+    moments = Moments()
+    moments.add(times)
+    return moments.units_a_second(flag)

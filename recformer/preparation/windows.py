@@ -9,6 +9,7 @@ Shapes: M interactions of all histories, R sequences, W windows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 
@@ -17,7 +18,8 @@ import numpy as np
 from recformer.data.processed import Sequences
 from recformer.data.windows import NO_TARGET, TEST_TARGET, VAL_TARGET
 from recformer.files import UserError
-from recformer.preparation.splits import TEST, TRAIN, VAL, Histories, Split, _draws
+from recformer.preparation.drawing import draws_of
+from recformer.preparation.splits import TEST, TRAIN, VAL, Histories, Split
 from recformer.preparation.times import units_a_second
 
 _WEEK = 7 * 86_400
@@ -138,12 +140,12 @@ def split_windows(
 
 
 def _lower_half(
-    names: list[str], rows: np.ndarray, windows: np.ndarray, judged: np.ndarray, seed: int
+    names: Sequence[str], rows: np.ndarray, windows: np.ndarray, judged: np.ndarray, seed: int
 ) -> np.ndarray:
     """Mask of the interactions of the half of their window's judged sequences with the lower draws,
     bool (M,); of an odd number the smaller half."""
     pairs, of_pair = np.unique(np.stack([windows, rows]), axis=1, return_inverse=True)
-    draws = _draws([f"{names[row]} {window}" for window, row in pairs.T.tolist()], seed)
+    draws = draws_of([f"{names[row]} {window}" for window, row in pairs.T.tolist()], seed)
     has_target = np.zeros(len(draws), dtype=bool)
     has_target[of_pair[judged]] = True
     draws[~has_target] = 2.0  # behind all that count

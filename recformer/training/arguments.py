@@ -155,6 +155,11 @@ class DeviceArguments:
         None, "GPU indices, -1 for the CPU; unset: the first GPU if there is one", nargs="+"
     )
     num_processes: int = flag(1, "processes on the CPU (gloo); GPUs are named by --device")
+    num_nodes: int | None = flag(
+        None,
+        "machines that the command is started on, each with as many processes or GPUs; unset: as "
+        "many as torchrun or srun say, else 1",
+    )
     fp16: bool = flag(
         False, "16-bit mixed precision: bfloat16 where the hardware has it, else float16 on a GPU"
     )
@@ -169,6 +174,17 @@ class DeviceArguments:
             raise UserError(f"--num_processes {self.num_processes}: must be at least 1")
         if self.num_processes > 1 and self.device not in (None, [-1]):
             raise UserError("--num_processes is for the CPU: with it, --device may only be -1")
+        check_nodes(self.num_nodes)
+
+
+def check_nodes(num_nodes: int | None) -> None:
+    """Refuse a number of nodes that is none.
+
+    Raises:
+        UserError: names the flag, its value and what is allowed.
+    """
+    if num_nodes is not None and num_nodes < 1:
+        raise UserError(f"--num_nodes {num_nodes}: must be at least 1")
 
 
 @dataclass

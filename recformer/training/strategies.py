@@ -89,7 +89,7 @@ def build_strategy(name: str, accelerator: str, num_processes: int) -> str | Str
     Args:
         name: one of `STRATEGIES`; `auto` is `ddp` for several processes and none for one.
         accelerator: "cuda" or "cpu".
-        num_processes: on this machine.
+        num_processes: of the run.
 
     Raises:
         UserError: DeepSpeed is not installed.

@@ -60,13 +60,16 @@ class Compute:
         """
         accelerator, devices = choose_devices(args.device, args.num_processes)
         num_processes = devices if isinstance(devices, int) else len(devices)
-        join(num_processes, accelerator == "cuda")
+        join(num_processes, accelerator == "cuda", args.num_nodes)
         precision = half_precision(accelerator) if args.fp16 else "32-true"
         return cls(accelerator, devices, precision)
 
     @property
     def num_processes(self) -> int:
-        return self.devices if isinstance(self.devices, int) else len(self.devices)
+        """Of the run, on all nodes."""
+        return group().nodes * (
+            self.devices if isinstance(self.devices, int) else len(self.devices)
+        )
 
 
 class RunEnvironment(LightningEnvironment):
@@ -81,10 +84,10 @@ class RunEnvironment(LightningEnvironment):
         return group().external or group().rank > 0 or rank_and_world()[1] > 1
 
     def local_rank(self) -> int:
-        return group().rank
+        return group().local_rank
 
     def node_rank(self) -> int:
-        return 0
+        return group().node
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -232,6 +235,7 @@ def build_trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
         devices=devices,
+        num_nodes=group().nodes,
         strategy=strategy,
         precision=precision,  # type: ignore[arg-type]
         callbacks=[*callbacks, *([TQDMProgressBar(refresh_rate=10)] if on_screen else [])],

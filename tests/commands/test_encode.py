@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,8 +149,8 @@ def test_after_a_kill_only_the_rest_is_encoded(
     np.testing.assert_array_equal(resumed, uncut)
 
 
-def test_two_processes_give_the_bits_of_one(
-    flags: list[str], tmp_path: Path, repository: Path
+def test_two_processes_and_two_nodes_give_the_bits_of_one(
+    flags: list[str], tmp_path: Path, repository: Path, two_nodes: Any
 ) -> None:
     main(flags)
     one = np.load(tmp_path / "out" / "item_vectors.npy")
@@ -169,6 +170,15 @@ def test_two_processes_give_the_bits_of_one(
     assert done.returncode == 0, done.stderr[-3000:]
     assert "24 of 25 items encoded" in done.stdout
     assert done.stdout.count("items/s") == 1  # one process speaks
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "item_vectors.npy"), one)
+
+    for path in (tmp_path / "data" / "vectors").glob("*/*"):
+        shutil.rmtree(path)
+    (tmp_path / "out" / "item_vectors.npy").unlink()
+    nodes = two_nodes(sys.executable, tmp_path / "small_blocks.py", *flags)
+    said = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert [out.count("24 of 25 items encoded") for out, _ in said] == [1, 0]
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "item_vectors.npy"), one)
 
 

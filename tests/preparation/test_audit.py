@@ -791,3 +791,49 @@ def test_known_traps_of_real_data(tmp_path: Path, real_data: Path) -> None:
     assert test["evaluated"] - test["nothing_before_the_part"]["count"] == 90
     assert test["new_items"] == 45
     assert not films["times"]["synthetic"]
+
+
+def test_large_folder_is_audited_by_a_sample_of_its_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users and interactions are the sample's; what was trained on is everybody's."""
+    users = 40
+    train = Sequences.from_lists([[user, (user + 1) % users] for user in range(users)])
+    held = Sequences.from_lists([[(user + 20) % users] for user in range(users)])
+    times = np.arange(4 * users) * 60 + 1_600_000_000
+    write_processed(
+        tmp_path,
+        train=train,
+        val=held,
+        test=held,
+        user_names=[f"u{user}" for user in range(users)],
+        asins=[f"i{item}" for item in range(users)],
+        meta={f"i{item}": {"title": f"Item {item}"} for item in range(users)},
+        dataset={},
+        times=times,
+    )
+    data = ProcessedFolder.load(tmp_path)
+    whole = audit(data)
+    assert "sample" not in whole
+    monkeypatch.setattr("recformer.preparation.audit.figures.MOST_AUDITED", 80)
+    found = audit(data)
+    chosen = np.random.default_rng(0).random(users) < 0.5
+    number = int(chosen.sum())
+    assert 10 < number < 30
+    assert found["sample"] == {"users": number, "of": users, "interactions_of": 160}
+    assert found["notes"][0].startswith(
+        f"figures of users and interactions are of a seeded sample of {number} of 40"
+    )
+    assert found["sizes"] == {
+        "users": number,
+        "items": users,
+        "interactions": 4 * number,
+        "train": 2 * number,
+        "val": number,
+        "test": number,
+    }
+    assert found["targets"]["test"]["cold"] == {"count": 0, "share": 0.0}
+    assert found["targets"]["test"]["evaluated"] == number
+    assert found["popularity"]["gini"] == whole["popularity"]["gini"]
+    own = times[np.repeat(chosen, 4)]
+    assert (found["times"]["first"], found["times"]["last"]) == (own.min(), own.max())

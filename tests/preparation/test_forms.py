@@ -26,7 +26,7 @@ from recformer.commands.process import main
 from recformer.data.processed import ProcessedFolder, read_times
 from recformer.files import UserError
 from recformer.preparation.bad_lines import BadLines
-from recformer.preparation.delimited import Layout, read_rows, row_starts
+from recformer.preparation.delimited import Layout, read_rows, regular_pieces
 from recformer.preparation.finetuning import prepare_finetuning
 from recformer.preparation.histories import Example, rebuild, split_list
 from recformer.preparation.tables import Columns, open_sources
@@ -813,9 +813,20 @@ def test_the_fast_reader_finds_what_the_careful_one_finds(
         return [columns, log.user_names, log.item_names], bad.summary(), counts
 
     fast = found()
-    monkeypatch.setattr("recformer.preparation.logs.row_starts", lambda *args: None)
+    monkeypatch.setattr("recformer.preparation.log_frames.AT_ONCE", 700)
+    assert found() == fast  # in several frames
+    monkeypatch.setattr("recformer.preparation.delimited._PIECE", 1000)
+    monkeypatch.setattr("recformer.preparation.delimited._HELD", 2000)
+    assert found() == fast  # and several pieces, which are read twice
+    monkeypatch.setattr("recformer.preparation.log_frames.regular_pieces", lambda *args: None)
     assert found() == fast
     assert len(fast[0][0][0]) >= 2999
+
+
+def row_starts(path: Path, layout: Layout, width: int) -> np.ndarray | None:
+    """Lines on which the rows of all pieces begin."""
+    pieces = regular_pieces(path, layout, width)
+    return None if pieces is None else np.concatenate([starts for _, starts in pieces])
 
 
 FIELDS = st.text(st.sampled_from('ab,\t" \n\r\u00e9'), max_size=5)
@@ -846,6 +857,7 @@ def test_rows_begin_where_python_finds_them(
     data = text.getvalue().encode()
     blocks = [data[place : place + block] for place in range(0, len(data), block)]
     monkeypatch.setattr("recformer.preparation.delimited.byte_blocks", lambda path: iter(blocks))
+    monkeypatch.setattr("recformer.preparation.delimited._PIECE", 2 * block)
     layout = Layout(separator, "always")
     starts = row_starts(tmp_path, layout, 3)
     lines = text.getvalue().split("\n")

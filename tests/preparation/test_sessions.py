@@ -47,7 +47,7 @@ def test_milliseconds_are_told_by_their_size() -> None:
     assert [units_a_second(EVENTS.times * f, "--x") for f in (1, 10**3, 10**6, 10**9)] == [
         1, 10**3, 10**6, 10**9
     ]  # fmt: skip
-    with pytest.raises(UserError, match="--session_gap needs moments.*about 4000"):
+    with pytest.raises(UserError, match="--session_gap needs moments.*begin at 4000"):
         split_at_gaps(replace(EVENTS, times=np.full(6, 4000)), 1800)
     with pytest.raises(UserError, match="--session_gap needs times"):
         split_at_gaps(replace(EVENTS, has_times=False), 1800)

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recformer.data.processed import Sequences
+from recformer.preparation.filters import count_duplicates
 from recformer.preparation.splits import (
     Histories,
     Interactions,
     build_histories,
-    count_duplicates,
     sample_users,
     split_leave_one_out,
 )
@@ -34,7 +34,7 @@ def interactions(*events: tuple[str, str, int]) -> Interactions:
 def leave_one_out(sequences: Sequences) -> tuple[Sequences, Sequences, Sequences]:
     names = [str(user) for user in range(len(sequences))]
     histories = Histories(sequences, names, [], {})
-    return split_leave_one_out(histories).sequences(sequences)
+    return split_leave_one_out(histories).sequences(histories)
 
 
 def rows(sequences: Sequences) -> list[list[int]]:

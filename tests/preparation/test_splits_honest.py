@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from recformer.data.processed import ProcessedFolder, Sequences, read_times, write_processed
 from recformer.files import UserError
 from recformer.preparation import flags
+from recformer.preparation.filters import filter_interactions
+from recformer.preparation.held_out import hold_out_items
 from recformer.preparation.options import SplitOptions
 from recformer.preparation.splits import (
     DROPPED,
@@ -22,8 +24,6 @@ from recformer.preparation.splits import (
     Interactions,
     Split,
     draw_names,
-    filter_interactions,
-    hold_out_items,
     split_leave_one_out,
     split_temporal,
 )
@@ -51,7 +51,7 @@ def histories(*users: list[tuple[int, int]]) -> Histories:
 
 
 def lists(split: Split, of: Histories) -> list[list[list[int]]]:
-    parts = split.sequences(of.sequences)
+    parts = split.sequences(of)
     return [[part[row].tolist() for row in range(len(part))] for part in parts]
 
 
@@ -181,7 +181,7 @@ def test_nothing_tested_is_trained(
         return  # no place to cut, or everything is cold
     # Every interaction gets an id of its own, and the split is looked at through its sequences.
     ids = Sequences(data.sequences.offsets, np.arange(len(data.sequences.items), dtype=np.int32))
-    train, val, test = split.sequences(ids)
+    train, val, test = split.sequences(replace(data, sequences=ids))
     assert not set(train.items.tolist()) & set(val.items.tolist())
     assert not set(train.items.tolist()) & set(test.items.tolist())
     assert not set(val.items.tolist()) & set(test.items.tolist())
@@ -211,7 +211,7 @@ def test_times_stand_beside_their_interactions(tmp_path: Path) -> None:
     assert data.times is not None
 
     def write(times: np.ndarray | None) -> ProcessedFolder:
-        train, val, test = split.sequences(data.sequences)
+        train, val, test = split.sequences(data)
         write_processed(
             tmp_path, train=train, val=val, test=test, user_names=data.user_names,
             asins=data.item_names, meta={}, dataset={}, times=times,

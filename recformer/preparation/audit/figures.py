@@ -33,6 +33,7 @@ from recformer.data.processed import (
 from recformer.evaluation.metrics import gini
 from recformer.files import UserError, atomic_write, write_json
 from recformer.preparation.audit.page import page
+from recformer.preparation.audit.sample import about_sample, sampled, times_of
 from recformer.preparation.audit.warnings import DAY, FEW_WORDS, Figure, _figure, _notes, _warnings
 from recformer.preparation.text import count_words
 from recformer.tokenization import RecformerTokenizer
@@ -54,6 +55,9 @@ TOKENIZED_AT_ONCE = 8192  # items: bounds memory
 BARS = 40  # of a histogram
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
+# Interactions that are looked at; of a larger folder those of a seeded sample of its users.
+MOST_AUDITED = 20_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class _Log:
@@ -74,7 +78,8 @@ class _Log:
     times: np.ndarray | None
 
     @classmethod
-    def of(cls, data: ProcessedFolder) -> _Log:
+    def of(cls, data: ProcessedFolder, whole: ProcessedFolder) -> _Log:
+        """Of some users of a whole folder, or of all of them."""
         lengths = np.stack([data.train.lengths, data.val.lengths, data.test.lengths], axis=1)
         joined = join_splits(data.train, data.val, data.test)
         parts = np.tile(np.arange(3, dtype=np.int8), len(lengths))
@@ -83,7 +88,7 @@ class _Log:
             items=joined.items,
             parts=np.repeat(parts, lengths.ravel()),
             ends=joined.offsets[:-1, None] + lengths.cumsum(axis=1),
-            times=read_times(data),
+            times=read_times(data) if data is whole else times_of(data, whole),
         )
 
     @property
@@ -135,12 +140,14 @@ def audit(data: ProcessedFolder, tokenizer: RecformerTokenizer | None = None) ->
     """
     if not len(data.train.items):
         raise UserError(f"{data.path} has no interaction to train on")
-    log = _Log.of(data)
+    whole, data = data, sampled(data, MOST_AUDITED)
+    log = _Log.of(data, whole)
     examples = {"val": data.eval_examples("val"), "test": data.eval_examples("test")}
     found: dict[str, Any] = {
         "folder": data.path.absolute().name,
         "split_hash": data.split_hash,
         "split": _split(data),
+        **about_sample(whole, data),
         "sizes": {
             "users": log.num_users,
             "items": data.num_items,
@@ -153,13 +160,13 @@ def audit(data: ProcessedFolder, tokenizer: RecformerTokenizer | None = None) ->
             PAPER["max_attr_num"] if tokenizer is None else tokenizer.config.max_attr_num,
         ),
         "repeats": _repeats(log),
-        "targets": {name: _targets(data, log, name, examples[name]) for name in examples},
+        "targets": {name: _targets(data, log, name, examples[name], whole) for name in examples},
         "times": None if log.times is None else _times(log, log.times, _split(data)),
         "lengths": {
             "train_sequence": _distribution(data.train.lengths[data.train.lengths > 0]),
             "test_history": _distribution(examples["test"].histories.lengths),
         },
-        "popularity": _popularity(data, examples["test"]),
+        "popularity": _popularity(whole, examples["test"]),
         "tokens": None if tokenizer is None else _tokens(data, examples["test"], tokenizer),
     }
     return found | {"warnings": _warnings(found), "notes": _notes(data, found)}
@@ -268,9 +275,10 @@ def _num_repeated(groups: np.ndarray, items: np.ndarray) -> int:
 
 
 def _targets(
-    data: ProcessedFolder, log: _Log, split: str, examples: EvalExamples
+    data: ProcessedFolder, log: _Log, split: str, examples: EvalExamples, whole: ProcessedFolder
 ) -> dict[str, Any]:
-    """Of the users with a target, and of the evaluated ones: those who have a history too."""
+    """Of the users with a target, and of the evaluated ones: those who have a history too. What
+    was trained on is what everybody has."""
     part = PARTS.index(split)
     number = len(examples)
     num_users = number + examples.num_without_history
@@ -280,8 +288,11 @@ def _targets(
     rows = histories.rows
     seen[rows[histories.items == targets[rows]]] = True
     newest = histories.items[histories.offsets[1:] - 1]
-    trained = np.bincount(data.train.items, minlength=data.num_items) > 0
-    own, earlier = (log.items[chosen] for chosen in (log.parts == part, log.parts < part))
+    met = [
+        np.bincount(each.items, minlength=data.num_items) > 0
+        for each in (whole.train, whole.val, whole.test)
+    ]
+    trained = met[TRAIN]
     found: dict[str, Any] = {
         "users": num_users,
         "without_history": _figure(examples.num_without_history, num_users),
@@ -291,7 +302,7 @@ def _targets(
         "in_history": _figure(seen.sum(), number),
         "same_as_newest": _figure((newest == targets).sum(), number),
         "cold": _figure((~trained[targets]).sum(), number),
-        "new_items": len(np.setdiff1d(own, earlier)),
+        "new_items": int((met[part] & ~np.any(met[:part], axis=0)).sum()),
     }
     if log.times is not None:
         places = log.ends[examples.user_ids, part] - 1

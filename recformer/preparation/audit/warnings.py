@@ -157,6 +157,13 @@ def _synthetic(times: Mapping[str, Any]) -> str:
 def _notes(data: ProcessedFolder, found: dict[str, Any]) -> list[str]:
     """Peculiarities that do no harm, and checks that could not be made."""
     notes = []
+    if "sample" in found:
+        sample = found["sample"]
+        notes.append(
+            f"figures of users and interactions are of a seeded sample of {sample['users']:,} of "
+            f"{sample['of']:,} users; what was trained on, popularity and new items are of all "
+            f"{sample['interactions_of']:,} interactions"
+        )
     times, split = found["times"], found["split"]
     if data.dataset is None:
         notes.append(f"no {DATASET_FILE}: whether the files belong together was not audited")

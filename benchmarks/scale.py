@@ -1,0 +1,193 @@
+"""Preparation of logs larger than memory: seconds and memory by the number of interactions.
+
+    python -m benchmarks.scale --output_dir scale
+    python -m benchmarks.scale --output_dir scale --interactions 1e6 1e7 1e8 --memory 4GB
+
+A log of a given size is generated once (Parquet, users and items by popularity, times in no order),
+and `recformer process` runs over it as a user would run it, audit included, in a process of its
+own. Peak memory is what the process held for itself (`RssAnon`): files that are mapped are given
+back by the system when others need the room; all that was resident stands beside it. Writes
+scale.json, scale.md and scale.png. docs/scale.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from benchmarks.measure import machine, pin_threads
+from recformer.cli import exit_with_message
+from recformer.files import atomic_write, read_json, write_json
+
+ROWS_A_FILE = 5_000_000
+USERS, ITEMS = 10, 50  # interactions a user and an item, on average
+LOOKS = 0.2  # seconds between two looks at the memory of the process
+
+
+def write_log(folder: Path, number: int) -> None:
+    """Write log/ and items.parquet for `number` interactions, from a fixed seed."""
+    draw = np.random.default_rng(number)
+    users, items = max(number // USERS, 10), max(number // ITEMS, 20)
+    (folder / "log").mkdir(parents=True)
+    for place, start in enumerate(range(0, number, ROWS_A_FILE)):
+        rows = min(ROWS_A_FILE, number - start)
+        # Squares of uniform draws: a few users and items have many, and every one has some.
+        frame = {
+            "user_id": (draw.random(rows) ** 1.5 * users).astype(np.int64) + 10**9,
+            "item_id": (draw.random(rows) ** 2 * items).astype(np.int64) + 10**8,
+            "timestamp": draw.integers(1_500_000_000, 1_700_000_000, rows),
+        }
+        pl.DataFrame(frame).write_parquet(folder / "log" / f"part-{place:05d}.parquet")
+    words = pl.Series([f"word{n}" for n in range(5000)])
+    columns = [words.gather(draw.integers(0, len(words), items)) for _ in range(6)]
+    texts = pl.DataFrame([own.alias(str(n)) for n, own in enumerate(columns)]).select(
+        item_id=pl.Series(np.arange(items) + 10**8),
+        title=pl.concat_str([str(n) for n in range(4)], separator=" "),
+        brand=pl.col("4"),
+        category=pl.concat_str([pl.lit("Home"), pl.col("5")], separator=" "),
+    )
+    texts.write_parquet(folder / "items.parquet")
+
+
+def measured(command: list[str]) -> dict[str, float]:
+    """Seconds and peak memory (GB) of a program.
+
+    Raises:
+        SystemExit: it failed; its own message stands above.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    anonymous = resident = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        if "RssAnon" in fields:
+            anonymous = max(anonymous, int(fields["RssAnon"].split()[0]))
+            resident = max(resident, int(fields["VmHWM"].split()[0]))
+        time.sleep(LOOKS)
+    if process.wait():
+        raise SystemExit(f"error: {' '.join(command)} ended with status {process.returncode}")
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "own_gb": round(anonymous * 1024 / 1e9, 2),
+        "resident_gb": round(resident * 1024 / 1e9, 2),
+    }
+
+
+def run(number: int, memory: str | None, output: Path, flags: list[str]) -> dict[str, Any]:
+    """One size: the log is made where it is not there yet, what is written is removed again."""
+    log, made = output / f"log-{number}", output / "processed"
+    if not (log / "items.parquet").is_file():
+        shutil.rmtree(log, ignore_errors=True)
+        write_log(log, number)
+    shutil.rmtree(made, ignore_errors=True)
+    command = [sys.executable, "-m", "recformer", "process", "--file_path", str(log / "log")]
+    command += ["--meta_file_path", str(log / "items.parquet"), "--output_path", str(made), *flags]
+    command += [] if memory is None else ["--memory", memory]
+    found = measured(command)
+    about = read_json(made / "dataset.json")
+    written = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    shutil.rmtree(made)
+    return {
+        "interactions": number,
+        "memory": memory or "",
+        **found,
+        "seconds_a_million": round(found["seconds"] / number * 1e6, 2),
+        "users": about["num_users"],
+        "items": about["num_items"],
+        "kept": about["num_interactions"],
+        "written_gb": round(written / 1e9, 2),
+        "split_hash": about["split_hash"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    names = {
+        "interactions": "interactions",
+        "memory": "--memory",
+        "seconds": "seconds",
+        "seconds_a_million": "s a million",
+        "own_gb": "own memory, GB",
+        "resident_gb": "with mapped files, GB",
+        "users": "users",
+        "items": "items",
+        "written_gb": "written, GB",
+    }
+    lines = ["| " + " | ".join(names.values()) + " |", "|---" * len(names) + "|"]
+    for each in rows:
+        cells = [f"{v:,}" if isinstance(v := each[name], int) else str(v) for name in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds and memory by the number of interactions, both on scales of powers of ten."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for memory in sorted({each["memory"] for each in rows}):
+        own = [each for each in rows if each["memory"] == memory]
+        numbers = [each["interactions"] for each in own]
+        label = f"--memory {memory}" if memory else "in memory"
+        axes[0].plot(numbers, [each["seconds"] for each in own], marker="o", label=label)
+        axes[1].plot(numbers, [each["own_gb"] for each in own], marker="o", label=label)
+    for axis, name in zip(axes, ("seconds", "own memory, GB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="interactions", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    with atomic_write(path, "wb") as handle:
+        figure.savefig(handle, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run every size, and write table and picture after each."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument(
+        "--interactions", nargs="+", type=float, default=[1e6, 1e7, 1e8], metavar="M"
+    )
+    parser.add_argument("--memory", default="4GB", help="of the program; '' for none")
+    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    parser.add_argument("--keep_logs", action="store_true", help="for the next run")
+    args, flags = parser.parse_known_args(argv)
+    described = machine(pin_threads(args.threads))
+    os.environ.setdefault("POLARS_MAX_THREADS", str(args.threads or os.cpu_count()))
+    result = args.output_dir / "scale.json"
+    rows = read_json(result)["rows"] if result.is_file() else []
+    for number in map(int, args.interactions):
+        row = run(number, args.memory or None, args.output_dir, flags)
+        rows = [
+            each
+            for each in rows
+            if (each["interactions"], each["memory"]) != (number, row["memory"])
+        ] + [row]
+        rows.sort(key=lambda each: (each["memory"], each["interactions"]))
+        if not args.keep_logs:
+            shutil.rmtree(args.output_dir / f"log-{number}")
+        write_json(result, {"machine": described, "rows": rows}, indent=1)
+        with atomic_write(args.output_dir / "scale.md") as handle:
+            handle.write(table(rows))
+        plot(rows, args.output_dir / "scale.png")
+        print(table([row]), flush=True)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
