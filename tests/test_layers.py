@@ -195,7 +195,7 @@ def undeclared(package: str, *extras: str) -> set[str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    assert undeclared("recformer", "deepspeed", "faiss", "onnx", "serve", "wandb") == set()
+    assert undeclared("recformer", "deepspeed", "faiss", "onnx", "serve", "spark", "wandb") == set()
     assert undeclared("baselines", "sweep") == set()
     assert "deepspeed" in undeclared("recformer")
 
