@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -17,12 +16,8 @@ from recformer.preparation import log_frames
 from recformer.preparation.amazon import KnownReviews, too_large_time
 from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.forms import FEW_NAMES, WHOLE_FLOAT
-from recformer.preparation.log_frames import EXTRA, refuse
+from recformer.preparation.log_frames import EXTRA, LogFile, refuse
 from recformer.preparation.times import NO_TIME, Fractions, in_unit, parse_time
-
-if TYPE_CHECKING:
-    from recformer.preparation.logs import InteractionSource
-
 
 Frames = Callable[[dict[str, str]], Iterator[pl.DataFrame]]  # of {name: column}
 
@@ -57,7 +52,7 @@ class Batches:
 
     def __init__(
         self,
-        source: InteractionSource,
+        source: LogFile,
         known: Container[str],
         bad_lines: BadLines,
         min_rating: float | None = None,

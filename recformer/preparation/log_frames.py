@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
 from recformer.files import UserError
 from recformer.preparation import histories, json_lines
+from recformer.preparation.amazon import ReviewColumns
 from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.delimited import read_rows, regular_pieces
 from recformer.preparation.forms import (
@@ -27,15 +30,40 @@ from recformer.preparation.forms import (
 from recformer.preparation.histories import Example
 from recformer.preparation.lines import escaped, text_lines
 
-if TYPE_CHECKING:
-    from recformer.preparation.logs import InteractionSource
-
 AT_ONCE = 1_000_000  # rows of a frame
 EXTRA = "extra "  # before the names of further columns
 
 
+@dataclass(frozen=True)
+class LogFile:
+    """A file of interactions whose first lines have been looked at.
+
+    Attributes:
+        file: the file.
+        columns: what stands where.
+        before: column of the items that came before the one in `columns.item`, where a line is an
+            example to train on.
+        owner: column of the users, where `columns.user` holds sessions; None: there is none.
+    """
+
+    file: RawFile
+    columns: ReviewColumns
+    before: str | None = None
+    owner: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether the file can only be read as a whole, being made of whole histories."""
+        return self.file.kind in ("histories", "object") or self.before is not None
+
+
 def log_frames(
-    source: InteractionSource,
+    source: LogFile,
     bad_lines: BadLines,
     rating: bool,
     event: bool,
@@ -66,7 +94,7 @@ def log_frames(
 
 
 def wanted_columns(
-    source: InteractionSource, rating: bool, event: bool, others: dict[str, str]
+    source: LogFile, rating: bool, event: bool, others: dict[str, str]
 ) -> dict[str, str]:
     """{name: column} of what is to be read."""
     columns = source.columns
@@ -208,7 +236,7 @@ def _moments(value: pl.Expr, type_: Any) -> pl.Expr:
 
 
 def _json_frames(
-    source: InteractionSource, wanted: dict[str, str], bad_lines: BadLines
+    source: LogFile, wanted: dict[str, str], bad_lines: BadLines
 ) -> Iterator[pl.DataFrame]:
     """Lines of JSON of which each has its items as a list."""
     types: dict[str, Any] = {"line": pl.Int64} | dict.fromkeys(wanted, pl.String)
@@ -314,7 +342,7 @@ def _read_history_object(
         yield number, user, [name for name in names if name is not None]
 
 
-def _of_examples(source: InteractionSource, bad_lines: BadLines) -> pl.DataFrame:
+def _of_examples(source: LogFile, bad_lines: BadLines) -> pl.DataFrame:
     """Histories joined from the examples that were cut from them, a user's lines in any order."""
     file = source.file
     examples: dict[str, list[Example]] = {}
@@ -340,9 +368,7 @@ def _of_examples(source: InteractionSource, bad_lines: BadLines) -> pl.DataFrame
     return _of_histories(found, file, bad_lines)
 
 
-def _example_rows(
-    source: InteractionSource, bad_lines: BadLines
-) -> Iterator[tuple[int, Any, Any, Any]]:
+def _example_rows(source: LogFile, bad_lines: BadLines) -> Iterator[tuple[int, Any, Any, Any]]:
     """Line, user, what came before, item."""
     file, columns = source.file, (source.columns.user, source.before or "", source.columns.item)
     if file.kind == "json":

@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from recformer.files import UserError
 from recformer.preparation import amazon
-from recformer.preparation.amazon import ReviewColumns
 from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.batches import Batches, ReadAgainError
-from recformer.preparation.forms import RawFile
-from recformer.preparation.log_frames import EXTRA
+from recformer.preparation.log_frames import EXTRA, LogFile
 from recformer.preparation.names import Names
 from recformer.preparation.splits import Interactions
 from recformer.preparation.times import in_unit
 
 
-@dataclass(frozen=True)
-class InteractionSource:
-    """A file of interactions whose first lines have been looked at.
-
-    Attributes:
-        file: the file.
-        columns: what stands where.
-        before: column of the items that came before the one in `columns.item`, where a line is an
-            example to train on.
-        owner: column of the users, where `columns.user` holds sessions; None: there is none.
-    """
-
-    file: RawFile
-    columns: ReviewColumns
-    before: str | None = None
-    owner: str | None = None
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.file.path
-
-    @property
-    def in_one_piece(self) -> bool:
-        """Whether the file can only be read as a whole, being made of whole histories."""
-        return self.file.kind in ("histories", "object") or self.before is not None
+class InteractionSource(LogFile):
+    """A file of interactions, to be read."""
 
     def read(
         self,
