@@ -25,9 +25,9 @@ from baselines.arguments import BaselineArguments, BaselineRunArguments, read_co
 from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
 from baselines.models import GENERATE, Built, build
 from baselines.sequence.collators import CausalCollator
-from baselines.settings import GenerativeSettings, Settings, settings_of
+from baselines.settings import GenerativeSettings, Settings
 from baselines.windows import PICTURE, TABLE, go_on_from, run_windows, weights_checksum
-from recformer.cli import exit_with_message, flags_parser, keep_freed_memory
+from recformer.cli import exit_with_message, fill, flags_parser, keep_freed_memory
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.processed import ProcessedFolder
 from recformer.data.windows import Windows, WindowView
@@ -35,7 +35,7 @@ from recformer.evaluation.over_time import format_over_time
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
 from recformer.evaluation.runs import RunResult, StageResult
-from recformer.files import UserError, atomic_folder, write_checksums, write_json
+from recformer.files import atomic_folder, write_checksums, write_json
 from recformer.processes import is_first, say
 from recformer.training.experiment import Experiment
 from recformer.training.history import plot_history
@@ -57,15 +57,8 @@ def run(args: BaselineRunArguments, callbacks: Sequence[Callback] = ()) -> dict[
     """
     started = time.monotonic()
     args.output_dir = args.output_dir or f"result/{args.model}"
-    if args.patience < 1:
-        raise UserError(f"--patience {args.patience}: must be at least 1")
-    if args.evaluate_only and not args.own().get("from_published"):
-        raise UserError("--evaluate_only goes with --from_published: else nothing was trained")
-    own = args.own()
-    if args.model in GENERATE:
-        own.setdefault("num_beams", max(GenerativeSettings.num_beams, *args.metric_ks))
-    settings = settings_of(args.model, own)
     args.check()
+    settings = args.settings()
     if (
         isinstance(settings, GenerativeSettings)
         and not settings.exact_rank
@@ -124,7 +117,7 @@ def run_one(
     built = build(args.model, settings, folder)
     of_window: dict[str, Any] = {}
     if isinstance(folder, WindowView):
-        of_window["window"] = folder.window
+        of_window |= {"window": folder.window, "windows_hash": folder.hash}
         if before is not None and built.train_collator is not None:
             go_on_from(built.model, before)
             of_window["weights_from"] = weights_checksum(before)
@@ -149,7 +142,8 @@ def run_one(
         flags
         | settings.as_dict()
         | of_window
-        | {"split_hash": folder.split_hash, "semantic_ids_hash": built.semantic_ids_hash},
+        | {"split_hash": folder.split_hash, "semantic_ids_hash": built.semantic_ids_hash}
+        | ({} if built.content_hash is None else {"content_hash": built.content_hash}),
         ["training"],
         ("best_model", "curves.png"),
         project=args.model,
@@ -245,8 +239,7 @@ def parse(argv: Sequence[str] | None) -> BaselineRunArguments:
     parser.add_argument(
         "--config", help="YAML file of flags; a flag given on the line wins", metavar="FILE"
     )
-    args, _ = parser.parse_args_into_dataclasses(flags_of(argv))
-    return args
+    return fill(parser, flags_of(argv))[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

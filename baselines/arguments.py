@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, make_dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
-from baselines.settings import SETTINGS, flags_of_settings
-from recformer.files import UserError
+from baselines.settings import (
+    SETTINGS,
+    GenerativeSettings,
+    Settings,
+    flags_of_settings,
+    settings_of,
+)
+from recformer.files import UserError, read_yaml
 from recformer.training.arguments import RunArguments, flag
 
 
@@ -34,6 +37,30 @@ class BaselineRunArguments(RunArguments):
         choices=["incremental", "scratch"],
     )
     evaluate_only: bool = flag(False, "rank with the weights of --from_published, do not train")
+
+    def check(self) -> None:
+        """Refuse values that would only fail later, those of the model's settings too.
+
+        Raises:
+            UserError: names the flag, its value and what is allowed.
+        """
+        if self.patience < 1:
+            raise UserError(f"--patience {self.patience}: must be at least 1")
+        if self.evaluate_only and not self.own().get("from_published"):
+            raise UserError("--evaluate_only goes with --from_published: else nothing was trained")
+        self.settings()
+        super().check()
+
+    def settings(self) -> Settings:
+        """The model's settings: the given ones, and its defaults for the others.
+
+        Raises:
+            UserError: as `settings_of`.
+        """
+        own = self.own()
+        if issubclass(SETTINGS[self.model], GenerativeSettings):
+            own.setdefault("num_beams", max(GenerativeSettings.num_beams, *self.metric_ks))
+        return settings_of(self.model, own)
 
     def own(self) -> dict[str, Any]:
         """The model's settings that were given."""
@@ -60,13 +87,7 @@ def read_config(path: str) -> list[str]:
         FileNotFoundError: no such file.
         UserError: not a YAML mapping, or a name that is no flag.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except RecursionError:
-        raise UserError(f"{path} is no YAML of flags: nested too deep") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date of day 99
-        raise UserError(f"{path} is no YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no mapping of flags to values")
     unknown = sorted(set(values) - {field.name for field in fields(BaselineArguments)})

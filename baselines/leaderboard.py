@@ -17,19 +17,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from baselines.command_lines import checked
 from baselines.models import UNTRAINED
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
 from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS
-from recformer.evaluation.runs import RunResult
+from recformer.evaluation.runs import METRICS_FILE, RunResult
 from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
-from recformer.files import UserError, atomic_write, write_json
+from recformer.files import UserError, atomic_write, read_json, write_json
 from recformer.pictures import drawable
+from recformer.training.run_folder import IGNORED, RUN_FILE
 from recformer.training.seeds import run_command
 
 
@@ -151,28 +154,51 @@ def run_models(
         Names of the runs that failed.
 
     Raises:
-        UserError: two models of one name, or a finished run on other data.
+        UserError: two models of one name, flags that are not allowed, or a finished run of other
+            flags or data.
     """
     names = [Path(m).stem if m.endswith((".yaml", ".yml")) else m for m in models]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"--models: two are called {twice}, and a name is a folder of {folder}")
-    finished = {n: path for n in names if (path := folder / n / "metrics.json").exists()}
-    for path in finished.values():
-        if RunResult.load(path.parent).split_hash != data.split_hash:
-            raise UserError(f"{path.parent} is a run on other data than {data.path}")
-    failed = []
+    lines = {}
     for model, name in zip(models, names, strict=True):
+        line = ["--model" if name == model else "--config", model]
+        line += ["--data_path", str(data.path), "--output_dir", str(folder / name)]
+        line += flags_without_training(name, flags) if name in UNTRAINED else flags
+        lines[name] = line
+    # What is wrong with the last model is said before the first one is trained.
+    asked = {name: checked("baseline", line)[0] for name, line in lines.items()}
+    finished = [name for name in names if (folder / name / METRICS_FILE).exists()]
+    for name in finished:
+        _refuse_another(folder / name, asked[name], data)
+    failed = []
+    for name, line in lines.items():
         if name in finished:
             continue
         print(f"== {name}", flush=True)
-        command = [sys.executable, "-m", "baselines", "--model" if name == model else "--config"]
-        command += [model, "--data_path", str(data.path), "--output_dir", str(folder / name)]
-        command += flags_without_training(name, flags) if name in UNTRAINED else flags
+        command = [sys.executable, "-m", "baselines", *line]
         if run_command(command) != 0:
             print(f"{name} failed: {' '.join(command)}", file=sys.stderr, flush=True)
             failed.append(name)
     return failed
+
+
+def _refuse_another(path: Path, args: Any, data: ProcessedFolder) -> None:
+    """Refuse a finished run of other flags or data than those that are asked for."""
+    if RunResult.load(path).split_hash != data.split_hash:
+        raise UserError(f"{path} is a run on other data than {data.path}")
+    if not (path / RUN_FILE).is_file():
+        return
+    held = read_json(path / RUN_FILE)
+    asked = asdict(args) | args.settings().as_dict()
+    compared = (asked.keys() & held.keys()) - IGNORED - {"data_path"}
+    different = sorted(name for name in compared if asked[name] != held[name])
+    if different:
+        raise UserError(
+            f"{path} is a finished run of other flags (different: {', '.join(different)}): take "
+            "another folder, or remove it to run it anew"
+        )
 
 
 def flags_without_training(name: str, flags: Sequence[str]) -> list[str]:

@@ -50,7 +50,7 @@ from baselines.settings import (
     TransformerSettings,
     settings_of,
 )
-from baselines.text_vectors import text_vectors
+from baselines.text_vectors import keyed_text_vectors
 from baselines.untrained.base import Untrained
 from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
@@ -59,7 +59,7 @@ from baselines.untrained.text_neighbours import TextNeighbours
 from recformer.data.features import Encoded, Of, encode_features
 from recformer.data.processed import ProcessedFolder
 from recformer.data.windows import WindowView
-from recformer.files import UserError, check_folder, read_json, sha256_of
+from recformer.files import UserError, check_folder, file_crc32, read_json, sha256_of
 
 UNTRAINED: dict[str, Callable[..., Untrained]] = {
     "popularity": Popularity,
@@ -80,12 +80,15 @@ class Built:
         model: a `recformer.evaluation.recommender.Recommender`.
         train_collator: None where nothing is trained.
         semantic_ids_hash: of the items' codes and the sizes of their codebooks; None without codes.
+        content_hash: of what else it reads beside item ids: texts or their vectors, features,
+            published weights; None where it reads nothing of these.
     """
 
     model: nn.Module
     train_collator: Callable | None
     eval_collator: Callable
     semantic_ids_hash: str | None = None
+    content_hash: str | None = None
 
 
 def build(model: str, settings: Settings, folder: ProcessedFolder) -> Built:
@@ -102,7 +105,9 @@ def build(model: str, settings: Settings, folder: ProcessedFolder) -> Built:
     """
     if model in UNTRAINED:
         untrained = UNTRAINED[model](folder, settings)
-        return Built(untrained, None, ItemHistoryCollator(sys.maxsize))  # all of the history
+        content = untrained.content_hash if isinstance(untrained, TextNeighbours) else None
+        whole = ItemHistoryCollator(sys.maxsize)  # all of the history
+        return Built(untrained, None, whole, content_hash=content)
     if isinstance(settings, GenerativeSettings):
         return _build_generative(settings, folder)
     assert isinstance(settings, SequenceSettings)
@@ -111,8 +116,10 @@ def build(model: str, settings: Settings, folder: ProcessedFolder) -> Built:
 
 def _build_sequence(settings: SequenceSettings, folder: ProcessedFolder) -> Built:
     vectors = codes = codes_hash = None
+    content: list[bytes | str] = []  # that is read beside item ids
     if settings.text_encoder is not None:
-        vectors = text_vectors(folder, settings.text_encoder)
+        vectors, key = keyed_text_vectors(folder, settings.text_encoder)
+        content.append(key)
     if settings.semantic_ids is not None:
         ids = SemanticIds.load(settings.semantic_ids, folder.asins)
         codes, codes_hash = ids.codes, _hash(ids)
@@ -172,11 +179,14 @@ def _build_sequence(settings: SequenceSettings, folder: ProcessedFolder) -> Buil
         **more,
     )
     recommender.input_features = aggregation(InteractionFeatures, "interaction")
+    content += [part for of in encoded.values() for one in of for part in one.content()]
     if isinstance(settings, SasrecSettings) and settings.from_published:
         load_published(recommender, settings.from_published, folder.asins)
+        content.append(str(file_crc32(settings.from_published)))
+    hashes = codes_hash, sha256_of(*content) if content else None
     length = settings.max_length
     if objective == "clm":
-        return Built(recommender, CausalCollator(length), ItemHistoryCollator(length), codes_hash)
+        return Built(recommender, CausalCollator(length), ItemHistoryCollator(length), *hashes)
     assert isinstance(settings, TransformerSettings)
     collator: Callable
     if objective == "plm":
@@ -184,7 +194,7 @@ def _build_sequence(settings: SequenceSettings, folder: ProcessedFolder) -> Buil
     else:
         collator = MaskedCollator(length, folder.num_items, settings.mask_probability)
     hidden_last = ItemHistoryCollator(length, folder.num_items)
-    return Built(recommender, collator, hidden_last, codes_hash)
+    return Built(recommender, collator, hidden_last, *hashes)
 
 
 def _network(settings: SequenceSettings) -> SequenceNetwork:

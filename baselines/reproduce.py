@@ -21,20 +21,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
+from baselines.command_lines import COMMANDS, checked
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
 from recformer.cli import command_parser, exit_with_message, flag_words
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS
 from recformer.evaluation.table import figure_text, markdown_table
-from recformer.files import UserError, atomic_write, read_json, write_json
+from recformer.files import UserError, atomic_write, read_json, read_yaml, write_json
 from recformer.processes import say
 from recformer.training.seeds import run_command
 
 FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
 DATA_FILES = ("file_path", "meta_file_path")
-COMMANDS = ("baseline", "finetune")
 DONE = "reproduced.json"  # in a run's folder: which command made it
 
 
@@ -116,8 +114,8 @@ class Experiment:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
             raise FileNotFoundError(f"{name_or_file}: no such experiment; there are {known}")
+        content = read_yaml(path)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
             data = {name: Data(name=name, **facts) for name, facts in content["data"].items()}
             shared = content.get("run", {})
             runs = []
@@ -126,9 +124,7 @@ class Experiment:
                 facts["seeds"] = tuple(facts.get("seeds", ()))
                 runs.append(Run(name=name, **{"flags": {}, "command": "", **facts}))
             this = cls(path.stem, content["title"], content["hardware"], data, runs)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is no YAML: {error}") from error
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is no experiment: {error}") from error
         this.check(path)
         return this
@@ -204,7 +200,8 @@ class Reproduction:
             name = data.process.get(flag)
             if name is None:
                 continue
-            places = [path for root in self._roots(data) for path in sorted(root.rglob(name))]
+            every = (path for root in self._roots(data) for path in sorted(root.rglob("*")))
+            places = [path for path in every if path.name == name]
             right = [path for path in places if self._is_right(data, path)]
             if right:
                 found[flag] = right[0]
@@ -428,6 +425,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = reproduction.plan(chosen)
         print(markdown_table(["step", "what", "minutes"], plan), end="")
         return
+    for run in chosen:
+        if run.of is None:
+            checked(run.command, reproduction.line(run)[2:])
     sets = [experiment.data[name] for name in dict.fromkeys(run.data for run in chosen)]
     for data in sets:  # raw files are looked for before anything is run
         if not (reproduction.data_folder(data) / "dataset.json").exists():

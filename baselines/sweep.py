@@ -20,24 +20,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
-from collections.abc import Callable, Sequence
+import sqlite3
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
-from recformer.cli import command_parser, exit_with_message, flag_words, keep_freed_memory
+from baselines.command_lines import COMMANDS, checked
+from recformer.cli import (
+    check_seed,
+    command_parser,
+    exit_with_message,
+    flag_words,
+    keep_freed_memory,
+)
+from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.runs import RunResult
 from recformer.evaluation.table import csv_table, markdown_table
-from recformer.files import UserError, atomic_write, read_json, write_json
+from recformer.files import UserError, atomic_write, read_yaml
 from recformer.processes import say
+from recformer.training.run_folder import RunFolder
 
-# The module that parses and runs each.
-COMMANDS = {"baseline": "baselines.__main__", "finetune": "recformer.finetune"}
-PLAN_FILE = "sweep.json"
+STUDY_FILE = "study.db"
+# Flags of finetuning that say how files of the processed folder are called.
+NAMED_FILES = ("train_file", "dev_file", "test_file", "item2id_file", "meta_file")
 FIRST_TRIALS = 5  # that no trial is ended before
 
 
@@ -63,13 +71,11 @@ class Sweep:
             FileNotFoundError: no such file.
             UserError: it is not of this form.
         """
+        content = read_yaml(path)
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             this = cls(content["command"], content.get("flags", {}), content["search"])
             flags, search = dict(this.flags), dict(this.search)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is no YAML: {error}") from error
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path}: expected command, flags and search ({error})") from error
         if this.command not in COMMANDS:
             raise UserError(f"{path}: command {this.command!r}, expected {' or '.join(COMMANDS)}")
@@ -81,7 +87,20 @@ class Sweep:
             raise UserError(f"{path}: {twice or 'nothing'} is fixed and searched")
         for name, space in search.items():
             _check_space(path, name, space)
+        for name, value in flags.items():
+            if not all(_plain(each) for each in (value if isinstance(value, list) else [value])):
+                raise UserError(f"{path}: {name} is {value!r}, expected a value, or a list of them")
         return this
+
+    def borders(self) -> list[dict[str, Any]]:
+        """Settings that between them have every value of a list, and both ends of every range."""
+        ends = {
+            name: space if isinstance(space, list) else [space["low"], space["high"]]
+            for name, space in self.search.items()
+        }
+        first = {name: values[0] for name, values in ends.items()}
+        others = ({name: value} for name, values in ends.items() for value in values[1:])
+        return [first, *(first | other for other in others)]
 
     def words(self, settings: dict[str, Any], output_dir: Path) -> list[str]:
         """Flags of a trial as a command line has them."""
@@ -92,8 +111,8 @@ def _check_space(path: str, name: str, space: Any) -> None:
     if isinstance(space, list) and space and all(_plain(value) for value in space):
         return
     known = isinstance(space, dict) and set(space) <= {"low", "high", "log"}
-    numbers = known and all(isinstance(space.get(n), int | float) for n in ("low", "high"))
-    if not numbers or space["low"] >= space["high"]:
+    numbers = known and all(_is_number(space.get(n)) for n in ("low", "high"))
+    if not numbers or space["low"] >= space["high"] or type(space.get("log", False)) is not bool:
         raise UserError(
             f"{path}: search of {name} is {space}, expected a list of values, or low below high"
         )
@@ -103,6 +122,11 @@ def _check_space(path: str, name: str, space: Any) -> None:
 
 def _plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool)
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def suggested(trial: Any, search: dict[str, Any]) -> dict[str, Any]:
@@ -126,12 +150,6 @@ def folder_of(output_dir: Path, settings: dict[str, Any]) -> Path:
     return output_dir / f"trial_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def parsed(sweep: Sweep, words: Sequence[str]) -> tuple[Any, Callable[..., Any]]:
-    """Flags of a trial as their dataclass, and the function that runs them."""
-    module = import_module(COMMANDS[sweep.command])
-    return module.parse(words), module.run
-
-
 def objective(sweep: Sweep, output_dir: Path, trial: Any) -> float:
     """Validation metric of a trial's best model."""
     from optuna_integration import PyTorchLightningPruningCallback
@@ -139,38 +157,60 @@ def objective(sweep: Sweep, output_dir: Path, trial: Any) -> float:
     settings = suggested(trial, sweep.search)
     folder = folder_of(output_dir, settings)
     trial.set_user_attr("folder", folder.name)
-    args, run = parsed(sweep, sweep.words(settings, folder))
+    args, run = checked(sweep.command, sweep.words(settings, folder))
     say(f"== trial {trial.number}: {settings}")
     pruning = PyTorchLightningPruningCallback(trial, monitor=f"val/{args.metric}")
     run(args, callbacks=[pruning])
     return RunResult.load(folder).validation[args.metric]
 
 
-def open_study(sweep: Sweep, output_dir: Path, seed: int) -> Any:
-    """The study in `output_dir`, new or as it was left.
+def open_study(sweep: Sweep, output_dir: Path, seed: int, split_hash: str) -> Any:
+    """The study in `output_dir`, new or as it was left; nobody else gets the folder.
+
+    Args:
+        sweep: what is searched.
+        output_dir: of the sweep.
+        seed: of the search.
+        split_hash: of the data, whose figures alone can be compared.
 
     Raises:
-        UserError: another sweep is there.
+        UserError: another sweep is there, or another process is at work in it.
     """
     import optuna
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    plan = {"command": sweep.command, "flags": sweep.flags, "search": sweep.search, "seed": seed}
-    path = output_dir / PLAN_FILE
-    if path.exists() and read_json(path) != plan:
-        raise UserError(f"{output_dir} holds another sweep, see {path}: choose another folder")
-    write_json(path, plan, indent=1)
+    flags = {name: value for name, value in sweep.flags.items() if name != "data_path"}
+    plan = {"command": sweep.command, "flags": flags, "search": sweep.search, "seed": seed}
+    RunFolder.claim(output_dir, plan | {"split_hash": split_hash}, (STUDY_FILE,))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = output_dir.absolute() / STUDY_FILE
+    # Not by URL, in which a path with `?` or `{` means something else.
+    storage = optuna.storages.RDBStorage(
+        "sqlite://",
+        engine_kwargs={"creator": lambda: sqlite3.connect(path, check_same_thread=False)},
+    )
     study = optuna.create_study(
-        storage=f"sqlite:///{(output_dir / 'study.db').resolve()}",
+        storage=storage,
         study_name="sweep",
         direction="maximize",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=seed + _trials_so_far(output_dir)),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST_TRIALS, n_warmup_steps=1),
     )
     _try_again(study, len(sweep.search))
     return study
+
+
+def search(sweep: Sweep, study: Any, output_dir: Path, trials: int, seed: int) -> None:
+    """Try until so many trials are done.
+
+    Each is drawn by the seed and the number of those done before it, so that a search that was cut
+    off proposes what it would have proposed.
+    """
+    import optuna
+
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    while (done := len(study.get_trials(states=ended))) < trials:
+        study.sampler = optuna.samplers.TPESampler(seed=seed + done)
+        study.optimize(lambda trial: objective(sweep, output_dir, trial), n_trials=1)
 
 
 def _try_again(study: Any, count: int) -> None:
@@ -188,11 +228,6 @@ def _try_again(study: Any, count: int) -> None:
         if len(trial.params) == count and trial.params not in known:
             known.append(trial.params)
             study.enqueue_trial(trial.params)
-
-
-def _trials_so_far(output_dir: Path) -> int:
-    """Folders of trials: a sampler that begins anew must not propose its first settings again."""
-    return len(list(output_dir.glob("trial_*")))
 
 
 def report(sweep: Sweep, study: Any, output_dir: Path) -> None:
@@ -223,7 +258,7 @@ def report(sweep: Sweep, study: Any, output_dir: Path) -> None:
     line = ["recformer", sweep.command, *sweep.words(best.params, Path("DIR"))]
     text += f"\nbest: {shlex.join(line)}\ntest of it: {metrics}\n"
     print("\n" + text, end="")
-    written = "trials.csv, sweep.md, study.db"
+    written = f"trials.csv, sweep.md, {STUDY_FILE}"
     if len(done) > 1 and len(names) > 1 and len({t.value for t in done}) > 1:
         draw_importance(study, output_dir / "importance.png")
         written += ", importance.png"
@@ -258,25 +293,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=20, help="in all (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the search (0)")
     args = parser.parse_args(argv)
+    check_seed(args.seed)
     if args.trials < 1:
         raise UserError(f"--trials {args.trials}: must be at least 1")
     sweep = Sweep.load(args.file)
-    first = {n: s[0] if isinstance(s, list) else s["low"] for n, s in sweep.search.items()}
     try:
-        parsed(sweep, sweep.words(first, args.output_dir))[0].check()
-    except ValueError as error:  # flags that nothing reads
+        for settings in sweep.borders():
+            flags = checked(sweep.command, sweep.words(settings, args.output_dir))[0]
+    except ValueError as error:
         raise UserError(f"{args.file}: {error}") from error
+    if flags.num_processes > 1 or len(flags.device or []) > 1:
+        raise UserError(f"{args.file}: a trial runs in one process, on one device")
     try:
-        import optuna
+        import optuna  # noqa: F401
         import optuna_integration  # noqa: F401
     except ImportError as error:
         raise UserError(f'{error}: pip install "recformer[sweep]"') from error
     keep_freed_memory()
-    study = open_study(sweep, args.output_dir, args.seed)
-    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    left = args.trials - len(study.get_trials(states=ended))
-    if left > 0:
-        study.optimize(lambda trial: objective(sweep, args.output_dir, trial), n_trials=left)
+    files = {name: getattr(flags, name) for name in NAMED_FILES if hasattr(flags, name)}
+    split_hash = ProcessedFolder.load(flags.data_path, **files).split_hash
+    study = open_study(sweep, args.output_dir, args.seed, split_hash)
+    search(sweep, study, args.output_dir, args.trials, args.seed)
     report(sweep, study, args.output_dir)
 
 

@@ -24,9 +24,15 @@ from recformer.data.item_vectors import Vectors, content_keys, open_or_build
 from recformer.data.items import TokenizedItems
 from recformer.data.items import cache_dir as default_cache_dir
 from recformer.data.processed import ProcessedFolder
-from recformer.files import UserError
+from recformer.files import UserError, sha256_of
 from recformer.models import RecformerForSeqRec
-from recformer.training.item_encoder import catalogue_vectors, encoder_key, token_budget_batches
+from recformer.training.item_encoder import (
+    catalogue_vectors,
+    encoder_key,
+    item_keys,
+    token_budget_batches,
+    vectors_key,
+)
 from recformer.training.start import load_start_model
 
 MAX_TOKENS = 96  # of an item's text, for a text encoder
@@ -57,6 +63,16 @@ def text_vectors(
         UserError: no item has any text, or no encoder can be read from there.
         OSError: not enough room on the disk.
     """
+    return keyed_text_vectors(folder, encoder, cache_dir)[0]
+
+
+def keyed_text_vectors(
+    folder: ProcessedFolder, encoder: str | os.PathLike, cache_dir: str | os.PathLike | None = None
+) -> tuple[Vectors, str]:
+    """As `text_vectors`, and the SHA-256 (hex) of encoder and texts, from which the vectors follow.
+
+    Vectors that were made anew elsewhere may differ in their last bits; their key does not.
+    """
     texts = item_texts(folder)
     if not any(texts):
         raise UserError(f"no item of {folder.path} has any text to encode")
@@ -64,10 +80,10 @@ def text_vectors(
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "recformer"
         cache_dir = default_cache_dir(folder.path, cache, "vectors")
     if _is_recformer(encoder):
-        vectors = _by_recformer(folder, encoder, cache_dir)
+        vectors, key = _by_recformer(folder, encoder, cache_dir)
         vectors[[row for row, text in enumerate(texts) if not text]] = 0  # in memory alone
-        return vectors
-    return encode_texts(texts, encoder, cache_dir)
+        return vectors, key
+    return _by_text_encoder(texts, encoder, cache_dir)
 
 
 def item_texts(folder: ProcessedFolder) -> list[str]:
@@ -75,12 +91,12 @@ def item_texts(folder: ProcessedFolder) -> list[str]:
     return [" ".join(item.values()).strip() for item in folder.items]
 
 
-def encode_texts(
+def _by_text_encoder(
     texts: list[str], encoder: str | os.PathLike, cache_dir: str | os.PathLike
-) -> Vectors:
+) -> tuple[Vectors, str]:
     """Mean over the tokens of a text encoder's last layer, of length 1; 0 for an empty text.
 
-    Arguments, result and errors as `text_vectors`.
+    Arguments, result and errors as `keyed_text_vectors`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -111,13 +127,10 @@ def encode_texts(
             vectors[batch] = _mean_pooled(model, [ids[row] for row in batch], tokenizer)
         return vectors
 
-    return open_or_build(
-        content_keys(text.encode("utf-8", "surrogatepass") for text in texts),
-        encode,
-        encoder_key(model, VECTORS_FORM, str(MAX_TOKENS), fingerprint),
-        model.config.hidden_size,
-        cache_dir,
-    )
+    keys = content_keys(text.encode("utf-8", "surrogatepass") for text in texts)
+    model_key = encoder_key(model, VECTORS_FORM, str(MAX_TOKENS), fingerprint)
+    vectors = open_or_build(keys, encode, model_key, model.config.hidden_size, cache_dir)
+    return vectors, sha256_of(model_key, keys.tobytes())
 
 
 def _mean_pooled(model: Any, token_ids: list[list[int]], tokenizer: Any) -> np.ndarray:
@@ -154,11 +167,13 @@ def _is_recformer(encoder: str | os.PathLike) -> bool:
 
 def _by_recformer(
     folder: ProcessedFolder, checkpoint: str | os.PathLike, cache_dir: str | os.PathLike
-) -> Vectors:
+) -> tuple[Vectors, str]:
     beside = str(Path(checkpoint).parent)  # of a file: configuration and tokenizer
     model, tokenizer, _ = load_start_model(
         RecformerForSeqRec, str(checkpoint), beside, None, False, {}
     )
     items = TokenizedItems.open_or_build(folder.items, tokenizer, cache_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return catalogue_vectors(model, items, cache_dir, unit_length=True)
+    vectors = catalogue_vectors(model, items, cache_dir, unit_length=True)
+    model_key = vectors_key(model, "32-true", unit_length=True)
+    return vectors, sha256_of(model_key, item_keys(items).tobytes())

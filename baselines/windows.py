@@ -26,7 +26,13 @@ from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.over_time import WindowRanks, figures_over_time, format_over_time
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.runs import METRICS_FILE, RunResult, read_ranks
-from recformer.files import CHECKSUMS_FILE, UserError, atomic_write, read_checked_json
+from recformer.files import (
+    CHECKSUMS_FILE,
+    UserError,
+    atomic_write,
+    check_folder,
+    read_checked_json,
+)
 from recformer.processes import is_first, say
 from recformer.training.run_folder import RunFolder
 
@@ -52,7 +58,7 @@ def run_windows(args: BaselineRunArguments, windows: Windows, run_one: RunOne) -
     settings = {k: v for k, v in asdict(args).items() if k != "data_path" and v is not None}
     output = RunFolder.claim(
         args.output_dir,
-        settings | {"split_hash": windows.folder.split_hash},
+        settings | {"split_hash": windows.folder.split_hash, "windows_hash": windows.hash},
         (METRICS_FILE, "ranks", FOLDER, TABLE, PICTURE),
         args.overwrite_output_dir,
     )
@@ -136,8 +142,9 @@ def go_on_from(model: torch.nn.Module, path: Path) -> None:
     keep their random weights.
 
     Raises:
-        UserError: the folder holds another model.
+        UserError: the folder holds another model, or is damaged.
     """
+    check_folder(path, "model.safetensors")
     state, before = model.state_dict(), load_file(path / "model.safetensors")
     if set(state) != set(before):
         odd = sorted(set(state) ^ set(before))[0]

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from recformer.files import UserError
@@ -151,9 +152,28 @@ def flags_parser(command: str, description: str | None, flags: type) -> Any:
 def parse_flags(
     command: str, description: str | None, flags: type[Flags], argv: Sequence[str] | None
 ) -> Flags:
-    """Flags of a command as their dataclass."""
-    (parsed,) = flags_parser(command, description, flags).parse_args_into_dataclasses(argv)
-    return parsed
+    """Flags of a command as their dataclass.
+
+    Raises:
+        UserError: a word that belongs to no flag.
+    """
+    return fill(flags_parser(command, description, flags), argv)[0]
+
+
+def fill(parser: Any, argv: Sequence[str] | None) -> tuple[Any, ...]:
+    """Flags as the dataclasses of a `flags_parser`, and a namespace of those added to it.
+
+    Raises:
+        UserError: a word that belongs to no flag; names the flag that it is most like.
+    """
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        first = unknown[0].partition("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        alike = get_close_matches(first, known, n=1) if first.startswith("-") else []
+        advice = f"is it {alike[0]}? " if alike else ""
+        raise UserError(f"{first} is no flag of {parser.prog}: {advice}--help lists them")
+    return tuple(parsed)
 
 
 def check_seed(seed: int) -> int:

@@ -257,7 +257,7 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} is empty, expected JSON")
     try:
         with open(path, encoding="utf-8") as handle:
-            return json.load(handle, object_pairs_hook=_without_repeats)
+            return json.load(handle, object_pairs_hook=without_repeats)
     except RecursionError:
         raise UserError(f"{path} is not valid JSON: nested too deep") from None
     except ValueError as error:  # not JSON, not UTF-8, a number of thousands of digits
@@ -265,13 +265,45 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`; ValueError where a key stands twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands twice, which of the two is meant?")
     return row
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        UserError: it is not YAML, or a key stands twice in a mapping.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in names:
+                    problem = f"the key {key.value!r} stands twice, which of the two is meant?"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                names.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except RecursionError:
+        raise UserError(f"{path} is no YAML: nested too deep") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f" (line {mark.line + 1})"
+        raise UserError(f"{path} is no YAML: {error.problem}{where}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date of day 99
+        raise UserError(f"{path} is no YAML: {error}") from error
 
 
 def refuse_pointer(path: str | os.PathLike) -> None:
@@ -371,7 +403,7 @@ def write_checksums(folder: Path) -> None:
     But for Markdown, which people edit and no program reads.
     """
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".md"]
-    sums = {path.name: _file_crc32(path) for path in files}
+    sums = {path.name: file_crc32(path) for path in files}
     write_checked_json(folder / CHECKSUMS_FILE, sums)
 
 
@@ -391,14 +423,15 @@ def check_folder(folder: str | os.PathLike, *names: str) -> None:
     sums = read_checked_json(path)
     for name in names or sums:
         file = Path(folder) / name
-        if name in sums and file.is_file() and _file_crc32(file) != sums[name]:
+        if name in sums and file.is_file() and file_crc32(file) != sums[name]:
             raise UserError(
                 f"{file} is damaged, or was replaced: its checksum is another than {path} says; "
                 f"where the change was meant, remove {CHECKSUMS_FILE}"
             )
 
 
-def _file_crc32(path: Path) -> int:
+def file_crc32(path: str | os.PathLike) -> int:
+    """CRC-32 of a file's content."""
     crc32 = 0
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):

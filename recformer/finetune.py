@@ -29,7 +29,7 @@ import torch
 from lightning import Callback, seed_everything
 
 from recformer.checkpoints.card import RECOMMENDING, write_card
-from recformer.cli import exit_with_message, flags_parser, keep_freed_memory
+from recformer.cli import exit_with_message, fill, flags_parser, keep_freed_memory
 from recformer.data.catalogue import write_catalogue
 from recformer.data.collators import RecformerEvalCollator, RecformerTrainCollator
 from recformer.data.datamodule import SeqRecDataModule
@@ -460,8 +460,7 @@ def parse(argv: Sequence[str] | None) -> FinetuneArguments:
     line = with_protocol(argv, "evaluation")
     if parser.parse_known_args(line)[0].method == "head":
         parser.set_defaults(**HEAD_DEFAULTS)
-    (args,) = parser.parse_args_into_dataclasses(line)
-    return args
+    return fill(parser, line)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from recformer import cli
+from recformer.__main__ import main
+from recformer.files import UserError
 from recformer.training.arguments import flag
 
 SCRIPT = """
@@ -72,6 +74,23 @@ def test_help_names_each_flag_once_and_its_default(monkeypatch: pytest.MonkeyPat
 def test_a_switch_that_may_be_unset_needs_no_value(line: list[str], cosine: bool | None) -> None:
     args = cli.parse_flags("try", None, SomeFlags, [*line, "--no_whiten", "--data-path", "x"])
     assert (args.cosine, args.whiten, args.data_path) == (cosine, False, "x")
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "advice"),
+    [
+        ("finetune", "--learing_rate", "is it --learning_rate"),
+        ("baseline", "--hiden_size", "is it --hidden_size"),
+        ("pretrain", "--dev_fle=x", "is it --dev_file"),
+        ("encode", "stray", "--help lists them"),
+        ("semantic-ids", "--qqq", "--help lists them"),
+    ],
+)
+def test_a_word_that_is_no_flag_is_one_line(command: str, word: str, advice: str) -> None:
+    line = ["--model", "x"] if command == "encode" else []
+    first = word.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{first} is no flag of recformer {command}: {advice}"):
+        main([command, *line, word, "5"])
 
 
 def test_freed_blocks_are_used_again_without_page_faults() -> None:

@@ -241,3 +241,14 @@ def test_a_flipped_bit_of_a_zip_file_is_found_as_zipfile_finds_it(tmp_path, comp
             with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
                 files.check_torch_file(path)
     assert found > len(sound) / 3 / 8
+
+
+def test_a_key_that_stands_twice_in_yaml_is_refused(tmp_path):
+    path = tmp_path / "flags.yaml"
+    path.write_text("base: &base {a: 1, b: 2}\nother:\n  <<: *base\n  a: 3\nlist: [{a: 1}, {a: 2}]")
+    assert files.read_yaml(path) == {
+        "base": {"a": 1, "b": 2}, "other": {"a": 3, "b": 2}, "list": [{"a": 1}, {"a": 2}],
+    }  # fmt: skip
+    path.write_text("search:\n  lr: 1\n  size: 2\n  lr: 3")
+    with pytest.raises(UserError, match=r"no YAML: the key 'lr' stands twice, .*\? \(line 4\)"):
+        files.read_yaml(path)

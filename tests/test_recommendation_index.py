@@ -117,7 +117,14 @@ def test_an_index_of_other_vectors_is_refused(folder: Path) -> None:
     view = CatalogueRecommender.load(folder).catalogue.view
     with pytest.raises(UserError, match="is of other vectors than the catalogue's"):
         ApproximateIndex.load(folder, view)
-    (folder / "index" / "index.faiss").write_bytes(b"x")
+    sound = (folder / "index" / "index.faiss").read_bytes()
+    for place in (len(sound) // 2, len(sound) - 5):  # a vector, and what says where it is
+        raw = bytearray(sound)
+        raw[place] ^= 1
+        (folder / "index" / "index.faiss").write_bytes(raw)
+        with pytest.raises(UserError, match=r"index\.faiss is damaged"):
+            ApproximateIndex.load(folder, recommender.catalogue.view)
+    (folder / "index" / "index.faiss").unlink()
     with pytest.raises(UserError, match="is missing or damaged"):
         ApproximateIndex.load(folder, recommender.catalogue.view)
     shutil.rmtree(folder / "index")

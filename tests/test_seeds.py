@@ -67,6 +67,7 @@ def test_each_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="seeds 9 failed"):
         baseline([*flags, "--output_dir", str(output), "--seeds", "9", "2"])
     assert [line[-3] for line in lines] == ["9", "2"]
+    assert not (output / "seeds.json").exists()  # what is there is of other runs
 
 
 def test_a_stopped_run_stops_its_command():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from baselines.semantic_ids.rkmeans import ResidualKMeans
 from baselines.semantic_ids.rqvae import RQVAE
-from recformer.files import UserError, atomic_write
+from recformer.files import CHECKSUM, UserError, atomic_write
 
 QUANTISER_FILE = "quantiser.safetensors"
 
@@ -78,6 +79,7 @@ def save_quantiser(path: str | os.PathLike, quantiser: Quantiser, text_encoder: 
         "settings": json.dumps(quantiser.settings),
         "text_encoder": text_encoder,
     }
+    metadata[CHECKSUM] = _checksum(tensors, metadata)
     with atomic_write(path, "wb") as handle:
         handle.write(safetensors.torch.save(tensors, metadata))
 
@@ -95,7 +97,19 @@ def load_quantiser(path: str | os.PathLike) -> tuple[Quantiser, str]:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         quantiser = METHODS[metadata["method"]](**json.loads(metadata["settings"]))
-        quantiser.load_state_dict(safetensors.torch.load_file(path))
-        return quantiser, metadata["text_encoder"]
+        tensors = safetensors.torch.load_file(path)
+        expected = metadata.pop(CHECKSUM, None)  # None: an earlier version's
+        quantiser.load_state_dict(tensors)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} holds no quantiser of semantic ids: {error!r}") from error
+    if expected not in (None, _checksum(tensors, metadata)):
+        raise UserError(f"{path} is damaged: its checksum is another")
+    return quantiser, metadata["text_encoder"]
+
+
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """CRC-32 of weights and what is said of them."""
+    crc32 = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        crc32 = zlib.crc32(name.encode() + tensors[name].numpy().tobytes(), crc32)
+    return str(crc32)

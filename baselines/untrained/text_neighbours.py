@@ -22,14 +22,14 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from baselines.settings import TextNeighboursSettings
-from baselines.text_vectors import item_texts, text_vectors
+from baselines.text_vectors import item_texts, keyed_text_vectors
 from baselines.untrained.base import Scores, Untrained, UntrainedUsers
 from recformer.data.processed import ProcessedFolder, Sequences
 from recformer.evaluation.ranking import rank_and_top_items, rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.recommender import MANY_USERS
 from recformer.evaluation.top_items import top_items_by_vectors
-from recformer.files import UserError
+from recformer.files import UserError, sha256_of
 from recformer.preparation.text import cut_words
 
 BM25_K1, BM25_B = 1.2, 0.75
@@ -47,6 +47,7 @@ class TextNeighbours(Untrained):
     Attributes:
         vectors: one row an item, of length 1, or 0 for an item without text; scipy sparse (N, V)
             float64 for words, float32 (N, H) for a text encoder.
+        content_hash: of what the vectors follow from: texts, and the encoder.
 
     Raises:
         UserError: no item has any text.
@@ -61,11 +62,12 @@ class TextNeighbours(Untrained):
         texts = item_texts(folder)
         if not any(texts):
             raise UserError(f"no item of {folder.path} has any text, so none has neighbours")
-        self.vectors: Any = (
-            word_vectors(texts, settings.weighting)
-            if settings.text_encoder is None
-            else text_vectors(folder, settings.text_encoder)
-        )
+        self.vectors: Any
+        if settings.text_encoder is None:
+            self.vectors = word_vectors(texts, settings.weighting)
+            self.content_hash = sha256_of(*texts)
+        else:
+            self.vectors, self.content_hash = keyed_text_vectors(folder, settings.text_encoder)
         if not self._has_scores_only:
             self.users_at_once = MANY_USERS
 

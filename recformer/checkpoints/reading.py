@@ -208,7 +208,7 @@ def _zero_root(folder: Path) -> tuple[Path, str] | None:
         return folder.parent, folder.name
     latest = folder / "latest"
     if latest.is_file():
-        tag = latest.read_text(encoding="utf-8").strip()
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
         if not tag or not (folder / tag).is_dir():
             raise FileNotFoundError(f"{folder / tag} does not exist, but {latest} names it")
         return folder, tag

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from lightning.fabric import Fabric
@@ -32,6 +33,8 @@ from recformer.training.arguments import DeviceArguments, ModelArguments, flag
 from recformer.training.item_encoder import catalogue_vectors, item_keys, vectors_key
 from recformer.training.start import load_start_model
 from recformer.training.trainer import Compute, RunEnvironment
+
+ROWS_AT_ONCE = 8192  # written
 
 
 @dataclass(kw_only=True)
@@ -94,9 +97,11 @@ def run(args: EncodeArguments) -> Vectors:
     vectors = catalogue_vectors(model, items, vectors_dir, precision, fabric.autocast())
     seconds = time.monotonic() - started
     if fabric.is_global_zero:
+        names = output_dir / "smap.json"
+        names.unlink(missing_ok=True)  # cut off here, no vector stands beside another's name
         with atomic_write(output_dir / "item_vectors.npy", "wb") as handle:
-            np.save(handle, vectors)
-        write_json(output_dir / "smap.json", {name: row for row, name in enumerate(folder.asins)})
+            _write_array(handle, vectors)
+        write_json(names, {name: row for row, name in enumerate(folder.asins)})
     others = "" if missing == len(items) else "; the others were kept, or have equal texts"
     say(
         f"{missing:,} of {len(items):,} items encoded in {seconds:.1f} s "
@@ -104,6 +109,13 @@ def run(args: EncodeArguments) -> Vectors:
         f"written to {output_dir}: item_vectors.npy {vectors.shape}, smap.json"
     )
     return vectors
+
+
+def _write_array(handle: IO[bytes], vectors: Vectors) -> None:
+    """As `numpy.save`, whose last bytes are lost without a word on a disk that is full there."""
+    np.lib.format.write_array_header_1_0(handle, np.lib.format.header_data_from_array_1_0(vectors))
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        handle.write(np.ascontiguousarray(vectors[start : start + ROWS_AT_ONCE]).data)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

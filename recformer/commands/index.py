@@ -21,7 +21,12 @@ import numpy as np
 from recformer.cli import command_parser, keep_freed_memory
 from recformer.files import UserError
 from recformer.recommendation import CatalogueRecommender
-from recformer.recommendation.approximate import DEPTHS, ApproximateIndex, Manifest
+from recformer.recommendation.approximate import (
+    DEPTHS,
+    ApproximateIndex,
+    Manifest,
+    require_faiss,
+)
 from recformer.recommendation.histories import read_histories
 
 
@@ -70,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--recall {args.recall}: must be above 0 and at most 1")
     if args.histories is not None and not args.histories.exists():
         raise FileNotFoundError(f"{args.histories} does not exist")
+    require_faiss()
     recommender = CatalogueRecommender.load(args.model)
     view = recommender.catalogue.view
     if args.histories is None:

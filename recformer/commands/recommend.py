@@ -148,16 +148,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (args.histories, args.allow, args.catalogue):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        if path is not None and path.is_dir():
-            raise UserError(f"{path} is a folder, expected a file")
+    if args.allow is not None and args.allow.is_dir():
+        raise UserError(f"{args.allow} is a folder, expected a file")
     allowed = None if args.allow is None else read_names(args.allow)
     histories: Iterable[History]
-    total = None
+    total, bad_lines = None, BadLines()
     if args.all_users is not None:
         histories = histories_of_folder(args.all_users)
         total = len(histories)
     else:
-        histories = read_histories(args.histories, flags.columns(args))
+        bad_lines = BadLines(skip=args.skip_bad_lines)
+        histories = read_histories(args.histories, flags.columns(args), bad_lines)
     recommender = CatalogueRecommender.load(args.model, args.meta_file)
     if args.approximate:
         recommender.use_index(ApproximateIndex.load(Path(args.model), recommender.catalogue.view))
@@ -172,4 +173,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         with target as handle:
             told = write_lines(recommender, histories, handle, *options)
+    flags.report_bad_lines(bad_lines.summary())
     print(told, file=sys.stderr)

@@ -98,7 +98,8 @@ def read_key(path: Path | None) -> str | None:
         UserError: it is too short, or cannot be a header.
     """
     if path is not None:
-        key = path.read_text(encoding="utf-8").strip()
+        # What is not ASCII is refused below.
+        key = path.read_text(encoding="utf-8", errors="replace").strip()
     elif KEY_VARIABLE in os.environ:
         key = os.environ[KEY_VARIABLE].strip()
     else:

@@ -24,6 +24,7 @@ from recformer.data.processed import (
     ProcessedFolder,
     read_columns,
 )
+from recformer.data.processed_files import check_table
 from recformer.data.windows import WindowView
 from recformer.files import UserError
 
@@ -79,6 +80,12 @@ class Encoded:
     present: np.ndarray | None = None
     offsets: np.ndarray | None = None
     num_rows: int = 0
+
+    def content(self) -> list[bytes]:
+        """All that a model reads of it, to be hashed."""
+        arrays = [a for a in (self.values, self.present, self.offsets) if a is not None]
+        names = f"{self.feature.name} {self.feature.kind} {self.feature.of} {self.num_rows}"
+        return [names.encode(), *(array.tobytes() for array in arrays)]
 
 
 def features_of(folder: ProcessedFolder) -> list[Feature]:
@@ -138,6 +145,8 @@ def _item_columns(whole: ProcessedFolder, names: Sequence[str]) -> Any:
     from pyarrow import ArrowException
 
     path = whole.path / ITEM_FEATURES_FILE
+    if path.is_file():
+        check_table(path, whole.dataset)
     try:
         table = pq.read_table(path, columns=list(names), page_checksum_verification=True)
     except (ArrowException, OSError) as error:

@@ -44,6 +44,7 @@ from recformer.data.processed_files import (
     TRAIN_FILE,
     USER_FILE,
     VAL_FILE,
+    check_table,
     expect_object,
     read_item_map,
     read_items,
@@ -262,6 +263,7 @@ def read_columns(data: ProcessedFolder, names: Sequence[str]) -> dict[str, Any] 
     path = data.path / INTERACTION_FILE
     if not path.is_file():
         return None
+    check_table(path, data.dataset)
     try:
         missing = [name for name in names if name not in pq.read_schema(path).names]
         if missing:

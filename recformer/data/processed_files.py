@@ -17,7 +17,7 @@ import numpy as np
 
 from recformer.data.processed_store import remove_stores
 from recformer.data.sequences import Sequences, join_splits, offsets_of
-from recformer.files import UserError, atomic_write, read_json, sha256_of
+from recformer.files import UserError, atomic_write, file_crc32, read_json, sha256_of
 
 TRAIN_FILE = "train.json"
 VAL_FILE = "val.json"
@@ -28,6 +28,7 @@ META_FILE = "meta_data.json"
 DATASET_FILE = "dataset.json"
 INTERACTION_FILE = "interactions.parquet"
 ITEM_FEATURES_FILE = "item_features.parquet"
+CHECKSUMS = "checksums"  # in dataset.json: CRC-32 of the Parquet files by name
 
 # Those that make up a folder; the others are for people and audits.
 READ_FILES = (TRAIN_FILE, VAL_FILE, TEST_FILE, ITEM_FILE, META_FILE)
@@ -106,12 +107,19 @@ def write_processed(
 
         # Left in reverse order: dataset.json is the last to take its name, so that a rewrite
         # killed between two renames does not pass for a whole one.
-        json.dump(about, staged(DATASET_FILE), ensure_ascii=False, indent=2)
+        described = staged(DATASET_FILE)
+        tables = {}
         if item_columns:
             features = stack.enter_context(atomic_write(folder / ITEM_FEATURES_FILE, "wb"))
             _write_tables(features, iter([_table(item_columns)]))
+            tables[ITEM_FEATURES_FILE] = features
         interactions = stack.enter_context(atomic_write(folder / INTERACTION_FILE, "wb"))
         _write_interactions(interactions, (train, val, test), times, columns or {})
+        tables[INTERACTION_FILE] = interactions
+        for handle in tables.values():
+            handle.flush()
+        about[CHECKSUMS] = {name: file_crc32(handle.name) for name, handle in tables.items()}
+        json.dump(about, described, ensure_ascii=False, indent=2)
         write_mapping(staged(META_FILE), meta.items())
         write_mapping(staged(ITEM_FILE), ((asin, item) for item, asin in enumerate(asins)))
         write_mapping(staged(USER_FILE), ((name, user) for user, name in enumerate(user_names)))
@@ -129,6 +137,23 @@ def _split_rows(part: Sequences) -> Iterator[tuple[str, list[int]]]:
         for user, (begin, end) in enumerate(pairwise(borders), start):
             if end > begin:
                 yield str(user), items[begin:end]
+
+
+def check_table(path: Path, dataset: Mapping[str, Any] | None) -> None:
+    """Compare a Parquet file of a folder with the checksum in its dataset.json, if there is one.
+
+    Pages have checksums of their own; what says which of them is a column's, and how many rows
+    there are, has none.
+
+    Raises:
+        UserError: it is damaged, or of another preparation.
+    """
+    expected = (dataset or {}).get(CHECKSUMS, {}).get(path.name)
+    if expected is not None and file_crc32(path) != expected:
+        raise UserError(
+            f"{path} is damaged or of another preparation: its checksum is another than "
+            f"{DATASET_FILE} says; process the data again"
+        )
 
 
 def _write_interactions(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from recformer.data.processed import (
+    DATASET_FILE,
     EvalExamples,
     ProcessedFolder,
     Sequences,
@@ -50,6 +51,7 @@ class WindowView(ProcessedFolder):
         examples: by split.
         whole: the folder.
         when: the window of every interaction of the folder.
+        hash: of the windows, see `Windows.hash`.
     """
 
     window: int
@@ -60,6 +62,7 @@ class WindowView(ProcessedFolder):
     examples: dict[str, EvalExamples]
     whole: ProcessedFolder
     when: np.ndarray
+    hash: str
 
     @property
     def train_users(self) -> np.ndarray:
@@ -113,6 +116,7 @@ class Windows:
             )
         joined = join_splits(folder.train, folder.val, folder.test)
         windows, roles, context = (columns[name].to_numpy() for name in columns)
+        _check_about(folder, joined.items, windows, split["windows"])
         same_row = joined.rows[1:] == joined.rows[:-1]
         if (np.diff(windows)[same_row] < 0).any():
             raise UserError(f"{folder.path}: a sequence goes back in time: process the data again")
@@ -121,6 +125,12 @@ class Windows:
     def __len__(self) -> int:
         """W."""
         return len(self.about)
+
+    @property
+    def hash(self) -> str:
+        """Content hash of what is asked when, of which the folder's split hash knows nothing."""
+        parts = (self.windows.astype("<i4"), self.roles.astype("i1"), self.context.astype("i1"))
+        return sha256_of(*(part.tobytes() for part in parts))
 
     def view(self, window: int, incremental: bool = False) -> WindowView:
         """The folder with everything before `window` to train on, judged on `window`.
@@ -169,6 +179,7 @@ class Windows:
             examples=examples,
             whole=folder,
             when=self.windows,
+            hash=self.hash,
         )
 
     def _examples(self, window: int, role: int) -> EvalExamples:
@@ -182,6 +193,21 @@ class Windows:
         histories = Sequences(offsets, joined.items[np.repeat(begins, lengths) + within])
         targets = joined.items[places].astype(np.int64)
         return EvalExamples(places, histories, targets, 0, begins)
+
+
+def _check_about(
+    folder: ProcessedFolder, items: np.ndarray, windows: np.ndarray, about: list[dict[str, Any]]
+) -> None:
+    """Refuse a dataset.json that says something else of the windows than the interactions do."""
+    most = np.full(len(about), -1, dtype=np.int64)
+    if windows.min() >= 0 and windows.max() < len(about):
+        np.maximum.at(most, windows, items)
+    known = np.maximum.accumulate(most) + 1  # items are numbered as they appeared
+    if known.tolist() != [int(window["items_known"]) for window in about]:
+        raise UserError(
+            f"{folder.path / DATASET_FILE} has other windows than interactions.parquet: process "
+            "the data again"
+        )
 
 
 def load_windows(path: str | os.PathLike) -> Windows:

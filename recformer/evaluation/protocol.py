@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml  # type: ignore[import-untyped]
-
-from recformer.files import UserError, sha256_of
+from recformer.files import UserError, read_yaml, sha256_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "protocols"
 
@@ -72,13 +70,7 @@ class Protocol:
                 f"--protocol {name_or_file}: no such file, and no protocol of that name; there are "
                 f"{known or 'none, as this is no checkout'}"
             )
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except RecursionError:
-            raise UserError(f"{path} is no YAML of this form: nested too deep") from None
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date of day 99
-            raise UserError(f"{path} is no YAML: {error}") from error
-        content = _mapping(content, str(path), tuple(FLAGS))
+        content = _mapping(read_yaml(path), str(path), tuple(FLAGS))
         parts: dict[Part, dict[str, Any]] = {}
         for part, flags in FLAGS.items():
             parts[part] = _mapping(content.get(part, {}), f"{path}, {part}", flags)

@@ -6,6 +6,7 @@ its manifest. It belongs to the vectors it was built from: with others it is ref
 
     index/index.faiss     FAISS's own format
     index/manifest.json   key of the vectors, number of rows, kind, depth, recall
+    index/checksums.json  of both
 
 Shapes: B users, N rows, H hidden.
 """
@@ -24,7 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recformer.evaluation.top_items import top_items_by_vectors
-from recformer.files import UserError, atomic_folder, read_checked_json, write_checked_json
+from recformer.files import (
+    UserError,
+    atomic_folder,
+    check_folder,
+    read_checked_json,
+    write_checked_json,
+    write_checksums,
+)
 from recformer.recommendation.view import Rows, View
 
 FOLDER = "index"
@@ -103,7 +111,7 @@ class ApproximateIndex:
         Raises:
             UserError: FAISS is not there, or there is nothing to index.
         """
-        faiss = _faiss()
+        faiss = require_faiss()
         if kind not in DEPTHS:
             raise UserError(f"kind is {kind!r}, expected one of {', '.join(DEPTHS)}")
         if not len(view) or not len(queries):
@@ -116,6 +124,7 @@ class ApproximateIndex:
             lists = max(1, min(int(4 * len(view) ** 0.5), len(view) // LEAST_IN_LIST))
             coarse = faiss.IndexFlatIP(hidden)
             index = faiss.IndexIVFFlat(coarse, hidden, lists, faiss.METRIC_INNER_PRODUCT)
+            index.cp.min_points_per_centroid = 1  # of fewer it warns, and there are no more
             sample = np.random.default_rng(0).permutation(len(view))[: TRAINED_ON * lists]
             index.train(_units(view.at(np.sort(sample))))
         for start in range(0, len(view), ROWS_AT_ONCE):
@@ -152,8 +161,9 @@ class ApproximateIndex:
     def save(self, folder: Path) -> None:
         """Write it below the folder of a model, whole or not at all."""
         with atomic_folder(folder / FOLDER) as new:
-            _faiss().write_index(self._index, str(new / FILE))
+            require_faiss().write_index(self._index, str(new / FILE))
             write_checked_json(new / MANIFEST, asdict(self.manifest))
+            write_checksums(new)
 
     @classmethod
     def load(cls, folder: Path, view: View) -> ApproximateIndex:
@@ -163,7 +173,7 @@ class ApproximateIndex:
             FileNotFoundError: there is none.
             UserError: it is of other vectors, or damaged.
         """
-        faiss = _faiss()
+        faiss = require_faiss()
         path = folder / FOLDER
         if not (path / MANIFEST).exists():
             raise FileNotFoundError(f"{path} does not exist: recformer index --model {folder}")
@@ -175,6 +185,7 @@ class ApproximateIndex:
                 f"{path} is of other vectors than the catalogue's, which has changed since: build "
                 f"it anew, recformer index --model {folder}"
             )
+        check_folder(path)
         try:
             index = faiss.read_index(str(path / FILE))
         except RuntimeError as error:
@@ -187,7 +198,7 @@ class ApproximateIndex:
         self, users: Tensor, k: int, mask: NDArray[np.bool_] | None
     ) -> NDArray[np.int64]:
         """Rows (B, k) for users (B, H), -1 where there are fewer; `mask` says which count."""
-        faiss = _faiss()
+        faiss = require_faiss()
         selector = None
         if mask is not None:
             bits = np.packbits(mask[: self.rows], bitorder="little")
@@ -207,7 +218,7 @@ def vectors_key(view: View, rows: int) -> str:
 
 
 def _params(kind: str, depth: int, selector: Any = None, k: int = 0) -> Any:
-    faiss = _faiss()
+    faiss = require_faiss()
     if kind == "ivf":
         return faiss.SearchParametersIVF(nprobe=depth, sel=selector)
     return faiss.SearchParametersHNSW(efSearch=max(depth, k), sel=selector)
@@ -217,7 +228,12 @@ def _units(vectors: Tensor) -> NDArray[np.float32]:
     return F.normalize(vectors.float()).cpu().numpy()
 
 
-def _faiss() -> Any:
+def require_faiss() -> Any:
+    """The module of FAISS.
+
+    Raises:
+        UserError: it is not there; says what brings it.
+    """
     try:
         import faiss
     except ImportError as error:

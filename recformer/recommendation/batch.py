@@ -7,9 +7,11 @@ already is not computed again, so the file is the same whether or not a run was 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from recformer.files import atomic_write, sha256_of
+from recformer.files import UserError, atomic_write, sha256_of
 from recformer.recommendation.answers import Recommended
 from recformer.recommendation.histories import History
 from recformer.recommendation.recommender import CatalogueRecommender
@@ -127,21 +129,20 @@ def write_parquet(
     key = sha256_of(FORM, recommender.content_key(), options)
     prefix = f".{output.name}.parts-"
     folder = output.parent / f"{prefix}{key[:32]}"
-    for other in output.parent.glob(f"{prefix}*"):  # of another model, catalogue or other options
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    for other in output.parent.iterdir():  # of another model, catalogue or other options
+        if other.name.startswith(prefix) and other != folder:
+            shutil.rmtree(other, ignore_errors=True)
     told, iterator = Told(), iter(histories)
     parts: list[Path] = []
     with _bar(total) as bar:
         while users := list(islice(iterator, USERS_AT_ONCE)):
             content = sha256_of(json.dumps(users, default=str))
-            path = folder / f"{len(parts):06d}-{content[:32]}.parquet"
+            path = folder / f"{len(parts):06d}-{content[:32]}"
             table = _read(path)
             if table is None:
                 table = _answer(recommender, users, k, filter_seen, allowed)
-                with atomic_write(path, "wb") as handle:
-                    pq.write_table(table, handle, write_page_checksum=True)
+                _write(path, table)
             else:
                 told.kept += len(users)
             parts.append(path)
@@ -151,7 +152,10 @@ def write_parquet(
             bar.update(len(users))
     with atomic_write(output, "wb") as handle, pq.ParquetWriter(handle, SCHEMA) as writer:
         for path in parts:
-            writer.write_table(pq.read_table(path, page_checksum_verification=True))
+            table = _read(path)
+            if table is None:
+                raise UserError(f"{path} is damaged by now: the same command makes it again")
+            writer.write_table(table)
     shutil.rmtree(folder)
     return told
 
@@ -177,12 +181,24 @@ def _answer(
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
+def _write(path: Path, table: pa.Table) -> None:
+    """A part: Parquet, of whose last bytes no checksum of its own speaks, behind a CRC-32 of it."""
+    content = io.BytesIO()
+    pq.write_table(table, content)
+    with atomic_write(path, "wb") as handle:
+        handle.write(zlib.crc32(content.getbuffer()).to_bytes(4, "little"))
+        handle.write(content.getbuffer())
+
+
 def _read(path: Path) -> pa.Table | None:
     """A part of an earlier run; None where it is not there, or damaged."""
     try:
-        return pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid):
+        raw = path.read_bytes()
+    except FileNotFoundError:
         return None
+    if zlib.crc32(raw[4:]).to_bytes(4, "little") != raw[:4]:
+        return None
+    return pq.read_table(pa.BufferReader(raw[4:]))
 
 
 def _text(name: Any) -> str:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recformer.data.processed import USER_FILE, ProcessedFolder
-from recformer.files import UserError, read_json
+from recformer.files import UserError, read_json, without_repeats
 
 if TYPE_CHECKING:
+    from recformer.preparation.bad_lines import BadLines
     from recformer.preparation.columns import Columns
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -26,7 +27,9 @@ TABLES = (".csv", ".tsv", ".inter", ".txt", ".dat")  # endings of what is no JSO
 History = tuple[Any, list[Any]]
 
 
-def read_histories(path: Path, columns: Columns | None = None) -> Iterator[History]:
+def read_histories(
+    path: Path, columns: Columns | None = None, bad_lines: BadLines | None = None
+) -> Iterator[History]:
     """User and items of every history in a file.
 
     JSON Lines are read as they come, {"user": …, "items": [name, or attributes, …]} each; numbers
@@ -35,14 +38,15 @@ def read_histories(path: Path, columns: Columns | None = None) -> Iterator[Histo
     items by time where there are times.
 
     Args:
-        path: the file; JSON Lines may be a pipe.
+        path: the file; JSON Lines may be a pipe, of Parquet also a folder of files.
         columns: of interactions, which are not to be recognised by name.
+        bad_lines: notes lines that cannot be used; None: the first ends the reading.
 
     Raises:
-        UserError: a line is not as expected, or no UTF-8; names it.
+        UserError: a line is not as expected, or no UTF-8, and is not to be skipped; names it.
     """
     if _is_table(path):
-        yield from _of_interactions(path, columns)
+        yield from _of_interactions(path, columns, bad_lines)
         return
     with open(path, "rb") as file:
         head = file.peek(4)[:4]
@@ -52,31 +56,54 @@ def read_histories(path: Path, columns: Columns | None = None) -> Iterator[Histo
         try:
             for number, raw in enumerate(lines, 1):
                 line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
-                if line.strip():
-                    yield _parse(line, f"{path}:{number}")
+                if not line.strip():
+                    continue
+                try:
+                    history = _parse(line, f"{path}:{number}")
+                except BadHistoryError as error:
+                    if bad_lines is None or not bad_lines.skip:
+                        raise
+                    bad_lines.add(path, number, error.reason)
+                    continue
+                yield history
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path} is a gzip file that is cut off or damaged: {error}") from error
 
 
+class BadHistoryError(UserError):
+    """A line that is no history.
+
+    Attributes:
+        reason: why, in a few words.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def _parse(line: bytes, where: str) -> History:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=without_repeats)
     except UnicodeDecodeError as error:
-        raise UserError(
+        raise BadHistoryError(
             f"{where} is not UTF-8 (byte 0x{line[error.start]:02x}); of a Latin-1 file: "
-            f"iconv -f LATIN1 -t UTF-8 {where.rpartition(':')[0]}"
+            f"iconv -f LATIN1 -t UTF-8 {where.rpartition(':')[0]}",
+            "not UTF-8",
         ) from error
     except RecursionError:
-        raise UserError(f"{where} is not JSON: nested too deep") from None
+        raise BadHistoryError(f"{where} is not JSON: nested too deep", "not JSON") from None
     except ValueError as error:  # also a number of thousands of digits
-        raise UserError(f"{where} is not JSON: {error}") from error
+        raise BadHistoryError(f"{where} is not JSON: {error}", "not JSON") from error
     items = row.get("items") if isinstance(row, dict) else None
     right = isinstance(items, list) and all(
         isinstance(item, str | int | dict) and not isinstance(item, bool) for item in items
     )
     if items is None or not right or "user" not in row:
         shown = line.decode("utf-8").strip()[:80]
-        raise UserError(f'{where}: expected {{"user": …, "items": [name, …]}}, got {shown}')
+        raise BadHistoryError(
+            f'{where}: expected {{"user": …, "items": [name, …]}}, got {shown}', "not a history"
+        )
     return row["user"], items
 
 
@@ -97,14 +124,16 @@ class _All:
         return True
 
 
-def _of_interactions(path: Path, columns: Columns | None) -> Iterator[History]:
+def _of_interactions(
+    path: Path, columns: Columns | None, bad_lines: BadLines | None
+) -> Iterator[History]:
     # Polars is loaded by those who need it.
     from recformer.preparation.bad_lines import BadLines
     from recformer.preparation.columns import Columns
     from recformer.preparation.tables import open_interactions
 
     source = open_interactions(path, columns or Columns())
-    read, _ = source.read(_All(), BadLines())
+    read, _ = source.read(_All(), bad_lines or BadLines())
     order = np.lexsort((read.times, read.users))  # stable: in the order of the file within a time
     users, items = read.users[order], read.items[order].tolist()
     ends = np.searchsorted(users, np.arange(len(read.user_names)), side="right").tolist()

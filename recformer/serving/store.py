@@ -35,7 +35,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -143,11 +143,12 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._lock = threading.Lock()
-        if "://" not in url:
-            Path(url).absolute().parent.mkdir(parents=True, exist_ok=True)
-            url = f"sqlite:///{Path(url).absolute()}"
         try:
-            parsed = make_url(url)
+            if "://" in url:
+                parsed = make_url(url)
+            else:  # a path, in which `?` begins no options
+                Path(url).absolute().parent.mkdir(parents=True, exist_ok=True)
+                parsed = URL.create("sqlite", database=str(Path(url).absolute()))
             self.name = parsed.render_as_string(hide_password=True)
             if parsed.drivername in ("postgresql", "postgres"):
                 parsed = parsed.set(drivername="postgresql+psycopg")

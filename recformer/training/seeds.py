@@ -59,6 +59,8 @@ def run_seeds(command: str, argv: Sequence[str] | None, output_dir: str) -> list
     """
     seeds, rest = split_flags(sys.argv[1:] if argv is None else argv)
     folders = [Path(output_dir) / f"seed_{seed}" for seed in seeds]
+    # Of other runs, should one of these fail.
+    (Path(output_dir) / SUMMARY).unlink(missing_ok=True)
     failed = []
     for seed, folder in zip(seeds, folders, strict=True):
         say(f"== seed {seed}")

@@ -18,7 +18,7 @@ from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.runs import RankedRun
-from recformer.files import UserError, read_json
+from recformer.files import UserError, read_json, write_json
 
 
 def write_run(
@@ -146,7 +146,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(tmp_path, monkeypatch, 
     data = SimpleNamespace(path=Path("D"), split_hash="abc")
     monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: data)
     models = ["popularity", "cooccurrence", "sasrec", "baselines/configs/t4r.yaml"]
-    flags = ["--loss", "bce", "--metric_ks", "1", "10", "--filter_seen"]
+    flags = ["--dropout", "0.1", "--metric_ks", "1", "10", "--filter_seen"]
     main([str(tmp_path), "--data_path", "D", *flags, "--models", *models])
     output = str(tmp_path)
     assert commands == [
@@ -161,6 +161,23 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(tmp_path, monkeypatch, 
         main([str(tmp_path), "--data_path", "D", "--models", "sasrec"])
     with pytest.raises(UserError, match="two are called t4r"):
         main([str(tmp_path), "--data_path", "D", "--models", "t4r", models[3]])
+
+
+def test_a_finished_run_of_other_flags_is_not_taken_for_the_one_asked_for(tmp_path, monkeypatch):
+    write_run(tmp_path / "sasrec", [0, 1])
+    settings = {"num_train_epochs": 200, "hidden_size": 8, "metric_ks": [10, 50], "seed": 42}
+    write_json(tmp_path / "sasrec" / "run.json", settings)
+    monkeypatch.setattr(leaderboard, "run_command", lambda command: pytest.fail("trained"))
+    data = SimpleNamespace(path=Path("D"), split_hash="abc")
+    monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: data)
+    line = [str(tmp_path), "--data_path", "D", "--models", "sasrec", "--num_heads", "1"]
+    main([*line, "--hidden_size", "8"])
+    with pytest.raises(UserError, match=r"different: hidden_size, num_train_epochs"):
+        main([*line, "--hidden_size", "16", "--num_train_epochs", "3"])
+    # A flag that the last model lacks is said before the first one is trained.
+    line = [str(tmp_path), "--data_path", "D", "--models", "gru4rec", "cooccurrence"]
+    with pytest.raises(UserError, match="--num_heads is no flag of --model gru4rec"):
+        main([*line, "--num_heads", "2"])
 
 
 def test_flags_without_training():

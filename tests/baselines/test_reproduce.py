@@ -113,6 +113,21 @@ def test_changed_flags_do_not_report_the_run_before(place):
         main(flags)
 
 
+def test_a_name_is_no_pattern_and_flags_are_checked_first(place):
+    text = Path("shop.yaml").read_text()
+    Path("shop.yaml").write_text(text.replace("clicks.csv", "clicks[1].csv"))
+    (place / "raw files" / "deep" / "clicks.csv").rename(place / "raw files" / "clicks1.csv")
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out"]
+    with pytest.raises(FileNotFoundError, match=r"clicks\[1\].csv of shop is in no folder"):
+        main(flags)
+    (place / "raw files" / "clicks1.csv").rename(place / "raw files" / "clicks[1].csv")
+    text = Path("shop.yaml").read_text()
+    Path("shop.yaml").write_text(text.replace("hidden_size: 8", "hidden_sise: 8"))
+    with pytest.raises(UserError, match="--hidden_sise is no flag.*is it --hidden_size"):
+        main(flags)
+    assert not Path("out").exists()
+
+
 def test_raw_files_must_be_there_and_right(place, capsys):
     flags = ["shop.yaml", "--output_dir", "out"]
     with pytest.raises(FileNotFoundError, match="clicks.csv of shop is in no folder of --raw"):

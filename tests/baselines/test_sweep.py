@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import yaml  # type: ignore[import-untyped]
 pytest.importorskip("optuna_integration")
 
 from baselines import sweep
+from baselines.command_lines import checked
 from baselines.sweep import Sweep, folder_of, main
 from recformer.data.processed import Sequences, write_processed
 from recformer.files import UserError, read_json
+from recformer.training import run_folder
 
 
 @pytest.fixture
@@ -88,7 +92,7 @@ def test_a_search_by_validation_that_goes_on(place, capsys, monkeypatch):
     # Done: nothing is run again. Another search is refused there.
     monkeypatch.setattr(sweep, "objective", None)
     main(["sweep.yaml", "--output_dir", "out", "--trials", "3"])
-    with pytest.raises(UserError, match="holds another sweep"):
+    with pytest.raises(UserError, match="holds another run .different: seed"):
         main(["sweep.yaml", "--output_dir", "out", "--trials", "3", "--seed", "1"])
 
 
@@ -100,7 +104,12 @@ def test_a_search_by_validation_that_goes_on(place, capsys, monkeypatch):
         ("low: 0.0001", "low: 0.0", "above 0 with log"),
         ("num_layers: 1", "hidden_size: 1", r"\['hidden_size'\] is fixed and searched"),
         ("num_layers: 1", "output_dir: x", "output_dir is the sweep's own"),
-        ("num_layers: 1", "nun_layers: 1", "nun_layers"),
+        ("num_layers: 1", "nun_layers: 1", "is it --num_layers"),
+        ("- 8\n", "- 8\n  - 0\n", "--hidden_size 0"),  # the last value
+        ("high: 0.1", "high: .inf", "low below high"),
+        ("num_layers: 1", "num_layers: {a: 1}", "num_layers is {'a': 1}, expected a value"),
+        ("num_layers: 1", "num_processes: 2", "a trial runs in one process"),
+        ("num_layers: 1", "num_layers: 1\n  num_layers: 2", "'num_layers' stands twice"),
         ("search:", "searches:", "expected command, flags and search"),
         ("command:", "command: [", "is no YAML"),
     ],
@@ -112,8 +121,61 @@ def test_files_of_another_form_are_refused(place, old, new, said):
     assert not Path("out").exists()
 
 
+def test_a_search_that_was_cut_off_tries_what_it_would_have_tried(place, monkeypatch):
+    def tried(flags):
+        main(["sweep.yaml", *flags])
+        return [(row["learning_rate"], row["hidden_size"]) for row in trials()
+                if row["state"] != "fail"]  # fmt: skip
+
+    def quick(sweep_, output_dir, trial):
+        settings = sweep.suggested(trial, sweep_.search)
+        trial.set_user_attr("folder", folder_of(output_dir, settings).name)
+        if trial.number == cut:
+            raise KeyboardInterrupt
+        return settings["hidden_size"] + settings["learning_rate"]
+
+    test = type("Result", (), {"test": {"NDCG@10": 0.5}, "load": classmethod(lambda cls, _: cls)})
+    monkeypatch.setattr(sweep, "RunResult", test)
+    monkeypatch.setattr(sweep, "objective", quick)
+    cut, flags = -1, ["--output_dir", "out", "--trials", "14", "--seed", "3"]
+    whole = tried(flags)
+    Path("out").rename("whole")
+    cut = 12  # past the ten trials that are drawn without regard to the others
+    with pytest.raises(KeyboardInterrupt):
+        main(["sweep.yaml", *flags])
+    assert tried(flags) == whole
+    assert len(set(whole)) == 14
+
+
+def test_a_folder_of_any_name_holds_its_data_and_its_process(place, monkeypatch):
+    output = Path("a?b=c {x} %d")
+    main(["sweep.yaml", "--output_dir", str(output), "--trials", "1"])
+    assert (output / "study.db").stat().st_size > 0
+    held = os.open(output, os.O_RDONLY)
+    released = run_folder._held.pop(os.path.realpath(output))
+    os.close(released)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
+    with pytest.raises(UserError, match="at work in"):
+        main(["sweep.yaml", "--output_dir", str(output), "--trials", "1"])
+    os.close(held)
+    # Figures of other data do not stand beside those of these.
+    write_processed(
+        "folder",
+        train=Sequences.from_lists([[0, 1, 2]] * 8),
+        val=Sequences.from_lists([[1]] * 8),
+        test=Sequences.from_lists([[0]] * 8),
+        user_names=[f"u{user}" for user in range(8)],
+        asins=["A", "B", "C", "D"],
+        meta={},
+        dataset={},
+    )
+    with pytest.raises(UserError, match=r"holds another run \(different: split_hash\)"):
+        main(["sweep.yaml", "--output_dir", str(output), "--trials", "1"])
+
+
 def test_it_searches_finetuning_too():
     example = Sweep("finetune", {"data_path": "x", "method": "head"}, {"bag_size": [8, 16]})
-    args, run = sweep.parsed(example, example.words({"bag_size": 16}, Path("out")))
+    args, run = checked("finetune", example.words({"bag_size": 16}, Path("out")))
     assert (args.method, args.bag_size, args.learning_rate) == ("head", 16, 1e-3)
     assert run.__module__ == "recformer.finetune"

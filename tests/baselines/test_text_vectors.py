@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from transformers import BertModel
 
 from baselines import text_vectors as module
+from baselines.__main__ import main as baseline
 from baselines.text_vectors import text_vectors
 from recformer import RecformerForSeqRec, RecformerTokenizer
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
-from recformer.files import UserError
+from recformer.files import UserError, read_json
 from tests.tiny import tiny_bert, tiny_recformer
 
 TITLES = ["alpha beta gamma", None, "beta", " ", "alpha " * 200, "beta"]
@@ -191,3 +193,27 @@ def test_a_read_only_folder_leaves_vectors_in_the_user_s_cache(
     assert not (folder.path / "vectors").exists()
     (store,) = (tmp_path / "cache" / "recformer" / "vectors").iterdir()
     assert store.name.startswith("item_vectors-")
+
+
+def test_a_finished_run_of_other_texts_is_not_reported_as_this_one(
+    folder: ProcessedFolder, encoder: Path, tmp_path: Path
+) -> None:
+    flags = ["--data_path", str(folder.path), "--device", "-1", "--num_train_epochs", "1"]
+    for name, own in (
+        ("words", ["--model", "text_neighbours"]),
+        ("vectors", ["--model", "text_neighbours", "--text_encoder", str(encoder)]),
+        ("sasrec", ["--model", "sasrec", "--items", "frozen", "--text_encoder", str(encoder)]),
+        ("popularity", ["--model", "popularity"]),
+    ):
+        baseline([*flags, *own, "--output_dir", str(tmp_path / name)])
+        texts = read_json(folder.path / "meta_data.json")
+        before = json.dumps(texts)
+        texts["A2"]["title"] = "gamma gamma"
+        (folder.path / "meta_data.json").write_text(json.dumps(texts))
+        if name == "popularity":  # which reads none
+            baseline([*flags, *own, "--output_dir", str(tmp_path / name)])
+        else:
+            with pytest.raises(UserError, match=r"another run \(different: content_hash\)"):
+                baseline([*flags, *own, "--output_dir", str(tmp_path / name)])
+        (folder.path / "meta_data.json").write_text(before)
+        baseline([*flags, *own, "--output_dir", str(tmp_path / name)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,40 @@ def test_run_folder_of_another_mode_is_refused(data: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="holds another run .different: windows"):
         run(data, tmp_path, "--model", "popularity", "--windows", "scratch")
     assert "windows" in json.loads((tmp_path / "run.json").read_text())
+
+
+def test_other_targets_over_the_same_split_are_another_run(tmp_path: Path) -> None:
+    found = {}
+    for name in ("every", "last"):
+        (tmp_path / name).mkdir()
+        found[name] = folder(tmp_path / name, "--targets", name, seed=1)
+    every, last = found["every"], found["last"]
+    assert every.split_hash == last.split_hash  # who validates and who tests does not change
+    out, flags = tmp_path / "out", ("--model", "popularity", "--metric_ks", "5", "10")
+    first = run(every.path, out, *flags)
+    with pytest.raises(UserError, match=r"holds another run .different: windows_hash"):
+        run(last.path, out, *flags)
+    second = run(last.path, tmp_path / "other", *flags)
+    assert second.test["num_users"] < first.test["num_users"]
+
+
+def test_a_flipped_bit_of_the_window_before_goes_into_no_other(data: Path, tmp_path: Path) -> None:
+    flags = ["--model", "sasrec", *TRAIN]
+    run(data, tmp_path, *flags)
+    weights = tmp_path / "windows/003/best_model/model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-3] ^= 1
+    weights.write_bytes(raw)
+    shutil.rmtree(tmp_path / "windows/004")
+    (tmp_path / "metrics.json").unlink()
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        run(data, tmp_path, *flags)
+
+
+def test_windows_that_the_interactions_do_not_have_are_refused(data: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    about = read_json(copy / "dataset.json")
+    about["split"]["windows"][2]["items_known"] -= 1
+    (copy / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="has other windows than interactions.parquet"):
+        Windows.of(entry.ProcessedFolder.load(copy))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -245,3 +247,29 @@ def test_a_model_with_a_head_is_refused(
     with pytest.raises(UserError, match="was finetuned with --method head, whose item vectors"):
         main([*flags, "--model", str(tmp_path / "head")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_and_no_vector_gets_another_name(
+    flags: list[str], tmp_path: Path
+) -> None:
+    main(flags)
+    whole = (tmp_path / "out" / "item_vectors.npy").read_bytes()
+    assert np.load(tmp_path / "out" / "item_vectors.npy").shape == (25, 16)
+
+    def full() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 100, len(whole) - 100))
+        try:
+            main(flags)
+        except OSError as error:
+            os._exit(error.errno or 1)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=full)
+    process.start()
+    process.join()
+    assert process.exitcode == errno.EFBIG
+    assert (tmp_path / "out" / "item_vectors.npy").read_bytes() == whole
+    assert not (tmp_path / "out" / "smap.json").exists()
+    main(flags)
+    assert len(read_json(tmp_path / "out" / "smap.json")) == 25

@@ -167,6 +167,10 @@ def test_nothing_stays_behind_of_a_folder_that_cannot_be_written(folder, tmp_pat
             '{"user": ' + "9" * 5000 + ', "items": ["B1"]}',
             r"histories.jsonl:2 is not JSON: Exceeds",
         ),
+        (
+            '{"user": 1, "items": ["B1"], "items": []}',
+            r":2 is not JSON: the key 'items' stands twice",
+        ),
         ('{"user": ' + "[" * 100_000, r"histories.jsonl:2 is not JSON: nested too deep"),
         ('{"items": ["B1"]}', r'histories.jsonl:2: expected {"user": …, "items": \[name, …\]}'),
         ('{"user": 1, "items": "B1"}', "histories.jsonl:2: expected"),
@@ -320,3 +324,56 @@ def test_a_catalogue_of_ones_own(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "items.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="none of the columns"):
         answers(home, tmp_path / "h", tmp_path / "o", *flags)
+
+
+def test_no_bit_of_a_part_is_believed(folder, tmp_path):
+    (tmp_path / "h.jsonl").write_text('{"user": 1, "items": ["B1"]}\n{"user": 2, "items": ["B2"]}')
+    flags = ["--model", str(folder), "--histories", str(tmp_path / "h.jsonl"), "--output"]
+    out = tmp_path / "out[1].parquet"  # a name, no pattern
+    kept = []
+    remove = shutil.rmtree
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch.shutil, "rmtree", lambda path, **_: kept.append(path))
+        main([*flags, str(out)])
+    whole, (parts,) = out.read_bytes(), kept
+    (part,) = parts.iterdir()
+    sound = part.read_bytes()
+    assert batch._read(part).num_rows == 2
+    for place in range(0, len(sound), 7):
+        raw = bytearray(sound)
+        raw[place] ^= 1 << place % 8
+        part.write_bytes(raw)
+        assert batch._read(part) is None, place
+    (tmp_path / ".out1.parquet.parts-of_another").mkdir()
+    main([*flags, str(out)])
+    assert out.read_bytes() == whole
+    assert [path.name for path in tmp_path.glob(".*")] == [".out1.parquet.parts-of_another"]
+    main([*flags, str(out)])
+    remove(tmp_path / ".out1.parquet.parts-of_another")
+
+
+def test_histories_in_a_folder_of_parquet_files(folder, tmp_path):
+    for day, rows in ((1, [("ann", "B3", 10), ("bob", "B0", 11)]), (2, [("ann", "B1", 20)])):
+        place = tmp_path / "log" / f"day={day}"
+        place.mkdir(parents=True)
+        columns = dict(zip(("user", "item", "time"), map(list, zip(*rows, strict=True))))
+        pq.write_table(pa.table(columns), place / "part.parquet")
+    (tmp_path / "h.jsonl").write_text(
+        '{"user": "ann", "items": ["B3", "B1"]}\n{"user": "bob", "items": ["B0"]}'
+    )
+    expected = answers(folder, tmp_path / "h.jsonl", tmp_path / "o")
+    assert answers(folder, tmp_path / "log", tmp_path / "o") == expected
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_bad_lines_are_left_out_and_counted_where_one_asks_for_it(folder, tmp_path, capsys, form):
+    path = tmp_path / f"h.{form}"
+    text = "user,item\nann,B3\nann\nbob,B0\n"
+    if form == "jsonl":
+        text = '{"user": "ann", "items": ["B3"]}\n{"user": 1}\n{"user": "bob", "items": ["B0"]}\n'
+    path.write_text(text)
+    with pytest.raises(UserError, match=r":2: expected|line 3"):
+        answers(folder, path, tmp_path / "o")
+    rows = answers(folder, path, tmp_path / "o", "--skip_bad_lines")
+    assert [row["user"] for row in rows] == ["ann", "bob"]
+    assert "left out 1 bad lines" in capsys.readouterr().err

@@ -10,13 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recformer.data.features import _item_columns
 from recformer.data.processed import (
+    INTERACTION_FILE,
+    ITEM_FEATURES_FILE,
     ProcessedFolder,
     Sequences,
+    read_columns,
     split_hash,
     write_mapping,
     write_processed,
 )
+from recformer.data.processed_files import check_table
 from recformer.files import UserError
 
 # Four users, four items. Leave-one-out for users 0 and 1, user 2 trains only, user 3 has items
@@ -303,3 +308,26 @@ def test_missing_files_are_named(folder: Path) -> None:
         ProcessedFolder.load(folder)
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         ProcessedFolder.load(folder / "nowhere")
+
+
+def test_no_bit_of_the_parquet_files_is_believed(tmp_path: Path) -> None:
+    about = write(
+        tmp_path, times=np.arange(5), columns={"feature f": np.arange(5.0)},
+        item_columns={"feature g": np.arange(3.0)},
+    )  # fmt: skip
+    data = ProcessedFolder.load(tmp_path)
+    assert data.dataset == about
+    for name in (INTERACTION_FILE, ITEM_FEATURES_FILE):
+        path = tmp_path / name
+        sound = path.read_bytes()
+        check_table(path, data.dataset)
+        for place in range(0, len(sound), 13):
+            raw = bytearray(sound)
+            raw[place] ^= 1 << place % 8
+            path.write_bytes(raw)
+            with pytest.raises(UserError, match=f"{name} is damaged or of another preparation"):
+                check_table(path, data.dataset)
+    with pytest.raises(UserError, match="item_features.parquet is damaged"):
+        _item_columns(data, ["feature g"])
+    with pytest.raises(UserError, match="interactions.parquet is damaged"):
+        read_columns(data, ["feature f"])

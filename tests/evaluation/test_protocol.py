@@ -79,7 +79,7 @@ def test_the_hash_is_that_of_what_is_prescribed(tmp_path):
         ("data: {k_core: }", "k_core is None, expected a value"),
         ("data: {k_core: {a: 1}}", "k_core is .*, expected a value"),
         ("data: [", "mine.yaml is no YAML"),
-        ("[" * 20_000, "mine.yaml is no YAML of this form: nested too deep"),
+        ("[" * 20_000, "mine.yaml is no YAML: nested too deep"),
         ("data: 2014-02-99", "mine.yaml is no YAML: day is out of range"),
         ("", "mine.yaml: expected a mapping of data, evaluation, got None"),
     ],

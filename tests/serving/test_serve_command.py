@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from recformer.commands.serve import main
+from recformer.commands.serve import main, read_key
 from recformer.files import UserError
 
 
@@ -123,3 +123,10 @@ def test_an_address_that_is_taken_is_said_before_the_model_is_loaded(
         port = service.address.rpartition(":")[2]
         with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"):
             main([str(model_folder), "--port", port])
+
+
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(b"\xff" * 40)
+    with pytest.raises(UserError, match="the key in .*key has 40 characters, expected at least 16"):
+        read_key(path)

@@ -44,6 +44,15 @@ def store(url: str) -> Iterator[Store]:
     found.close()
 
 
+def test_a_path_is_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "a?timeout=1 #b%20" / "serve.sqlite3"
+    store = Store(str(path))
+    store.put_items([item("a", "first")])
+    store.close()
+    assert path.stat().st_size > 0
+    assert [each.name for each in tmp_path.iterdir()] == [path.parent.name]
+
+
 def test_items_come_back_as_they_were(store: Store, url: str) -> None:
     labels = {"brand": "Ünï", "sizes": [1, 2.5], "deep": {"er": ["x"]}, "none": None}
     store.put_items(

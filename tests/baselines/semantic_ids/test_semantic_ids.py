@@ -334,6 +334,19 @@ def test_a_saved_quantiser_gives_the_same_ids_in_another_process(
     assert result.stdout.split() == hashes
 
 
+def test_no_bit_of_a_quantiser_is_believed(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    path = tmp_path / "quantiser.safetensors"
+    save_quantiser(path, toy_quantiser(vectors, "rkmeans"), "some encoder")
+    sound = path.read_bytes()
+    for place in range(8, len(sound), 11):
+        raw = bytearray(sound)
+        raw[place] ^= 1 << place % 7
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match="is damaged|holds no quantiser"):
+            load_quantiser(path)
+
+
 def test_a_file_that_is_no_quantiser(tmp_path: Path) -> None:
     path = tmp_path / "quantiser.safetensors"
     with pytest.raises(FileNotFoundError, match="quantiser.safetensors does not exist"):

@@ -749,7 +749,7 @@ def test_configurations_that_ship_are_read_and_flags_win(
     with pytest.raises(UserError, match="hiden_size is no flag"):
         read_config(str(config))
     config.write_text("[" * 20_000)
-    with pytest.raises(UserError, match="config.yaml is no YAML of flags: nested too deep"):
+    with pytest.raises(UserError, match="config.yaml is no YAML: nested too deep"):
         read_config(str(config))
     config.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="config.yaml is no YAML: .*invalid start byte"):
