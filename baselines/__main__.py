@@ -59,6 +59,7 @@ def run(args: BaselineRunArguments, callbacks: Sequence[Callback] = ()) -> dict[
     args.output_dir = args.output_dir or f"result/{args.model}"
     args.check()
     settings = args.settings()
+    Compute.of(args)  # finds out which process this is, before any of them speaks
     if (
         isinstance(settings, GenerativeSettings)
         and not settings.exact_rank

@@ -95,7 +95,7 @@ def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -
     _group = found
     if not starter and found.world > 1:
         os.environ[PARENT] = str(os.getpid())  # for those that it starts
-    if not starter and found.nodes > 1:
+    if not starter and found.nodes > 1 and _talking() is None:
         _start_others(num_processes)
     if found.external and _talking() is None:
         import torch.distributed

@@ -13,8 +13,10 @@ Shapes: M interactions, U users, N items.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import sys
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -55,10 +57,14 @@ def session(url: str | None = None) -> Any:
         UserError: PySpark or Java is missing.
     """
     try:
+        import pandas  # noqa: F401  # PySpark wants it for functions over Arrow, too
         from pyspark.errors import PySparkException
         from pyspark.sql import SparkSession
     except ImportError as error:
-        raise UserError("--engine spark needs PySpark: pip install 'recformer[spark]'") from error
+        raise UserError(
+            f"--engine spark needs PySpark ({error}): pip install 'recformer[spark]'"
+        ) from error
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # which has this package
     builder = SparkSession.builder.appName("recformer process")
     builder = builder.config("spark.sql.session.timeZone", "UTC")
     builder = builder.config("spark.ui.showConsoleProgress", "false")

@@ -129,7 +129,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(logs())
 def test_same_files_as_in_memory(tmp_path_factory: pytest.TempPathFactory, log: Log) -> None:

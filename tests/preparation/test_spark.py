@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
@@ -28,7 +30,10 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def spark() -> Iterator[Any]:
     sql = pytest.importorskip("pyspark.sql", reason="the extra [spark]")
+    pytest.importorskip("pandas", reason="the extra [spark]")
+    os.environ["PYSPARK_PYTHON"] = sys.executable
     builder = sql.SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
+    builder = builder.config("spark.ui.showConsoleProgress", "false")
     session = builder.config("spark.sql.shuffle.partitions", "3").getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     yield session
@@ -86,20 +91,18 @@ def test_same_folder_as_on_one_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: str, arguments: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(options, "_BYTES_A_ROW", int(2e9 * options._SHARE / 40))
-    for seed in range(2):
-        folder = tmp_path / str(seed)
-        log = write(folder, seed, times)
-        for engine in ("local", "spark"):
-            prepare_finetuning(
-                log, folder / "items.parquet", folder / engine, engine=engine, memory=2 * 10**9,
-                **arguments,
-            )  # fmt: skip
-        local, spark = (
-            {path.name: path.read_bytes() for path in (folder / engine).iterdir()}
-            for engine in ("local", "spark")
-        )
-        assert spark == local
-        assert len(local) == 8
+    log = write(tmp_path, 0, times)
+    for engine in ("local", "spark"):
+        prepare_finetuning(
+            log, tmp_path / "items.parquet", tmp_path / engine, engine=engine, memory=2 * 10**9,
+            **arguments,
+        )  # fmt: skip
+    local, spark = (
+        {path.name: path.read_bytes() for path in (tmp_path / engine).iterdir()}
+        for engine in ("local", "spark")
+    )
+    assert spark == local
+    assert len(local) == 8
 
 
 def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
