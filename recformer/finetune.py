@@ -45,12 +45,22 @@ from recformer.models import RecformerForSeqRec
 from recformer.models.catalogue import HeadOptions, RecformerForCatalogue
 from recformer.processes import is_first, say
 from recformer.tokenization import RecformerTokenizer
-from recformer.training.arguments import ModelArguments, RunArguments, flag
+from recformer.training.arguments import (
+    ACTIVATION_CHECKPOINTING,
+    ModelArguments,
+    RunArguments,
+    flag,
+)
 from recformer.training.callbacks import HeadTable, ItemTable
 from recformer.training.experiment import Experiment
 from recformer.training.history import plot_history
 from recformer.training.seeds import run_seeds, summarize
-from recformer.training.start import load_start_model, table_hash, weights_hash
+from recformer.training.start import (
+    keep_no_activations,
+    load_start_model,
+    table_hash,
+    weights_hash,
+)
 from recformer.training.trainer import Compute
 
 # Evaluations without gain before a stage ends (of stage 1 and 2: published values).
@@ -146,6 +156,7 @@ class FinetuneArguments(RunArguments, ModelArguments):
         1000, "uniform negatives an example; 0 or less: softmax over all items"
     )
     fix_word_embedding: bool = flag(False, "do not train the word embeddings")
+    activation_checkpointing: bool = flag(False, ACTIVATION_CHECKPOINTING)
     preprocessing_num_workers: int = flag(8, "threads of the tokenizer")
 
     def check(self) -> None:
@@ -166,8 +177,9 @@ class FinetuneArguments(RunArguments, ModelArguments):
                 raise UserError("--stages is a flag of --method published: head has one stage")
             if self.finetune_negative_sample_size > 0:
                 raise UserError("--method head trains on all items: leave out the sample size")
-            if self.fix_word_embedding:
-                raise UserError("--method head trains no encoder: leave --fix_word_embedding out")
+            for name in ("fix_word_embedding", "activation_checkpointing"):
+                if getattr(self, name):
+                    raise UserError(f"--method head trains no encoder: leave --{name} out")
             if self.temp is not None:
                 raise UserError("--method head learns its temperature: leave --temp out")
         if self.preprocessing_num_workers < 1:
@@ -281,6 +293,8 @@ class Run:
         if model.item_embedding is not None:
             self.item_table = f"of {args.pretrain_ckpt}"
             say("item vectors: those of the checkpoint; --new_item_vectors encodes them anew")
+        if args.activation_checkpointing:
+            keep_no_activations(model.longformer)
         if args.fix_word_embedding:
             model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
         return model, tokenizer

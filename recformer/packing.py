@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -32,6 +33,8 @@ class PackedTokens:
         cu_seqlens: (B + 1,) int64; sequence b is the tokens `cu_seqlens[b]:cu_seqlens[b + 1]`.
         position_ids: (T,) int64 positions as the embedding table counts them, or None for the usual
             ones (running count within the sequence).
+        borders: the numbers of `cu_seqlens`, on the host, so that nobody waits for a device to know
+            them; None where nobody wrote them down.
     """
 
     input_ids: Tensor
@@ -39,6 +42,7 @@ class PackedTokens:
     item_position_ids: Tensor
     cu_seqlens: Tensor
     position_ids: Tensor | None = None
+    borders: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         size = self.input_ids.shape
@@ -76,6 +80,13 @@ class PackedTokens:
         starts = self.cu_seqlens[:-1].repeat_interleave(self.lengths, output_size=self.num_tokens)
         return torch.arange(self.num_tokens, device=starts.device) - starts
 
+    @property
+    def host_borders(self) -> NDArray[np.int64]:
+        """(B + 1,) `borders`, read from the device where they are not known."""
+        if self.borders is not None:
+            return self.borders
+        return np.array(self.cu_seqlens.tolist(), np.int64)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> PackedTokens:
         return PackedTokens(
             function(self.input_ids),
@@ -83,6 +94,7 @@ class PackedTokens:
             function(self.item_position_ids),
             function(self.cu_seqlens),
             None if self.position_ids is None else function(self.position_ids),
+            self.borders,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
@@ -98,25 +110,27 @@ class PackedTokens:
         """One batch with the sequences of `batches` one after the other."""
         if any(batch.position_ids is not None for batch in batches):
             raise ValueError("batches with explicit position_ids cannot be joined")
-        ends = [batches[0].cu_seqlens]
+        ends, borders = [batches[0].cu_seqlens], [batches[0].borders]
         offset = batches[0].num_tokens
         for batch in batches[1:]:
             ends.append(batch.cu_seqlens[1:] + offset)
+            borders.append(None if batch.borders is None else batch.borders[1:] + offset)
             offset += batch.num_tokens
+        known = [part for part in borders if part is not None]
         return PackedTokens(
             torch.cat([batch.input_ids for batch in batches]),
             torch.cat([batch.token_type_ids for batch in batches]),
             torch.cat([batch.item_position_ids for batch in batches]),
             torch.cat(ends),
+            borders=np.concatenate(known) if len(known) == len(batches) else None,
         )
 
     def split(self, count: int) -> list[PackedTokens]:
         """Parts of `count` sequences each, the last one of what is left."""
-        parts = []
-        starts = range(0, self.batch_size, count)
-        borders = [*self.cu_seqlens[: self.batch_size : count].tolist(), self.num_tokens]
-        for start, (first, last) in zip(starts, pairwise(borders), strict=True):
-            positions = self.position_ids
+        parts, borders = [], self.host_borders
+        for start in range(0, self.batch_size, count):
+            mine = borders[start : start + count + 1]
+            first, last, positions = int(mine[0]), int(mine[-1]), self.position_ids
             parts.append(
                 PackedTokens(
                     self.input_ids[first:last],
@@ -124,6 +138,7 @@ class PackedTokens:
                     self.item_position_ids[first:last],
                     self.cu_seqlens[start : start + count + 1] - first,
                     None if positions is None else positions[first:last],
+                    mine - first,
                 )
             )
         return parts
@@ -134,7 +149,7 @@ class PackedTokens:
         starts = torch.arange(0, size, longest, device=self.cu_seqlens.device)
         ends = (starts + longest).clamp_(max=size) + self.num_tokens
         filled = self._map(lambda tensor: F.pad(tensor, (0, size)))
-        return replace(filled, cu_seqlens=torch.cat([self.cu_seqlens, ends]))
+        return replace(filled, cu_seqlens=torch.cat([self.cu_seqlens, ends]), borders=None)
 
     @staticmethod
     def from_padded(

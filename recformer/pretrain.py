@@ -36,13 +36,23 @@ from recformer.files import (
 from recformer.models import RecformerForPretraining
 from recformer.processes import is_first, join, say
 from recformer.tokenization import RecformerTokenizer
-from recformer.training.arguments import ModelArguments, check_nodes, flag
+from recformer.training.arguments import (
+    ACTIVATION_CHECKPOINTING,
+    ModelArguments,
+    check_nodes,
+    flag,
+)
 from recformer.training.callbacks import EarlyStop
 from recformer.training.history import StepHistory, plot_steps
 from recformer.training.pretraining import PretrainModule
 from recformer.training.run_folder import RunFolder, checked
 from recformer.training.seeds import run_seeds, write_summary
-from recformer.training.start import load_start_model, start_tokenizer, weights_hash
+from recformer.training.start import (
+    keep_no_activations,
+    load_start_model,
+    start_tokenizer,
+    weights_hash,
+)
 from recformer.training.strategies import STRATEGIES, build_strategy, newest_whole
 from recformer.training.trainer import (
     Keeper,
@@ -100,6 +110,7 @@ class PretrainArguments(ModelArguments):
         "batches of thousands of pairs, all negatives of each other, in the memory of so many "
         "(gradient caching, Gao et al. 2021), at about 1.3 times the time",
     )
+    activation_checkpointing: bool = flag(False, ACTIVATION_CHECKPOINTING)
     gradient_accumulation_steps: int = flag(8, "batches per optimizer step")
     learning_rate: float = flag(5e-5, "peak learning rate of AdamW")
     weight_decay: float = flag(0.0, "weight decay of AdamW; none on biases and LayerNorm")
@@ -297,6 +308,8 @@ class Run:
         )
         say(report)
         embeddings = model.longformer.embeddings
+        if args.activation_checkpointing:
+            keep_no_activations(model.longformer)
         if args.fix_word_embedding:
             embeddings.word_embeddings.weight.requires_grad_(False)
         if args.ablation == "mlm":

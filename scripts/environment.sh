@@ -15,6 +15,9 @@
 unset CDPATH
 RECFORMER_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
+# Packed batches have a new size each: on a GPU, memory in segments that grow is not cut into pieces.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
 # `help_of SCRIPT`: the comment at its head.
 help_of() {
     sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$1"

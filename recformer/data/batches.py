@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recformer.packing import PackedTokens
@@ -22,7 +24,8 @@ Self = TypeVar("Self", bound="Batch")
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch whose fields are tensors, tuples of them, None, or have `to` and `pin_memory`."""
+    """A batch whose fields are tensors, arrays of the host, tuples of them, None, or have `to` and
+    `pin_memory`."""
 
     def to(self: Self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on another device."""
@@ -38,8 +41,8 @@ class Batch:
 
 
 def _moved(value: Any, move: Callable[[Any], Any]) -> Any:
-    if value is None:
-        return None
+    if value is None or isinstance(value, np.ndarray):  # what the host keeps
+        return value
     if isinstance(value, tuple):
         return tuple(_moved(part, move) for part in value)
     return move(value)
@@ -93,6 +96,9 @@ class PairBatch(LabelledBatch):
         target_ids: int64 (B,), item ids of side b.
         user_ids: int64 (B,), the sequence that each pair is from.
         mlm_a, mlm_b: masked ids and labels of each side's tokens, int64 (T,) each, or None.
+        masked_before: tokens that are to be predicted before each sequence of either side, and all
+            of them, int64 (B + 1,) each, on the host, so that nobody waits for a device to know how
+            many there are; None where nobody counted them.
     """
 
     a: PackedTokens
@@ -101,6 +107,7 @@ class PairBatch(LabelledBatch):
     user_ids: Tensor
     mlm_a: tuple[Tensor, Tensor] | None = None
     mlm_b: tuple[Tensor, Tensor] | None = None
+    masked_before: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
     @property
     def num_tokens(self) -> int:

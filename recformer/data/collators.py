@@ -98,11 +98,13 @@ def pack_sequences(
     input_ids[where] = tokens[inside]
     token_type_ids[where] = types[inside]
     item_position_ids[where] = np.repeat(position, lengths)[inside]
+    borders = np.append(starts, total.sum())
     return PackedTokens(
         torch.from_numpy(input_ids),
         torch.from_numpy(token_type_ids),
         torch.from_numpy(item_position_ids),
-        torch.from_numpy(np.append(starts, total.sum())),
+        torch.from_numpy(borders),
+        borders=borders,
     )
 
 

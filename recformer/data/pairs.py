@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recformer.config import RecformerConfig
-from recformer.data.batches import PairBatch
+from recformer.data.batches import NO_LABEL, PairBatch
 from recformer.data.collators import pack_sequences
 from recformer.data.draws import uniform
 from recformer.data.items import TokenizedItems
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pretraining import SPLITS, PretrainingData
 from recformer.data.processed import Sequences
+from recformer.packing import PackedTokens
 from recformer.processes import rank_and_world
 
 # Pairs that are sorted by length together, in batches' worth: enough to find equals in length,
@@ -247,7 +249,18 @@ class PretrainCollator:
             user_ids=torch.tensor([example.row for example in examples]),
             mlm_a=masked_a,
             mlm_b=masked_b,
+            masked_before=(
+                None
+                if masked_a is None or masked_b is None
+                else (_before(a, masked_a[1]), _before(b, masked_b[1]))
+            ),
         )
+
+
+def _before(packed: PackedTokens, labels: Tensor) -> np.ndarray:
+    """Tokens that are to be predicted before each sequence, and all of them, int64 (B + 1,)."""
+    found = np.append(0, np.cumsum(labels.numpy() != NO_LABEL))
+    return found[packed.host_borders]
 
 
 class ResumableLoader(DataLoader):

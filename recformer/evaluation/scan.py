@@ -37,6 +37,7 @@ from recformer.evaluation.ranks import Pairs, Vectors, _same_length, _seen_pairs
 from recformer.files import UserError
 
 ROUND = 64  # chunks are multiples of it, which suits kernels
+DEVICE_CHUNKS = 32  # of the CPU's in one of a GPU, where starting a kernel costs more than memory
 MOST_ITEMS = 2**24  # of a chunk: up to here float32 counts exactly
 
 
@@ -164,7 +165,8 @@ class Scan:
         if not (self._norms is not None and ready and self.items.device == self.device):
             width = max(width, hidden)
         # Else only scores take memory: few users see all items at once, and threads seldom wait.
-        items = CHUNK_ELEMENTS // width
+        elements = CHUNK_ELEMENTS * (1 if self.device.type == "cpu" else DEVICE_CHUNKS)
+        items = elements // width
         return max(1, items - items % ROUND)
 
     def run(self, readers: Sequence[Reader]) -> None:

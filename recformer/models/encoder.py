@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -87,7 +88,11 @@ class RecformerEmbeddings(nn.Module):
         """
         if packed.batch_size == 0:
             raise UserError("the batch has no sequence")
-        shortest, longest = (int(n) for n in torch.stack(packed.lengths.aminmax()).tolist())
+        if packed.borders is None:
+            shortest, longest = (int(n) for n in torch.stack(packed.lengths.aminmax()).tolist())
+        else:
+            lengths = np.diff(packed.borders)
+            shortest, longest = int(lengths.min()), int(lengths.max())
         if shortest < 1:
             raise UserError("a sequence without a token: each starts with <s>")
         rows = self.position_embeddings.num_embeddings

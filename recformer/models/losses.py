@@ -115,7 +115,9 @@ def softmax_loss_with_terms(
 
     def part(first: int) -> Tensor:
         scores = (users[first : first + step] @ table.T).float()  # in 16 bits under autocast
-        inside = ((pairs[0] >= first) & (pairs[0] < first + step)).nonzero()[:, 0]
+        inside = torch.arange(len(pairs[0]), device=labels.device)  # all, where one part is all
+        if step < len(labels):
+            inside = ((pairs[0] >= first) & (pairs[0] < first + step)).nonzero()[:, 0]
         own = pairs[0][inside] - first, pairs[1][inside]
         scores = scores.index_put(own, rescored(scores[own], inside)) * scale
         if log_weights is not None:
@@ -175,8 +177,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 inverse[part] /= _norms(items)
             scores = (users @ items.T).mul_(inverse[part])  # (B, C)
             total = torch.logaddexp(total, scores.logsumexp(dim=1))
-            rows, columns = _inside(labels, start, len(items))
-            target[rows] = scores[rows, columns]
+            columns, inside = _inside(labels, start, len(items))
+            own = scores.gather(1, columns[:, None])[:, 0]
+            target = torch.where(inside, own, target)
         ctx.save_for_backward(users, item_table, labels, total, inverse)
         ctx.temperature, ctx.chunk_size, ctx.cosine = temperature, chunk_size, cosine
         return total - target
@@ -194,8 +197,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 items = item_table[part].float()
                 # d loss / d score = softmax - one-hot, times upstream
                 grad = (users @ items.T).mul_(inverse[part]).sub_(total[:, None]).exp_()  # (B, C)
-                rows, columns = _inside(labels, start, len(items))
-                grad[rows, columns] -= 1
+                columns, inside = _inside(labels, start, len(items))
+                grad.scatter_add_(1, columns[:, None], -inside.to(grad)[:, None])
                 grad.mul_(upstream[:, None]).mul_(inverse[part])
                 if user_grad is not None:
                     user_grad.addmm_(grad, items)
@@ -416,9 +419,10 @@ def _normalised(vectors: Tensor) -> Tensor:
 
 
 def _inside(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Rows whose label stands in the chunk of `count` items from `start`, and its column there."""
-    rows = ((labels >= start) & (labels < start + count)).nonzero()[:, 0]
-    return rows, labels[rows] - start
+    """Columns (B,) of the labels in the chunk of `count` items from `start`, and whether they stand
+    there: of the others the column is any. Nobody waits for the device."""
+    inside = (labels >= start) & (labels < start + count)
+    return (labels - start).clamp(0, count - 1), inside
 
 
 def _check(users: Tensor, items: Tensor, labels: Tensor, temperature: float) -> None:
@@ -431,6 +435,8 @@ def _check(users: Tensor, items: Tensor, labels: Tensor, temperature: float) -> 
         raise UserError(f"labels have shape {tuple(labels.shape)}, expected ({len(users)},)")
     if not temperature > 0:
         raise UserError(f"temperature is {temperature}, expected a number above 0")
+    if labels.device.type != "cpu":
+        return  # a device checks labels by itself, and asking for them here would wait for it
     if len(labels) and not (labels.min() >= 0 and labels.max() < len(items)):
         raise UserError(
             f"labels reach from {int(labels.min())} to {int(labels.max())}, expected item ids "

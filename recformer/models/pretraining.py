@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -235,7 +236,9 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         parts = {"contrastive": F.cross_entropy(logits, labels)} | _mlm_means(sums, true_ids)
         return PairLosses(self._weighted(parts), parts, logits, labels, vectors)
 
-    def _mlm_sums(self, hidden: Tensor, true_ids: dict[str, Tensor]) -> Tensor:
+    def _mlm_sums(
+        self, hidden: Tensor, true_ids: dict[str, Tensor], counts: list[int] | None
+    ) -> Tensor:
         """Sums of the cross-entropies at the masked tokens of each side, (sides,).
 
         The head runs on no other tokens. A side without a masked token gives zero, with zero
@@ -244,13 +247,20 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         Args:
             hidden: (T, H) of the masked copies, side by side.
             true_ids: by side, -100 where nothing is predicted; T together.
+            counts: predicted tokens of each side; None: asked for, which waits for the device.
         """
         labels = torch.cat(list(true_ids.values()))
-        places = (labels != NO_LABEL).nonzero()[:, 0]
+        predicted = labels != NO_LABEL
+        if counts is None:
+            counts = _mlm_counts(true_ids).tolist()
+        if labels.device.type == "cpu":
+            places = predicted.nonzero()[:, 0]
+        else:  # the same, without waiting to know how many there are
+            places = (~predicted).byte().argsort(stable=True)[: sum(counts)]
         rows = F.pad(places, (0, -len(places) % MASKED_MULTIPLE))
         scores = self.lm_head(hidden.index_select(0, rows))[: len(places)].float()  # (M, V)
         losses = F.cross_entropy(scores, labels.index_select(0, places), reduction="none")
-        parts = losses.split(_mlm_counts(true_ids).tolist())
+        parts = losses.split(counts)
         return torch.stack([part.sum() for part in parts])
 
     def batch_losses(self, batch: PairBatch, at_once: int | None = None) -> PairLosses:
@@ -291,13 +301,20 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         sides = {"mlm_a": batch.mlm_a, "mlm_b": batch.mlm_b}
         masked = {name: mlm for name, mlm in sides.items() if mlm is not None}
         true_ids = {name: mlm[1] for name, mlm in masked.items()}
+        before = None
+        if batch.masked_before is not None:
+            before = dict(zip(sides, batch.masked_before, strict=True))
         if at_once is None:
             parts = [(batch.a, batch.b)]
         else:
             parts = list(zip(batch.a.split(at_once), batch.b.split(at_once), strict=True))
-        starts = dict.fromkeys(sides, 0)
-        found = []
+        starts, found, pairs = dict.fromkeys(sides, 0), [], 0
         for a, b in parts:
+            counts = None
+            if before is not None:
+                ends = [pairs, pairs + a.batch_size]
+                counts = [int(np.diff(before[name][ends])[0]) for name in masked]
+            pairs += a.batch_size
             copies: dict[str, tuple[PackedTokens, Tensor]] = {}
             for name, mlm in masked.items():
                 side = a if name == "mlm_a" else b
@@ -305,16 +322,21 @@ class RecformerForPretraining(RecformerPreTrainedModel):
                 starts[name] = tokens.stop
                 copies[name] = (replace(side, input_ids=mlm[0][tokens]), mlm[1][tokens])
             if at_once is None:
-                found.append(self._encoded(a, b, copies))
+                found.append(self._encoded(a, b, copies, counts))
             else:
-                found.append(checkpoint(self._encoded, a, b, copies, use_reentrant=False))
+                found.append(checkpoint(self._encoded, a, b, copies, counts, use_reentrant=False))
         vectors, targets, sums = (list(each) for each in zip(*found, strict=True))
         return vectors, targets, torch.stack(sums).sum(dim=0), true_ids
 
     def _encoded(
-        self, a: PackedTokens, b: PackedTokens, masked: dict[str, tuple[PackedTokens, Tensor]]
+        self,
+        a: PackedTokens,
+        b: PackedTokens,
+        masked: dict[str, tuple[PackedTokens, Tensor]],
+        counts: list[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors of both sides, (B, H) each, and the sums of the MLM losses of masked copies."""
+        """Vectors of both sides, (B, H) each, and the sums of the MLM losses of masked copies, of
+        which `counts` tokens are to be predicted."""
         size = a.batch_size
         if not masked:
             pooled = self.longformer.encode(PackedTokens.cat([a, b]))
@@ -323,7 +345,8 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         hidden, pooled = self.longformer.encode_tokens(PackedTokens.cat([a, b, *copies]))
         begin = a.num_tokens + b.num_tokens
         true_ids = {name: labels for name, (_, labels) in masked.items()}
-        return pooled[:size], pooled[size : 2 * size], self._mlm_sums(hidden[begin:], true_ids)
+        sums = self._mlm_sums(hidden[begin:], true_ids, counts)
+        return pooled[:size], pooled[size : 2 * size], sums
 
     def _contrastive(
         self, vectors: list[Tensor], targets: Tensor, target_ids: Tensor | None

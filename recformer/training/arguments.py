@@ -100,6 +100,12 @@ def _like(example: Any, name: str, text: str) -> Any:
         raise UserError(f"--config_overrides: {name}={text} is not of type {kind}") from None
 
 
+ACTIVATION_CHECKPOINTING = (
+    "keep no activations within a layer but compute them again for the gradients: larger batches "
+    "in the same memory, at about 1.3 times the time"
+)
+
+
 @dataclass
 class EvaluationArguments:
     """Flags of an evaluation, the same for every entry point that evaluates."""

@@ -16,7 +16,7 @@ from recformer.checkpoints.reading import read_state_dict
 from recformer.config import PAPER, RecformerConfig
 from recformer.data.processed import ITEM_FILE
 from recformer.files import UserError, read_json
-from recformer.models import RecformerForPretraining, RecformerForSeqRec
+from recformer.models import RecformerForPretraining, RecformerForSeqRec, RecformerModel
 from recformer.tokenization import RecformerTokenizer
 
 Model = TypeVar("Model", RecformerForSeqRec, RecformerForPretraining)
@@ -51,6 +51,12 @@ def start_tokenizer(
     else:
         config = backbone_config(source, **overrides)
     return RecformerTokenizer.from_pretrained(tokenizer_name or source, config)
+
+
+def keep_no_activations(encoder: RecformerModel) -> None:
+    """Compute the activations of every layer again in the backward pass, from the same random
+    state, in place of keeping them."""
+    encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def load_start_model(
