@@ -5,7 +5,8 @@
 The same command again continues a run that was cut off, and prints the results of a finished one.
 On a folder that was split by windows it trains up to each window and judges on the next, see
 `baselines/windows.py`.
-`--config FILE` reads flags from a YAML file (`baselines/configs/`); flags given beside it win.
+`--config NAME` reads flags from a YAML file, of `baselines/configs` or by its path; flags given
+beside it win.
 """
 
 from __future__ import annotations
@@ -238,7 +239,10 @@ def parse(argv: Sequence[str] | None) -> BaselineRunArguments:
     """Flags of the command as their dataclass."""
     parser = flags_parser("baseline", __doc__, BaselineArguments)
     parser.add_argument(
-        "--config", help="YAML file of flags; a flag given on the line wins", metavar="FILE"
+        "--config",
+        help="YAML file of flags, or the name of one in baselines/configs, such as t4r; a flag "
+        "given on the line wins",
+        metavar="NAME",
     )
     return fill(parser, flags_of(argv))[0]
 

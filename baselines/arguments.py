@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
 from typing import Any
 
 from baselines.settings import (
@@ -14,6 +15,8 @@ from baselines.settings import (
 )
 from recformer.files import UserError, read_yaml
 from recformer.training.arguments import RunArguments, flag
+
+FOLDER = Path(__file__).resolve().parent / "configs"
 
 
 @dataclass
@@ -78,15 +81,23 @@ BaselineArguments: type[BaselineRunArguments] = make_dataclass(
 )
 
 
-def read_config(path: str) -> list[str]:
+def read_config(name_or_file: str) -> list[str]:
     """Flags of a YAML file as words of a command line, which are parsed and checked like any.
+
+    A name is that of a file in `baselines/configs`, which the installed package has too.
 
     A flag whose value is null is left out.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file; names those that there are.
         UserError: not a YAML mapping, or a name that is no flag.
     """
+    path = Path(name_or_file)
+    if not path.is_file():
+        path = FOLDER / f"{name_or_file.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+        raise FileNotFoundError(f"--config {name_or_file}: no such file; by name there are {known}")
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no mapping of flags to values")

@@ -197,15 +197,14 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
 
 
-def remove_leftovers(folder: str | os.PathLike, name: str = "*", deep: bool = False) -> None:
+def remove_leftovers(folder: str | os.PathLike, deep: bool = False) -> None:
     """Remove what dead processes left half-written in a folder.
 
     Args:
         folder: that may not exist.
-        name: of the files or folders that were to be written; a pattern.
         deep: look into folders within it, too.
     """
-    pattern = f".{name}.*{PARTIAL}"
+    pattern = f".*{PARTIAL}"
     for path in Path(folder).rglob(pattern) if deep else Path(folder).glob(pattern):
         with suppress(OSError):  # gone by now, or not ours to remove
             if _is_dead(path):

@@ -179,7 +179,7 @@ class PretrainArguments(ModelArguments):
         if self.device > 1:
             at_least["batch_size"] = 1  # the other processes' targets are negatives
         for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
+            if getattr(self, name) is not None and not getattr(self, name) >= least:  # nor NaN
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
         check_seed(self.seed)
         if not self.learning_rate > 0:

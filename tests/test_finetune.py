@@ -406,6 +406,8 @@ def test_another_run_in_the_folder_is_refused(data, finished, tmp_path):
         ({"config_overrides": "hidden_size=large"}, "hidden_size=large"),
         ({"device": [99]}, "--device 99"),
         ({"eval_users": 0}, "--eval_users 0"),
+        ({"weight_decay": float("nan")}, "--weight_decay nan"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan"),
     ],
 )
 def test_wrong_flags_are_refused_before_work(data, tmp_path, settings, message):

@@ -214,6 +214,7 @@ def test_word_embeddings_can_be_fixed(inputs, tmp_path):
     ("changes", "message"),
     [
         ({"batch_size": 1}, "--batch_size 1: must be at least 2"),
+        ({"max_grad_norm": float("nan")}, "--max_grad_norm nan: must be at least 0"),
         ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),
         ({"mlm_probability": 0.0}, r"--mlm_probability 0.0: must be in \(0, 1\]"),
         ({"mlm_weight": 0.0}, "--ablation mlm leaves MLM out"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
+from recformer.cli import check_seed
 from recformer.files import UserError
 from recformer.training.arguments import flag
 
@@ -36,9 +37,10 @@ class QuantiserSettings:
     seed: int = flag(0, "seed of weights, k-means and batches")
 
     def __post_init__(self) -> None:
-        for name, least in (("levels", 1), ("codebook_size", 2), ("commitment", 0), ("seed", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("levels", 1), ("codebook_size", 2), ("commitment", 0)):
+            if not least <= getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        check_seed(self.seed)
 
 
 def optional_flags() -> list[tuple[str, Any, Any]]:

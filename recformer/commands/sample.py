@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recformer.cli import command_parser
+from recformer.cli import check_seed, command_parser
 from recformer.preparation.sample import write_sample
 from recformer.preparation.sample_season import FILE, write_season
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "shuffled_season: the same sessions where they say nothing (default: %(default)s)",
     )
     args = parser.parse_args(argv)
+    check_seed(args.seed)
     if args.kind != "shop":
         found = write_season(args.output_dir, args.seed, shuffled=args.kind == "shuffled_season")
         counts = ", ".join(f"{number:,} {name}" for name, number in found.items())

@@ -10,7 +10,6 @@ Shapes: M interactions, R sequences (rows), W windows, E evaluation examples.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -208,16 +207,3 @@ def _check_about(
             f"{folder.path / DATASET_FILE} has other windows than interactions.parquet: process "
             "the data again"
         )
-
-
-def load_windows(path: str | os.PathLike) -> Windows:
-    """The windows of a folder that must have them.
-
-    Raises:
-        FileNotFoundError, UserError: as `ProcessedFolder.load` and `Windows.of`; or it was split
-            otherwise.
-    """
-    windows = Windows.of(ProcessedFolder.load(path))
-    if windows is None:
-        raise UserError(f"{path} was not processed with --split windows")
-    return windows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -217,7 +218,7 @@ def add_filter_flags(parser: argparse.ArgumentParser) -> None:
     """--min_rating, --events, --deduplicate, --drop_consecutive_repeats, --k_core, --max_users."""
     parser.add_argument(
         "--min_rating",
-        type=float,
+        type=_rating,
         metavar="RATING",
         help="leave out interactions rated lower (default: none)",
     )
@@ -421,6 +422,13 @@ def _separator(text: str) -> str:
     value = text.replace("\\t", "\t")  # as a shell hands it on
     if not value or set(value) & set("\r\n\"'"):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected ',', ';', '|', '\\t', '::', …")
+    return value
+
+
+def _rating(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number")
     return value
 
 

@@ -230,7 +230,7 @@ class RunArguments(DeviceArguments, EvaluationArguments):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         if not self.learning_rate > 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")

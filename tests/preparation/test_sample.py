@@ -19,6 +19,7 @@ from recformer.cli import exit_with_message
 from recformer.commands.sample import main
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.ranks import count_ranks
+from recformer.files import UserError
 from recformer.preparation import sample_catalogue
 from recformer.preparation.sample import CATEGORIES, TARGET_CATEGORY, Shop, cell_probabilities
 
@@ -69,6 +70,12 @@ def test_a_folder_that_is_a_file_is_a_clear_error(
         exit_with_message(lambda: main(["--output_dir", str(tmp_path / "file")]))
     assert stopped.value.code == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_seed_that_is_none_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--seed -1: must be from 0 to 4294967295"):
+        main(["--output_dir", str(tmp_path / "out"), "--kind", "season", "--seed", "-1"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_cells_by_hand() -> None:

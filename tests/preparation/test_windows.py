@@ -10,7 +10,7 @@ import pytest
 
 from recformer.commands.process import main
 from recformer.data.processed import ProcessedFolder, join_splits, read_times
-from recformer.data.windows import NO_TARGET, TEST_TARGET, VAL_TARGET, Windows, load_windows
+from recformer.data.windows import NO_TARGET, TEST_TARGET, VAL_TARGET, Windows
 from recformer.evaluation.protocol import Protocol
 from recformer.files import UserError
 from recformer.preparation.splits import TEST, TRAIN, VAL, Histories, build_histories
@@ -211,7 +211,7 @@ def test_other_folders_have_no_windows(tmp_path: Path) -> None:
     data = folder(tmp_path)
     (data.path / "interactions.parquet").unlink()
     with pytest.raises(UserError, match="process the data again"):
-        load_windows(data.path)
+        Windows.of(ProcessedFolder.load(data.path))
     assert Windows.of(replace(data, dataset=None)) is None
 
 

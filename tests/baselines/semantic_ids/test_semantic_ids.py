@@ -474,6 +474,9 @@ def test_the_command(
         (["--method", "rkmeans", "--commitment", "1"], "--commitment is no flag of"),
         (["--extend", "old", "--levels", "2"], "--levels is that of old"),
         (["--commitment", "-1"], "--commitment -1.0: must be at least 0"),
+        (["--commitment", "nan"], "--commitment nan: must be at least 0"),
+        (["--seed", "-1"], "--seed -1: must be from 0 to 4294967295"),
+        (["--seed", "4294967296"], "--seed 4294967296: must be from 0 to 4294967295"),
     ],
 )
 def test_flags_that_make_no_sense(folder: Path, flags: list[str], message: str) -> None:

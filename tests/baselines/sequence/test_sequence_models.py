@@ -756,6 +756,14 @@ def test_configurations_that_ship_are_read_and_flags_win(
         read_config(str(config))
 
 
+def test_configurations_of_the_package_have_names(tmp_path, monkeypatch, repository):
+    expected = read_config(str(repository / "baselines/configs/t4r.yaml"))
+    monkeypatch.chdir(tmp_path)  # no checkout here
+    assert read_config("t4r") == read_config("t4r.yaml") == expected
+    with pytest.raises(FileNotFoundError, match="--config none: .* gsasrec_ml1m, .*, t4r"):
+        read_config("none")
+
+
 def test_names_of_losses_are_those_of_the_help():
     text = BaselineArguments.__dataclass_fields__["loss"].metadata["help"]
     assert all(name in text for name in LOSSES)
