@@ -50,6 +50,11 @@ class RecformerConfig(LongformerConfig):
             softmax over all items.
         head: options of the head of `RecformerForCatalogue`; None: another model.
         kwargs: any field of `LongformerConfig`.
+
+    Examples:
+        >>> config = RecformerConfig(max_attr_num=3, max_attr_length=32, max_token_num=1024)
+        >>> config.max_attr_num, config.attention_window, config.pooler_type
+        (3, 64, 'cls')
     """
 
     model_type = "recformer"

@@ -35,6 +35,19 @@ class PackedTokens:
             ones (running count within the sequence).
         borders: the numbers of `cu_seqlens`, on the host, so that nobody waits for a device to know
             them; None where nobody wrote them down.
+
+    Examples:
+        >>> import torch
+        >>> packed = PackedTokens(  # <s> and two tokens, then <s> and one
+        ...     input_ids=torch.tensor([0, 7, 8, 0, 9]),
+        ...     token_type_ids=torch.tensor([0, 1, 2, 0, 2]),
+        ...     item_position_ids=torch.tensor([0, 1, 1, 0, 1]),
+        ...     cu_seqlens=torch.tensor([0, 3, 5]),
+        ... )
+        >>> packed.batch_size, packed.num_tokens, packed.lengths.tolist()
+        (2, 5, [3, 2])
+        >>> packed.sequence_ids.tolist(), packed.offsets_in_sequence.tolist()
+        ([0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
     """
 
     input_ids: Tensor

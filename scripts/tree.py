@@ -55,10 +55,10 @@ ABOVE = {
     "finetune_data/": "raw reviews and metadata -> a processed folder",
 }
 BELOW = {
-    "scripts/": "shared by the shell scripts; the check of a fresh machine; this tree",
+    "scripts/": "shared by the shell scripts; checks; what makes drawings, tables and this tree",
     "tests/": "in the folders of what they test; golden vectors of the published model",
     "experiments/": "studies of many runs, each a script that goes on where it stopped",
-    "examples/": "a shop from its CSV files to a page, in four commands",
+    "examples/": "a shop from its files to a page, five short scripts, a notebook",
     "docs/": "results with commands, performance and why, the method `head`, guides",
 }
 

@@ -154,6 +154,17 @@ class ProcessedFolder:
             FileNotFoundError: the folder or one of the five files is missing.
             UserError: a file is empty, not JSON, of another shape, or names an item id outside the
                 item map; or dataset.json was written for another split than the one found.
+
+        Examples:
+            >>> folder = ProcessedFolder.load("finetune_data/MyShop")
+            >>> folder.num_users, folder.num_items
+            (80, 48)
+            >>> row = folder.asins.index("tent-4")
+            >>> folder.items[row]
+            {'title': 'white tent number 4', 'brand': 'Borex', 'category': 'Camping'}
+            >>> examples = folder.eval_examples("test")  # one a user: a history and what came next
+            >>> len(examples), len(examples.histories[0])
+            (80, 6)
         """
         folder = Path(path)
         names = (train_file, dev_file, test_file, item2id_file, meta_file)

@@ -49,6 +49,18 @@ def compare(
 
     Raises:
         UserError: runs that cannot be compared, an unknown metric, or no run named `against`.
+
+    Examples:
+        >>> from recformer.evaluation.runs import RankedRun
+        >>> runs = [RankedRun.load("head=result"), RankedRun.load("runs/popularity")]
+        >>> rows, (pair,) = compare(runs)
+        >>> [row["name"] for row in rows]
+        ['head', 'popularity']
+        >>> first, second = (row["NDCG@10"]["value"] for row in rows)
+        >>> round(pair["difference"] - (first - second), 9)
+        0.0
+        >>> 0 < pair["p"] <= pair["p_holm"] <= 1
+        True
     """
     first = runs[0]
     for run in runs[1:]:

@@ -31,6 +31,17 @@ class Evaluator:
 
     Raises:
         UserError: as in `per_user_metrics`.
+
+    Examples:
+        >>> from recformer.evaluation.ranks import TargetRanks
+        >>> evaluator = Evaluator(ks=(10,))
+        >>> first = TargetRanks(above=[0, 4], tied=[0, 0], num_candidates=[20, 20])
+        >>> evaluator.update(user_ids=[7, 8], targets=[3, 5], ranks=first)
+        >>> second = TargetRanks(above=[12], tied=[0], num_candidates=[20])
+        >>> evaluator.update(user_ids=[9], targets=[1], ranks=second)
+        >>> figures = evaluator.compute()  # of three users at the places 1, 5 and 13
+        >>> round(figures["Recall@10"], 4), round(figures["MRR"], 4)
+        (0.6667, 0.4256)
     """
 
     COLUMNS = ("user_id", "target", "above", "tied", "num_candidates")

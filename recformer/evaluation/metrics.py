@@ -28,6 +28,18 @@ def per_user_metrics(
 
     Raises:
         UserError: `ties` is none of the three, or `ks` are not different positive integers.
+
+    Examples:
+        >>> # One user's target is the best of five items; another's is tied with one item for the
+        >>> # second and third place.
+        >>> ranks = TargetRanks(above=[0, 1], tied=[0, 1], num_candidates=[5, 5])
+        >>> figures = per_user_metrics(ranks, ks=(2,))
+        >>> figures["Recall@2"].tolist()
+        [1.0, 0.5]
+        >>> figures["MRR"].round(4).tolist()  # (1 / 2 + 1 / 3) / 2
+        [1.0, 0.4167]
+        >>> per_user_metrics(ranks, ks=(2,), ties="optimistic")["Recall@2"].tolist()
+        [1.0, 1.0]
     """
     _check_options(ks, ties)
     first, last = ranks.above, ranks.above + ranks.tied  # items before the target, least and most

@@ -77,6 +77,13 @@ def count_ranks(scores: Vectors, targets: ArrayLike, seen: Pairs | None = None) 
 
     Raises:
         UserError: wrong shapes, ids out of range, or a NaN among the scores.
+
+    Examples:
+        >>> ranks = count_ranks([[0.9, 0.5, 0.5, 0.1]], targets=[2])
+        >>> ranks.above.tolist(), ranks.tied.tolist()  # item 0 stands above, item 1 is tied
+        ([1], [1])
+        >>> count_ranks([[0.9, 0.5, 0.5, 0.1]], targets=[2], seen=([0], [0])).above.tolist()
+        [0]
     """
     scores = _checked_scores(scores)
     device, (num_users, num_items) = scores.device, scores.shape

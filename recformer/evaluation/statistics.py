@@ -38,6 +38,14 @@ def bootstrap_interval(
 
     Returns:
         Lower and upper end.
+
+    Examples:
+        >>> import numpy as np
+        >>> bootstrap_interval(np.full(50, 0.25))  # nothing varies
+        (0.25, 0.25)
+        >>> low, high = bootstrap_interval(np.repeat([0.0, 1.0], 50))  # a coin, 100 times
+        >>> 0.39 < low < 0.41 and 0.59 < high < 0.61
+        True
     """
     distinct, counts = np.unique(values, return_counts=True)
     generator = np.random.default_rng(seed)
@@ -92,6 +100,13 @@ def permutation_p(
 
     Args:
         differences: (U,) of each user.
+
+    Examples:
+        >>> import numpy as np
+        >>> permutation_p(np.array([0.5, 0.25, 0.25])) > 0.2  # two of eight signs are as extreme
+        True
+        >>> permutation_p(np.full(40, 0.1), resamples=999)
+        0.001
     """
     sizes, counts = np.unique(np.abs(differences), return_counts=True)
     observed = abs(float(differences.sum()))
@@ -105,7 +120,12 @@ def permutation_p(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for the number of comparisons (Holm 1979), in the order given."""
+    """p-values corrected for the number of comparisons (Holm 1979), in the order given.
+
+    Examples:
+        >>> holm([0.01, 0.2, 0.02])
+        [0.03, 0.2, 0.04]
+    """
     order = np.argsort(p_values, kind="stable")
     corrected = np.empty(len(p_values))
     worst = 0.0

@@ -51,6 +51,12 @@ def top_items_by_vectors(
 
     Raises:
         UserError: as `rank_by_vectors`; `offered` or `norms` of another length than the items.
+
+    Examples:
+        >>> table = [[0.0, 1.0], [3.0, 4.0], [1.0, 0.0]]
+        >>> items, scores = top_items_by_vectors([[2.0, 0.0]], table, k=2)
+        >>> items.tolist(), scores.round(4).tolist()
+        ([[2, 1]], [[1.0, 0.6]])
     """
     scan = Scan(user_vectors, item_vectors, seen, chunk_size, cosine, additions, offered, norms)
     best = BestItems(scan, k)

@@ -1,8 +1,11 @@
 """A finetuned folder as something that recommends: histories in, items out.
 
 >>> recommender = CatalogueRecommender.load("result/best_model")
->>> recommender.recommend([["B001", "B002"]], k=10)[0].items
->>> recommender.add_items({"B900": {"title": "Tent for two", "brand": "Acme"}})
+>>> (best,) = recommender.recommend([["tent-4", "tent-5"]], k=10)
+>>> len(best.items), len(best.scores)
+(10, 10)
+>>> recommender.add_items({"tent-new": {"title": "Tent for two", "brand": "Acme"}})
+1
 
 Both methods of finetuning leave such a folder: `published`, whose model reads a history as one
 sequence, and `head`, which reads items one by one.

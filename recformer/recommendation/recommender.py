@@ -71,6 +71,23 @@ class CatalogueRecommender:
         counts: interactions in training by name, for histories of which nothing is known.
         cache_dir: where vectors of the other items are kept; None keeps none.
         saved: what the catalogue was changed to; `texts` are then the item table's.
+
+    Examples:
+        >>> recommender = CatalogueRecommender.load("result/best_model")
+        >>> len(recommender), recommender.texts["tent-4"]["title"]
+        (48, 'white tent number 4')
+        >>> histories = [["tent-4", "tent-5"], ["tent-4", {"title": "a lamp that nobody sells"}]]
+        >>> for best in recommender.recommend(histories, k=3, filter_seen=True):
+        ...     print(len(best.items), best.num_unknown, "tent-4" in best.items)
+        3 0 False
+        3 0 False
+        >>> recommender.add_items({"tent-new": {"title": "white tent number 4"}})
+        1
+        >>> (best,) = recommender.recommend([["lamp-1"]], k=1, allowed=["tent-new", "pan-0"])
+        >>> best.items[0] in {"tent-new", "pan-0"}
+        True
+        >>> recommender.recommend([[]], k=1)[0].fallback  # nothing is known of this user
+        'popular'
     """
 
     def __init__(

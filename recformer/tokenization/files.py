@@ -185,6 +185,13 @@ def train_tokenizer(
 
     Raises:
         ValueError: no text, or a vocabulary too small for the bytes.
+
+    Examples:
+        >>> tokenizer = train_tokenizer(["red tent", "green tent", "red lamp"], vocab_size=300)
+        >>> tokenizer.decode(tokenizer("blue lamp 7")["input_ids"])  # any text can be encoded
+        'blue lamp 7'
+        >>> tokenizer.convert_tokens_to_ids(["<s>", "<mask>"])
+        [0, 4]
     """
     smallest = len(BYTE_LEVEL_TOKENS) + 256
     if vocab_size < smallest:

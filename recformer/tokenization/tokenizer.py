@@ -64,6 +64,20 @@ class RecformerTokenizer:
 
     Raises:
         ValueError: the tokenizer is not a fast one or lacks a special token.
+
+    Examples:
+        >>> tokenizer = RecformerTokenizer.from_pretrained("result/best_model")
+        >>> ids, types = tokenizer.encode_item({"title": "red tent", "brand": "Acme"})
+        >>> tokenizer.convert_ids_to_tokens(ids)
+        ['title', 'red', 'tent', 'brand', 'acme']
+        >>> types  # 1: an attribute's name, 2: its value
+        [1, 2, 2, 1, 2]
+        >>> history = [{"title": "tent"}, {"title": "lamp"}]  # oldest first
+        >>> encoding = tokenizer.encode(history)
+        >>> tokenizer.convert_ids_to_tokens(encoding["input_ids"])  # newest first, behind <s>
+        ['[CLS]', 'title', 'lamp', 'title', 'tent']
+        >>> encoding["item_position_ids"]
+        [0, 1, 1, 2, 2]
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: RecformerConfig) -> None:
