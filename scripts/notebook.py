@@ -41,7 +41,7 @@ def run(notebook: dict[str, Any]) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     """Run one notebook; with `--write` its file gets the outputs."""
-    path = Path(words[0])
+    path = Path(words[0]).resolve()  # cells may go to another folder
     made = run(json.loads(path.read_text(encoding="utf-8")))
     text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
     if words[1:] == ["--write"]:
