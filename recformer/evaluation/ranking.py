@@ -88,11 +88,12 @@ def rank_by_vectors(
         UserError: wrong shapes, ids out of range, a vector that is not finite, `chunk_size` < 1.
 
     Examples:
-        >>> items = [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 2.0]]
-        >>> ranks = rank_by_vectors([[1.0, 0.1]], items, targets=[2])
+        >>> items = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 2.0]])
+        >>> user = torch.tensor([[1.0, 0.1]])
+        >>> ranks = rank_by_vectors(user, items, targets=[2])
         >>> ranks.above.tolist(), ranks.tied.tolist()  # by cosine item 3 is as near as item 2
         ([2], [1])
-        >>> rank_by_vectors([[1.0, 0.1]], items, targets=[2], cosine=False).above.tolist()
+        >>> rank_by_vectors(user, items, targets=[2], cosine=False).above.tolist()
         [3]
     """
     scan = Scan(user_vectors, item_vectors, seen, chunk_size, cosine, additions)

@@ -53,8 +53,8 @@ def top_items_by_vectors(
         UserError: as `rank_by_vectors`; `offered` or `norms` of another length than the items.
 
     Examples:
-        >>> table = [[0.0, 1.0], [3.0, 4.0], [1.0, 0.0]]
-        >>> items, scores = top_items_by_vectors([[2.0, 0.0]], table, k=2)
+        >>> table = torch.tensor([[0.0, 1.0], [3.0, 4.0], [1.0, 0.0]])
+        >>> items, scores = top_items_by_vectors(torch.tensor([[2.0, 0.0]]), table, k=2)
         >>> items.tolist(), scores.round(4).tolist()
         ([[2, 1]], [[1.0, 0.6]])
     """

@@ -188,7 +188,8 @@ def train_tokenizer(
 
     Examples:
         >>> tokenizer = train_tokenizer(["red tent", "green tent", "red lamp"], vocab_size=300)
-        >>> tokenizer.decode(tokenizer("blue lamp 7")["input_ids"])  # any text can be encoded
+        >>> ids = tokenizer("blue lamp 7")["input_ids"]  # any text can be encoded
+        >>> tokenizer.decode(ids, skip_special_tokens=True)
         'blue lamp 7'
         >>> tokenizer.convert_tokens_to_ids(["<s>", "<mask>"])
         [0, 4]

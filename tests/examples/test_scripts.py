@@ -119,9 +119,12 @@ def test_notebook(
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     made = run(notebook)
-    cells = [cell for cell in made["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
-    after = ["".join(output["text"]) for cell in cells for output in cell["outputs"]]
-    assert len(after) == 6
+    before, after = (
+        ["".join(o["text"]) for c in n["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+        for n in (notebook, made)
+    )
+    assert len(before) == len(after) == 6
+    assert before[1] == after[1]  # of what was processed; the model that was stored is MiniLM
     assert "500 users," in after[1]
     assert "head - popularity: " in after[3]
     assert "most like the new product: " in after[5]
