@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -122,22 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run() -> None:
     """Run the installed command `recformer`."""
-    if sys.argv[1:2] == ["serve"]:
-        wait_briefly()
     exit_with_message(main)
-
-
-def wait_briefly() -> None:
-    """Start this program again with OpenMP threads that do not wait for each other by spinning.
-
-    A server shares its cores with those who ask it: threads that spin then hold the cores that the
-    others wait for. OpenMP reads its settings when it is loaded, which is before any line of ours.
-    Nothing happens where one of them is set.
-    """
-    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() or not sys.executable:
-        return
-    os.environ["GOMP_SPINCOUNT"] = "1000"  # a few microseconds
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

@@ -142,8 +142,9 @@ class Served:
         self.version = 0
         self.thread: ModelThread[Filters, Question, Recommended]
         self.thread = ModelThread(self._answers, most, name)
-        # A batch is cut into a part a core: parts never wait for each other, where threads within
-        # an operation wait after each one, for a core that another request may hold.
+        # A batch is cut into a part a core, each computed by one thread: parts never wait for each
+        # other, where the threads of an operation wait after every one of hundreds, for a core
+        # that another request may hold. One request alone is not slower by it, see the guide.
         self.cores = torch.get_num_threads()
         self._parts = ThreadPoolExecutor(self.cores, name, torch.set_num_threads, (1,))
         list(self._parts.map(time.sleep, [0.01] * self.cores))  # all of them begin
@@ -295,11 +296,8 @@ class Served:
         start = time.perf_counter()
         parts = np.array_split(np.arange(len(questions)), min(self.cores, len(questions)))
         cut = [[questions[place] for place in part] for part in parts]
-        if len(cut) == 1:  # alone: all cores for it
-            answers = self._answers_of_part(filters, questions)
-        else:
-            found = self._parts.map(lambda part: self._answers_of_part(filters, part), cut)
-            answers = [answer for part in found for answer in part]
+        found = self._parts.map(lambda part: self._answers_of_part(filters, part), cut)
+        answers = [answer for part in found for answer in part]
         self.metrics.batches.labels(self.name).observe(len(questions))
         self.metrics.computing.labels(self.name).observe(time.perf_counter() - start)
         return answers
