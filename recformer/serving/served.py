@@ -144,7 +144,7 @@ class Served:
         self.thread = ModelThread(self._answers, most, name)
         # A batch is cut into a part a core, each computed by one thread: parts never wait for each
         # other, where the threads of an operation wait after every one of hundreds, for a core
-        # that another request may hold. One request alone is not slower by it, see the guide.
+        # that another request may hold (docs/guides/serving.md).
         self.cores = torch.get_num_threads()
         self._parts = ThreadPoolExecutor(self.cores, name, torch.set_num_threads, (1,))
         list(self._parts.map(time.sleep, [0.01] * self.cores))  # all of them begin
