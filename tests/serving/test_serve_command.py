@@ -58,8 +58,8 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, work: Path, *flags: str, set_spins: bool = True) -> Iterator[Running]:
-    service = Running(folder, work, *flags, set_spins=set_spins)
+def running(folder: Path, work: Path, *flags: str) -> Iterator[Running]:
+    service = Running(folder, work, *flags)
     try:
         yield service.ready()
     finally:
