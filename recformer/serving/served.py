@@ -35,8 +35,8 @@ FEW_LEFT_OUT = 256
 USERS_REMEMBERED = 10_000
 # Newest entries of a history that are left out, one at a time, to say what carries a score.
 REASONS_TRIED = 20
-# Items encoded at a time, between which requests are answered.
-AT_ONCE = 16
+# Items taken over at a time: between requests, or while nobody asks.
+FEW_ROWS, MANY_ROWS = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Served:
         self._parts = ThreadPoolExecutor(self.cores, name, torch.set_num_threads, (1,))
         list(self._parts.map(time.sleep, [0.01] * self.cores))  # all of them begin
         torch.set_num_threads(self.cores)  # of threads that begin later
-        self.thread.run(lambda: torch.set_num_threads(self.cores))
+        self.thread.run(lambda: torch.set_num_threads(1))
         metrics.catalogue.labels(name).set(len(self.recommender))
 
     def close(self) -> None:
@@ -163,11 +163,21 @@ class Served:
 
     # --- changes ------------------------------------------------------------------------------
 
-    def apply(self, rows: Sequence[ItemRow], at_once: int = AT_ONCE) -> None:
-        """Take changed items over; of an item without text those of the folder hold."""
+    def apply(self, rows: Sequence[ItemRow], asked: bool = True) -> None:
+        """Take changed items over; of an item without text those of the folder hold.
+
+        Args:
+            rows: of the items.
+            asked: requests may come meanwhile and are answered between a few items; else all
+                cores encode many at a time.
+        """
+        at_once = FEW_ROWS if asked else MANY_ROWS
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]
-            self.thread.run(lambda part=part: self._apply(part))  # type: ignore[misc]
+            if asked:
+                self.thread.run(lambda part=part: self._apply(part))  # type: ignore[misc]
+            else:
+                self._apply(part)
             if self.kept is not None:
                 self.kept.flush()
 

@@ -27,9 +27,6 @@ logger = logging.getLogger("recformer.serving")
 # Feedback may come from a clock that is ahead (microseconds).
 CLOCK_ERROR = 5_000_000
 
-# Changed items that a model takes over at a time while nobody asks it.
-ROWS_AT_ONCE = 1024
-
 ModelName = Literal["main", "beside"]
 MAIN: ModelName = "main"
 BESIDE: ModelName = "beside"
@@ -92,7 +89,7 @@ class Service:
         self._served: dict[str, Served] = {}
         for name in folders:
             served = self._load(name)
-            served.apply(store.items(), ROWS_AT_ONCE)
+            served.apply(store.items(), asked=False)
             self._served[name] = served
         self._forget_vectors()
 
@@ -145,7 +142,7 @@ class Service:
                 rows, self._changes = self.store.items(), []
             try:
                 served = self._load(name)
-                served.apply(rows, ROWS_AT_ONCE)
+                served.apply(rows, asked=False)
                 with self._changing:
                     served.apply(self._changes)
                     served.version = self._served[name].version + 1
