@@ -25,9 +25,9 @@ Part = Literal["data", "evaluation"]
 FLAGS: dict[Part, tuple[str, ...]] = {
     "data": (
         "split", "test_quantile", "val_quantile", "cold_items", "val_users", "val_seed",
-        "min_interactions", "min_rating", "deduplicate", "drop_consecutive_repeats", "k_core",
-        "max_users", "user_sample_rate", "seed", "window", "targets", "min_window_sequences",
-        "session_gap", "previous_sessions", "events",
+        "val_draw", "min_interactions", "min_rating", "deduplicate", "drop_consecutive_repeats",
+        "k_core", "max_users", "user_sample_rate", "seed", "window", "targets",
+        "min_window_sequences", "session_gap", "previous_sessions", "events",
     ),
     "evaluation": (
         "metric_ks", "ties", "filter_seen", "eval_users", "test_users", "sampled_negatives",

@@ -271,7 +271,7 @@ def filters(args: argparse.Namespace) -> Filters:
 
 
 def add_split_flags(parser: argparse.ArgumentParser) -> None:
-    """--split, --test_quantile, …, --val_seed, --window, --targets, --min_window_sequences."""
+    """--split, --test_quantile, …, --val_seed, --val_draw, --window, --targets, --min_window_sequences."""
     parser.add_argument(
         "--split",
         choices=["leave_one_out", "temporal", "windows"],
@@ -310,6 +310,12 @@ def add_split_flags(parser: argparse.ArgumentParser) -> None:
         "--val_seed", type=int, metavar="SEED", help="of the draw of --val_users (default: 42)"
     )
     parser.add_argument(
+        "--val_draw",
+        choices=["names", "places"],
+        help="of --val_users: by their names, or numpy.random.RandomState(SEED).choice(users, N) of "
+        "their places, as gSASRec's code draws them (default: names)",
+    )
+    parser.add_argument(
         "--window",
         type=_duration,
         metavar="TIME",
@@ -332,7 +338,7 @@ def add_split_flags(parser: argparse.ArgumentParser) -> None:
 def split_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> SplitOptions:
     """Values of the flags of `add_split_flags`; a flag of the other split is a usage error."""
     of_split = {
-        "leave_one_out": ("val_users", "val_seed", "cold_items"),
+        "leave_one_out": ("val_users", "val_seed", "val_draw", "cold_items"),
         "temporal": ("test_quantile", "val_quantile", "cold_items"),
         "windows": ("window", "targets", "min_window_sequences"),
     }
@@ -343,8 +349,9 @@ def split_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         wrong.append("--k_core, which counts what comes later,")
     if wrong:
         parser.error(f"{', '.join(wrong)} means nothing with --split {args.split}")
-    if args.val_seed is not None and args.val_users is None:
-        parser.error("--val_seed means nothing without --val_users")
+    for name in ("val_seed", "val_draw"):
+        if getattr(args, name) is not None and args.val_users is None:
+            parser.error(f"--{name} means nothing without --val_users")
     if args.split == "windows" and args.window is None:
         parser.error("--split windows needs the length of a window, such as --window 1d")
     given = {name: getattr(args, name) for name in every if getattr(args, name) is not None}

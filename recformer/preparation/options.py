@@ -91,7 +91,7 @@ class SplitOptions:
         split: name of the split.
         test_quantile, val_quantile: of the temporal split.
         cold_items: share of the items to hold out; None: none.
-        val_users, val_seed: of leave-one-out; None: all validate.
+        val_users, val_seed, val_draw: of leave-one-out; None: all validate.
         window, targets, min_window_sequences: of windows.
     """
 
@@ -101,6 +101,7 @@ class SplitOptions:
     cold_items: float | None = None
     val_users: int | None = None
     val_seed: int = 42
+    val_draw: str = "names"
     window: int | None = None
     targets: str = "every"
     min_window_sequences: int = 10
@@ -121,7 +122,12 @@ class SplitOptions:
                 histories, test_quantile=self.test_quantile, val_quantile=self.val_quantile
             )
         else:
-            split = split_leave_one_out(histories, val_users=self.val_users, val_seed=self.val_seed)
+            split = split_leave_one_out(
+                histories,
+                val_users=self.val_users,
+                val_seed=self.val_seed,
+                val_draw=self.val_draw,
+            )
         if self.cold_items is not None:
             split = hold_out_items(histories, split, share=self.cold_items, seed=seed)
         return split

@@ -165,7 +165,11 @@ class Split:
 
 
 def split_leave_one_out(
-    histories: Histories, *, val_users: int | None = None, val_seed: int = 42
+    histories: Histories,
+    *,
+    val_users: int | None = None,
+    val_seed: int = 42,
+    val_draw: str = "names",
 ) -> Split:
     """The last item of a history to test, the one before to validation, the rest to train.
 
@@ -176,15 +180,23 @@ def split_leave_one_out(
         val_users: only a seeded draw of this many users validates; the item before the last of the
             others stays in train (gSASRec, RecSys 2023, section 5.1). None: every user validates.
         val_seed: of the draw.
+        val_draw: "names", exactly so many, by their names alone; or "places", the published
+            `numpy.random.RandomState(val_seed).choice(U, val_users)` of places in the order of the
+            users, which draws some of them twice: they count once.
     """
     lengths = histories.sequences.lengths
     long_enough = lengths >= 3
     validates = long_enough.copy()
     about: dict[str, Any] = {"name": "leave_one_out"}
     if val_users is not None:
-        names = chosen_names(histories.user_names, long_enough)
-        validates[long_enough] = draw_names(names, val_users, val_seed)
         about |= {"val_users": val_users, "val_seed": val_seed}
+        if val_draw == "places":
+            places = np.random.RandomState(val_seed).choice(len(lengths), val_users)
+            validates &= np.isin(np.arange(len(lengths)), places)
+            about["val_draw"] = val_draw
+        else:
+            names = chosen_names(histories.user_names, long_enough)
+            validates[long_enough] = draw_names(names, val_users, val_seed)
     parts = histories.array(int(lengths.sum()), "int8")
     for piece in histories.pieces():
         own_lengths, from_end = piece.sequences.lengths, _from_end(piece.sequences)

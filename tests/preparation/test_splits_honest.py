@@ -73,6 +73,17 @@ def test_only_sampled_users_validate() -> None:
     assert len({parts.tobytes() for parts in other}) > 1
 
 
+def test_published_draw_of_validating_users() -> None:
+    data = histories(*(ordered(0, 1, 2, 3) for _ in range(9)), ordered(0, 1))
+    split = split_leave_one_out(data, val_users=4, val_seed=42, val_draw="places")
+    # numpy.random.RandomState(42).choice(10, 4) gives 6, 3, 7, 4.
+    assert [user for user, row in enumerate(lists(split, data)[1]) if row] == [3, 4, 6, 7]
+    assert split.about["val_draw"] == "places"
+    # … .choice(10, 6): 6, 3, 7, 4, 6, 9: one user twice, one without an item to validate on.
+    split = split_leave_one_out(data, val_users=6, val_seed=42, val_draw="places")
+    assert [user for user, row in enumerate(lists(split, data)[1]) if row] == [3, 4, 6, 7]
+
+
 def test_temporal_by_hand() -> None:
     # Times 1 … 10: the test cut at place 8 of 10 is time 9; of 1 … 8 the place 4 is time 5.
     data = histories(
@@ -287,6 +298,7 @@ def test_repeats_that_k_core_brings_together_go_too() -> None:
         ("--split temporal --val_users 3", "--val_users means nothing with --split temporal"),
         ("--test_quantile 0.8", "--test_quantile means nothing with --split leave_one_out"),
         ("--val_seed 3", "--val_seed means nothing without --val_users"),
+        ("--val_draw places", "--val_draw means nothing without --val_users"),
         ("--cold_items 1.5", "expected a share above 0 and below 1"),
     ],
 )
