@@ -26,6 +26,7 @@ BENCHMARKS = {
     "encoder": "benchmarks.encoder:forward_rows",
     "training": "benchmarks.encoder:training_rows",
     "lengths": "benchmarks.encoder:length_rows",
+    "sentences": "benchmarks.sentences:rows",
     "tricks": "benchmarks.tricks:rows",
     "items": "benchmarks.item_encoding:rows",
     "ranking": "benchmarks.ranking:rows",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from benchmarks.encoder import LENGTHS, build_ours, pack, step_of
 from benchmarks.measure import REPEATS, Work, in_turns, row, run_alone
 from recformer.cli import keep_freed_memory
-from recformer.models import attention, band, dropout, encoder
+from recformer.models import attention, band, dropout, encoder, kernel
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention
 from recformer.models.encoder import RecformerLayer
 
@@ -26,7 +27,9 @@ Off = Callable[[], AbstractContextManager]
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
     size = "tiny" if quick else "base"
-    yield from _forward_rows(size)
+    yield from _kernel_rows(size)
+    with _without_kernel():
+        yield from _forward_rows(size)
     yield from _training_rows("tiny" if quick else "MiniLM")
     yield _memory_row(size)
 
@@ -40,6 +43,22 @@ def _row(what: str, call: Call, without: Call, off: Off = nullcontext) -> dict[s
 
     ours, peer = in_turns(REPEATS, call, switched_off)
     return row(what, ours, "without", peer)
+
+
+def _without_kernel() -> AbstractContextManager:
+    """The encoder in torch, which the other tricks are in."""
+    return patch.object(kernel, "switched_on", lambda: False)
+
+
+def _kernel_rows(size: str) -> Iterator[dict[str, Any]]:
+    """The C++ kernel, if there is one here, beside the encoder in torch."""
+    if kernel.library() is None:
+        return
+    model = build_ours(size).eval()
+    items = pack(LENGTHS["items"], model.config.vocab_size)
+    for dtype in ("float32", "bfloat16"):
+        call = torch.no_grad()(partial(model.to(getattr(torch, dtype)).encode, items))
+        yield _row(f"{size}, items, {dtype}: C++ kernel", call, call, _without_kernel)
 
 
 def _forward_rows(size: str) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ from transformers.utils import logging as bars
 
 from recformer.config import RecformerConfig
 from recformer.files import UserError, naming, refuse_pointer
+from recformer.models import kernel
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention, build_layout
 from recformer.models.dropout import add_dropout, dropout
 from recformer.packing import PackedTokens
@@ -331,6 +332,10 @@ class RecformerModel(RecformerPreTrainedModel):
         device, dtype = table.device.type, table.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        if device == "cpu" and _only_infers(self):
+            hidden = kernel.encode(self, packed, dtype, first_only)
+            if hidden is not None:
+                return hidden, build_layout(packed, (), dtype, longest)
         if device == "cpu" and dtype.itemsize == 2:
             packed = packed.with_filler(CPU_TOKEN_MULTIPLE, longest)
         # Else the residuals would stay in float32 under autocast, cast around every product.

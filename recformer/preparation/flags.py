@@ -271,7 +271,7 @@ def filters(args: argparse.Namespace) -> Filters:
 
 
 def add_split_flags(parser: argparse.ArgumentParser) -> None:
-    """--split, --test_quantile, …, --val_seed, --val_draw, --window, --targets, --min_window_sequences."""
+    """--split, --test_quantile, …, --val_draw, --window, --targets, --min_window_sequences."""
     parser.add_argument(
         "--split",
         choices=["leave_one_out", "temporal", "windows"],
@@ -312,8 +312,8 @@ def add_split_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--val_draw",
         choices=["names", "places"],
-        help="of --val_users: by their names, or numpy.random.RandomState(SEED).choice(users, N) of "
-        "their places, as gSASRec's code draws them (default: names)",
+        help="of --val_users: by names, or numpy.random.RandomState(SEED).choice(users, N) of "
+        "places, as gSASRec's code does (default: names)",
     )
     parser.add_argument(
         "--window",

@@ -1,0 +1,261 @@
+"""Items and short histories beside sentence-transformers: from texts to vectors, same sizes.
+
+    python -m benchmarks sentences
+    python -m benchmarks.sentences --size MiniLM --dtype bfloat16
+
+Both sides get the same made-up items (title, brand and category, 45 tokens on average), single
+("items") or ten to a text ("histories"), tokenise and encode them with the weights of one BERT of
+random numbers, and give the mean of the tokens' states; ours also the vector of `<s>`, by which a
+pretrained Recformer is read. Ours reads a history with window 64, the peer with attention among all
+tokens. The peer sorts by length and pads batches of 32, as it does by default.
+
+Both run in glibc as it is, and once more in one that keeps freed memory, as our programs do. The
+second training row sets a step beside one of transformers' `BertModel` on the same items, padded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from benchmarks.encoder import (
+    DTYPES,
+    LENGTHS,
+    SIZES,
+    build_ours,
+    operations,
+    pack,
+    products,
+    step_of,
+)
+from benchmarks.measure import REPEATS, Work, header, in_turns, line, pin_threads, row, run_alone
+from recformer.cli import exit_with_message, keep_freed_memory
+from recformer.data.collators import pack_sequences
+from recformer.data.items import ItemsInMemory
+from recformer.models import RecformerForSeqRec
+from recformer.training.item_encoder import encode_items, token_budget_batches
+from recformer.training.start import load_start_model
+
+PEER = "sentence-transformers"
+ITEMS_A_HISTORY = 10
+TOKENS = 8192  # of a batch of ours
+#: Items of the items' rows, and histories of the histories' rows, by size.
+AMOUNTS = {"MiniLM": (512, 48), "base": (128, 12), "tiny": (8, 2)}
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ATTRIBUTES = ("title", "brand", "category")
+
+Item = dict[str, str]
+
+
+def write_model(folder: Path, size: str) -> None:
+    """A BERT of random weights and a tokenizer of as many words."""
+    values = SIZES[size]
+    words = [f"w{n}" for n in range(values["vocab_size"] - len(SPECIAL) - len(ATTRIBUTES))]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join([*SPECIAL, *ATTRIBUTES, *words]), encoding="utf-8")
+    BertTokenizerFast(vocab=str(vocab), vocab_file=str(vocab)).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(**values), add_pooling_layer=False).save_pretrained(folder)
+
+
+def made_up_items(number: int, num_words: int) -> list[Item]:
+    """Items whose sentences have 18 to 64 tokens, most of them about 45."""
+    generator = np.random.default_rng(0)
+    items = []
+    for total in generator.normal(41, 9, number).round().clip(14, 60).astype(int):
+        words = [f"w{n}" for n in generator.integers(num_words, size=total)]
+        title = min(30, total - 4)
+        parts = (words[:title], words[title : title + 2], words[title + 2 :])
+        items.append({name: " ".join(part) for name, part in zip(ATTRIBUTES, parts)})
+    return items
+
+
+def text_of(items: list[Item]) -> str:
+    """The words that our sentence of the items has."""
+    return " ".join(f"{name} {value}" for item in items for name, value in item.items())
+
+
+class Ours:
+    """Recformer with the weights of the BERT."""
+
+    def __init__(self, folder: Path, dtype: str, pooler: str) -> None:
+        self.model, self.tokenizer, _ = load_start_model(
+            RecformerForSeqRec, str(folder), str(folder), None, False, {"pooler_type": pooler}
+        )
+        self.model.eval().to(getattr(torch, dtype))
+
+    def lengths(self, sequences: list[list[Item]]) -> list[int]:
+        store = ItemsInMemory.of([item for each in sequences for item in each], self.tokenizer)
+        borders = np.cumsum([0, *map(len, sequences)])
+        return [1 + int(store.lengths[a:b].sum()) for a, b in pairwise(borders)]
+
+    @torch.no_grad()
+    def encode(self, sequences: list[list[Item]]) -> Tensor:
+        store = ItemsInMemory.of([item for each in sequences for item in each], self.tokenizer)
+        if len(store) == len(sequences):
+            return encode_items(self.model, store, nullcontext(), progress=False)
+        borders = np.cumsum([0, *map(len, sequences)])
+        rows = [np.arange(a, b) for a, b in pairwise(borders)]
+        lengths = np.array([1 + int(store.lengths[row].sum()) for row in rows])
+        found = torch.empty(len(rows), self.model.config.hidden_size)
+        for batch in token_budget_batches(lengths, TOKENS):
+            tokens = pack_sequences(store, [rows[row] for row in batch], self.model.config)
+            found[torch.from_numpy(batch)] = self.model.longformer.encode(tokens).float()
+        return found
+
+
+def peer_encoder(folder: Path, dtype: str) -> Callable[[list[list[Item]]], Any]:
+    from sentence_transformers import SentenceTransformer
+
+    peer = SentenceTransformer(str(folder), device="cpu").to(getattr(torch, dtype))
+    peer.max_seq_length = 512
+
+    def encode(sequences: list[list[Item]]) -> Any:
+        texts = [text_of(each) for each in sequences]
+        return peer.encode(texts, show_progress_bar=False, convert_to_tensor=True)
+
+    return encode
+
+
+def sequences_of(size: str, what: str) -> list[list[Item]]:
+    items, histories = AMOUNTS[size]
+    words = SIZES[size]["vocab_size"] - len(SPECIAL) - len(ATTRIBUTES)
+    if what == "items":
+        return [[item] for item in made_up_items(items, words)]
+    made = made_up_items(histories * ITEMS_A_HISTORY, words)
+    return [made[n : n + ITEMS_A_HISTORY] for n in range(0, len(made), ITEMS_A_HISTORY)]
+
+
+def encoding_case(folder: str, side: str, size: str, dtype: str, what: str) -> Work:
+    """A call of one side: avg, cls or peer."""
+    sequences = sequences_of(size, what)
+    if side == "peer":
+        encode = peer_encoder(Path(folder), dtype)
+        return Work(lambda: encode(sequences))
+    ours = Ours(Path(folder), dtype, side)
+    return Work(lambda: ours.encode(sequences))
+
+
+def rows(quick: bool) -> Iterator[dict[str, Any]]:
+    """Both sizes, both dtypes, items and histories, as imported and with freed memory kept."""
+    for size in ("tiny",) if quick else ("MiniLM", "base"):
+        for dtype in DTYPES:
+            yield from rows_of(size, dtype)
+
+
+def rows_of(size: str, dtype: str) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "bert")
+        write_model(folder, size)
+        memory = {
+            (side, what): run_alone(encoding_case, str(folder), side, size, dtype, what)
+            for side in ("avg", "peer")
+            for what in ("items", "histories")
+        }
+        sides = {pooler: Ours(folder, dtype, pooler) for pooler in ("avg", "cls")}
+        peer = peer_encoder(folder, dtype)
+        for setting in ("glibc as it is", "freed memory kept"):
+            if setting == "freed memory kept":
+                keep_freed_memory()
+            for what in ("items", "histories"):
+                yield from _compare(size, dtype, what, setting, sides, peer, memory)
+    yield _training(size, dtype)
+
+
+def _compare(
+    size: str,
+    dtype: str,
+    what: str,
+    setting: str,
+    sides: dict[str, Ours],
+    peer: Callable[[list[list[Item]]], Any],
+    memory: dict[tuple[str, str], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    sequences = sequences_of(size, what)
+    config = sides["avg"].model.config
+    lengths = sides["avg"].lengths(sequences)
+    product, product_operations = products(config, min(sum(lengths), TOKENS), getattr(torch, dtype))
+    *seconds, peer_seconds, product_seconds = in_turns(
+        REPEATS,
+        *(lambda ours=ours: ours.encode(sequences) for ours in sides.values()),
+        lambda: peer(sequences),
+        product,
+    )
+    for pooler, ours_seconds in zip(sides, seconds):
+        needed = operations(config, lengths, pooled=pooler == "cls")
+        share = needed / ours_seconds / (product_operations / product_seconds)
+        of_ours, of_peer = (memory[side, what]["peak_memory_mb"] for side in ("avg", "peer"))
+        yield row(
+            f"{size}, {what}, {'mean' if pooler == 'avg' else '<s>'}, {dtype}",
+            ours_seconds,
+            PEER,
+            peer_seconds,
+            amount=len(sequences),
+            unit=what,
+            share_of_ceiling=share,
+            peak_memory_mb=of_ours if pooler == "avg" else None,
+            peer_peak_memory_mb=of_peer if pooler == "avg" else None,
+            note=f"{sum(lengths):,} tokens; {setting}" if pooler == "avg" else "",
+        )
+
+
+def _training(size: str, dtype: str) -> dict[str, Any]:
+    """A training step on 64 items beside one of BERT, which gets them padded."""
+    gc.collect()
+    lengths = LENGTHS["items"]
+    ours = build_ours(size)
+    bert = BertModel(BertConfig(**SIZES[size]), add_pooling_layer=False)
+    packed = pack(lengths, ours.config.vocab_size)
+    ids = packed.to_padded(packed.input_ids)
+    mask = packed.to_padded(torch.ones_like(packed.input_ids))
+    bert.train()
+    adam = torch.optim.AdamW(bert.parameters(), lr=1e-6, fused=True)
+
+    def step() -> None:
+        bert.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            pooled = bert(ids, mask).last_hidden_state[:, 0]
+        pooled.float()[:, 0].sum().backward()
+        adam.step()
+
+    seconds, peer_seconds = in_turns(REPEATS, step_of(ours, packed, dtype), step)
+    return row(
+        f"{size}, items, training step, {dtype}",
+        seconds,
+        "transformers BertModel",
+        peer_seconds,
+        amount=packed.num_tokens,
+        unit="tokens",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=list(AMOUNTS), nargs="+", default=["MiniLM", "base"])
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES)
+    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    args = parser.parse_args(argv)
+    pin_threads(args.threads)
+    print(header())
+    for size in args.size:
+        for dtype in args.dtype:
+            for values in rows_of(size, dtype):
+                print(line(values), flush=True)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

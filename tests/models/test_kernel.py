@@ -1,0 +1,245 @@
+"""The encoder's C++ kernel gives what torch gives, and torch computes where it cannot."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recformer.config import RecformerConfig
+from recformer.models import RecformerModel, kernel
+from recformer.packing import PackedTokens
+
+LENGTHS = [1, 2, 17, 40, 12, 100, 33]
+SIZES = {
+    "vocab_size": 90,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 130,
+    "max_item_embeddings": 5,
+    "attention_window": 16,
+}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Any:
+    built = kernel.library()
+    if built is None:
+        pytest.skip("no AVX-512, or no C++ compiler")
+    return built
+
+
+def make(**values: Any) -> RecformerModel:
+    """Every parameter away from its initial value."""
+    model = RecformerModel(RecformerConfig(**(SIZES | values))).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return model
+
+
+def batch(lengths: list[int], seed: int = 1) -> PackedTokens:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(top: int) -> Tensor:
+        return torch.randint(top, (sum(lengths),), generator=generator)
+
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    return PackedTokens(ids(90), ids(3), ids(5), starts)
+
+
+@torch.no_grad()
+def by_kernel(model: RecformerModel, packed: PackedTokens, first_only: bool = False) -> Tensor:
+    dtype = model.embeddings.word_embeddings.weight.dtype
+    found = kernel.encode(model, packed, dtype, first_only)
+    assert found is not None
+    return found
+
+
+@torch.no_grad()
+def exact(model: RecformerModel, packed: PackedTokens) -> Tensor:
+    """By torch, in float64."""
+    dtype = next(model.parameters()).dtype
+    hidden = model.double().encode_tokens(packed)[0]
+    model.to(dtype)
+    return hidden
+
+
+@pytest.mark.parametrize("values", [{}, {"attention_window": 64}, {"num_attention_heads": 1}])
+def test_states_are_those_of_torch(values: dict[str, Any]) -> None:
+    model, packed = make(**values), batch(LENGTHS)
+    expected = exact(model, packed)
+    states = by_kernel(model, packed)
+    torch.testing.assert_close(states.double(), expected, atol=2e-5, rtol=0)
+    firsts = by_kernel(model, packed, first_only=True)
+    assert torch.equal(firsts, states[packed.cu_seqlens[:-1]])
+
+
+@pytest.mark.parametrize("amx", [1, 0])
+def test_bfloat16_is_as_near_as_that_of_torch(
+    amx: int, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "avx512_bf16" not in kernel.cpu_flags():
+        pytest.skip("no AVX512_BF16")
+    model, packed = make(), batch(LENGTHS)
+    model.bfloat16().float()  # weights without rounding in bfloat16
+    expected = exact(model, packed)
+    library.recformer_use_amx(amx)
+    states = by_kernel(model.bfloat16(), packed)
+    library.recformer_use_amx(1)
+    monkeypatch.setattr(kernel, "switched_on", lambda: False)
+    with torch.no_grad():
+        in_torch = model.encode_tokens(packed)[0]
+    error, torch_error = ((each - expected).norm() for each in (states, in_torch))
+    assert error < 1.1 * torch_error
+    assert error < 0.02 * expected.norm()
+
+
+def test_autocast_is_bfloat16() -> None:
+    if "avx512_bf16" not in kernel.cpu_flags():
+        pytest.skip("no AVX512_BF16")
+    model, packed = make(), batch(LENGTHS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model.encode_tokens(packed)[0]
+    with torch.no_grad():
+        assert torch.equal(found, kernel.encode(model, packed, torch.bfloat16, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_changes_nothing(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and "avx512_bf16" not in kernel.cpu_flags():
+        pytest.skip("no AVX512_BF16")
+    model, packed = make().to(dtype), batch(LENGTHS * 4)
+    together = by_kernel(model, packed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(by_kernel(model, packed), together)
+    finally:
+        torch.set_num_threads(threads)
+    for start, end in list(zip(packed.cu_seqlens, packed.cu_seqlens[1:]))[:7]:
+        part = slice(int(start), int(end))
+        alone = PackedTokens(
+            packed.input_ids[part],
+            packed.token_type_ids[part],
+            packed.item_position_ids[part],
+            torch.tensor([0, int(end - start)]),
+        )
+        assert torch.equal(by_kernel(model, alone), together[part])
+
+
+def test_positions_are_those_given() -> None:
+    model, packed = make(), batch([5, 9])
+    own = packed.offsets_in_sequence + model.embeddings.first_position
+    given = PackedTokens(
+        packed.input_ids, packed.token_type_ids, packed.item_position_ids, packed.cu_seqlens, own
+    )
+    assert torch.equal(by_kernel(model, given), by_kernel(model, packed))
+    given.position_ids[3] += 7
+    assert not torch.equal(by_kernel(model, given), by_kernel(model, packed))
+
+
+def _add(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight += 0.5
+
+
+def _write_data(weight: nn.Parameter) -> None:
+    weight.data.mul_(2)
+
+
+def _other_memory(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 2
+
+
+@pytest.mark.parametrize("change", [_add, _write_data, _other_memory])
+def test_changed_weights_are_seen(change: Any) -> None:
+    model, packed = make(), batch(LENGTHS)
+    before = by_kernel(model, packed)
+    change(model.encoder.layer[1].intermediate.dense.weight)
+    expected = exact(model, packed)
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(by_kernel(model, packed).double(), expected, atol=2e-5, rtol=0)
+
+
+def _encoded(model: RecformerModel, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    with torch.no_grad():
+        return kernel.encode(model, batch([4, 6]), dtype, False)
+
+
+def test_torch_computes_what_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _encoded(make()) is not None
+    assert _encoded(make(hidden_size=48)) is None
+    assert _encoded(make(num_attention_heads=4)) is None  # 16 numbers a head
+    assert _encoded(make(hidden_act="relu")) is None
+    assert _encoded(make().double(), torch.float64) is None
+    assert kernel.encode(make(), batch([4, 6]), torch.float32, False) is None  # for gradients
+    hooked = make()
+    seen: list[int] = []
+    hooked.encoder.layer[0].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        hooked.encode(batch([4, 6]))
+    assert seen == [1]
+    adapted = make()
+    layer = adapted.encoder.layer[0].intermediate
+    layer.dense = type("Adapted", (nn.Linear,), {})(64, 160)
+    assert _encoded(adapted) is None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        long = make(max_position_embeddings=600)
+        assert kernel.encode(long, batch([400]), torch.float32, False) is None
+    torch.set_num_threads(threads)
+    monkeypatch.setenv("RECFORMER_KERNEL", "0")
+    assert _encoded(make()) is None
+
+
+@torch.no_grad()
+def test_an_unknown_token_is_an_error_as_in_torch() -> None:
+    packed = batch([4, 6])
+    packed.input_ids[7] = 90
+    with pytest.raises(IndexError):
+        make().encode(packed)
+
+
+def test_without_a_compiler_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler in ("nowhere", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        with caplog.at_level(logging.INFO, "recformer"):
+            assert kernel.library.__wrapped__() is None
+        assert "runs in torch, without its C++ kernel" in caplog.text
+        caplog.clear()
+    monkeypatch.setattr(kernel, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    assert kernel.library.__wrapped__() is None
+
+
+def test_the_library_is_compiled_once_and_appears_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler, calls = tmp_path / "c++", tmp_path / "calls"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && { echo fake; exit 0; }\n'
+        f'echo "$@" >> {calls}\nwhile [ "$1" != -o ]; do shift; done\necho whole > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = frozenset(kernel.NEEDED)
+    file = kernel._compiled(flags)
+    assert file.read_text() == "whole\n"
+    assert kernel._compiled(flags) == file
+    assert kernel._compiled(flags | {"avx512_bf16"}) != file
+    options = [line.split() for line in calls.read_text().splitlines()]
+    assert ["-mavx512bf16" in each for each in options] == [False, True]
+    assert {path.suffix for path in file.parent.iterdir()} == {".so"}
