@@ -10,7 +10,7 @@ pretrained Recformer is read. Ours reads a history with window 64, the peer with
 tokens. The peer sorts by length and pads batches of 32, as it does by default.
 
 Both run in glibc as it is, and once more in one that keeps freed memory, as our programs do. The
-second training row sets a step beside one of transformers' `BertModel` on the same items, padded.
+last rows set a training step beside one of transformers' `BertModel` on the same items, padded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -150,28 +151,35 @@ def encoding_case(folder: str, side: str, size: str, dtype: str, what: str) -> W
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
     """Both sizes, both dtypes, items and histories, as imported and with freed memory kept."""
-    for size in ("tiny",) if quick else ("MiniLM", "base"):
-        for dtype in DTYPES:
-            yield from rows_of(size, dtype)
+    yield from rows_of(("tiny",) if quick else ("MiniLM", "base"), DTYPES)
 
 
-def rows_of(size: str, dtype: str) -> Iterator[dict[str, Any]]:
+def rows_of(sizes: Sequence[str], dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of some; without sentence-transformers the training steps alone."""
+    cases = [(size, dtype) for size in sizes for dtype in dtypes]
+    for kept in (False, True) if find_spec("sentence_transformers") is not None else ():
+        if kept:  # from here on
+            keep_freed_memory()
+        for size, dtype in cases:
+            yield from _encoding(size, dtype, kept)
+    for size, dtype in cases:
+        yield _training(size, dtype)
+
+
+def _encoding(size: str, dtype: str, kept: bool) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "bert")
         write_model(folder, size)
-        memory = {
-            (side, what): run_alone(encoding_case, str(folder), side, size, dtype, what)
-            for side in ("avg", "peer")
-            for what in ("items", "histories")
-        }
+        memory: dict[tuple[str, str], float | None] = {}
+        for side in ("avg", "peer"):
+            for what in ("items", "histories"):
+                alone = run_alone(encoding_case, str(folder), side, size, dtype, what)
+                memory[side, what] = alone["peak_memory_mb"]
         sides = {pooler: Ours(folder, dtype, pooler) for pooler in ("avg", "cls")}
         peer = peer_encoder(folder, dtype)
-        for setting in ("glibc as it is", "freed memory kept"):
-            if setting == "freed memory kept":
-                keep_freed_memory()
-            for what in ("items", "histories"):
-                yield from _compare(size, dtype, what, setting, sides, peer, memory)
-    yield _training(size, dtype)
+        setting = "freed memory kept" if kept else "glibc as it is"
+        for what in ("items", "histories"):
+            yield from _compare(size, dtype, what, setting, sides, peer, memory)
 
 
 def _compare(
@@ -181,7 +189,7 @@ def _compare(
     setting: str,
     sides: dict[str, Ours],
     peer: Callable[[list[list[Item]]], Any],
-    memory: dict[tuple[str, str], dict[str, Any]],
+    memory: dict[tuple[str, str], float | None],
 ) -> Iterator[dict[str, Any]]:
     sequences = sequences_of(size, what)
     config = sides["avg"].model.config
@@ -196,7 +204,6 @@ def _compare(
     for pooler, ours_seconds in zip(sides, seconds):
         needed = operations(config, lengths, pooled=pooler == "cls")
         share = needed / ours_seconds / (product_operations / product_seconds)
-        of_ours, of_peer = (memory[side, what]["peak_memory_mb"] for side in ("avg", "peer"))
         yield row(
             f"{size}, {what}, {'mean' if pooler == 'avg' else '<s>'}, {dtype}",
             ours_seconds,
@@ -205,8 +212,8 @@ def _compare(
             amount=len(sequences),
             unit=what,
             share_of_ceiling=share,
-            peak_memory_mb=of_ours if pooler == "avg" else None,
-            peer_peak_memory_mb=of_peer if pooler == "avg" else None,
+            peak_memory_mb=memory["avg", what] if pooler == "avg" else None,
+            peer_peak_memory_mb=memory["peer", what] if pooler == "avg" else None,
             note=f"{sum(lengths):,} tokens; {setting}" if pooler == "avg" else "",
         )
 
@@ -251,10 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     pin_threads(args.threads)
     print(header())
-    for size in args.size:
-        for dtype in args.dtype:
-            for values in rows_of(size, dtype):
-                print(line(values), flush=True)
+    for values in rows_of(args.size, args.dtype):
+        print(line(values), flush=True)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def library() -> ctypes.CDLL | None:
         built = ctypes.CDLL(str(_compiled(flags)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        log.info("the encoder runs in torch, without its C++ kernel: %s", detail.strip()[:300])
+        log.debug("the encoder runs in torch, without its C++ kernel: %s", detail.strip()[:300])
         return None
     built.recformer_encode.argtypes = (
         ctypes.POINTER(_Model),
@@ -180,7 +180,7 @@ def _compiled(flags: frozenset[str]) -> Path:
     file = cache / f"kernel-{key[:24]}.so"
     if file.is_file():
         return file
-    log.info("compiling the encoder's kernel into %s, once", file)
+    log.debug("compiling the encoder's kernel into %s, once", file)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         part = Path(scratch, file.name)

@@ -28,7 +28,7 @@ from recformer.training.start import weights_hash
 TOKENS_PER_BATCH = 8192  # memory and speed only, no figure depends on it
 
 # Enters the keys of stored vectors: raise it when the encoder's arithmetic changes.
-VECTORS_FORM = "recformer item 1"
+VECTORS_FORM = "recformer item 2"
 
 # Fields of a configuration that say nothing about the vector of an item.
 NOT_IN_VECTORS = frozenset(

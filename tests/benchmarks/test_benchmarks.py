@@ -33,6 +33,7 @@ BENCHMARKS_WITH_MEMORY = (
     "data_preparation",
     "generation",
     "gradient_caching",
+    "sentences",
 )
 FIELDS = {
     "what",
