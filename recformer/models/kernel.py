@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -219,7 +219,7 @@ class Weights:
     def __init__(self, model: RecformerModel, dtype: torch.dtype) -> None:
         self.kept: list[Tensor] = []  # what the pointers point to
         self.dtype = dtype
-        layers = [self._layer(layer) for layer in model.encoder.layer]
+        layers = [self._layer(cast("RecformerLayer", layer)) for layer in model.encoder.layer]
         self.layers = (_Layer * len(layers))(*layers)
         embeddings = model.embeddings
         tables = [
