@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,8 +30,9 @@ from transformers.activations import GELUActivation
 
 from recformer.packing import PackedTokens
 
-if TYPE_CHECKING:
-    from recformer.models.encoder import RecformerLayer, RecformerModel
+# `RecformerModel` and its layers, whose module imports this one.
+Encoder = Any
+Layer = Any
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 #: Flags of /proc/cpuinfo and what the compiler is told; the first five are needed.
@@ -216,10 +217,10 @@ class Weights:
         dtype: of the products, float32 or bfloat16.
     """
 
-    def __init__(self, model: RecformerModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: Encoder, dtype: torch.dtype) -> None:
         self.kept: list[Tensor] = []  # what the pointers point to
         self.dtype = dtype
-        layers = [self._layer(cast("RecformerLayer", layer)) for layer in model.encoder.layer]
+        layers = [self._layer(layer) for layer in model.encoder.layer]
         self.layers = (_Layer * len(layers))(*layers)
         embeddings = model.embeddings
         tables = [
@@ -249,7 +250,7 @@ class Weights:
         )
 
     @torch.no_grad()
-    def _layer(self, layer: RecformerLayer) -> _Layer:
+    def _layer(self, layer: Layer) -> _Layer:
         attention, own = layer.attention, layer.attention.self
         local = (own.query, own.key, own.value)
         hidden = own.query_global.in_features
@@ -286,7 +287,7 @@ class Weights:
 class _Prepared:
     """An encoder's weights for the kernel, as long as they are what they were."""
 
-    def __init__(self, model: RecformerModel) -> None:
+    def __init__(self, model: Encoder) -> None:
         self.modules = list(model.modules())
         self.parameters = list(model.parameters())
         arrays = [p.data_ptr() for p in self.parameters]
@@ -310,7 +311,7 @@ class _Prepared:
 _prepared: WeakKeyDictionary[nn.Module, _Prepared] = WeakKeyDictionary()
 
 
-def fits(model: RecformerModel) -> bool:
+def fits(model: Encoder) -> bool:
     """Whether the kernel computes what this encoder does."""
     config = model.config
     dim = config.hidden_size // config.num_attention_heads
@@ -335,7 +336,7 @@ def _hooked(modules: list[nn.Module]) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in modules[1:])
 
 
-def _weights(model: RecformerModel, dtype: torch.dtype, kernel: ctypes.CDLL) -> Weights | None:
+def _weights(model: Encoder, dtype: torch.dtype, kernel: ctypes.CDLL) -> Weights | None:
     prepared = _prepared.get(model)
     if prepared is None or not prepared.unchanged(kernel):
         _prepared.pop(model, None)
@@ -355,7 +356,7 @@ def _weights(model: RecformerModel, dtype: torch.dtype, kernel: ctypes.CDLL) -> 
 
 
 def encode(
-    model: RecformerModel, packed: PackedTokens, dtype: torch.dtype, first_only: bool
+    model: Encoder, packed: PackedTokens, dtype: torch.dtype, first_only: bool
 ) -> Tensor | None:
     """Hidden states of a packed batch.
 
