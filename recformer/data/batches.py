@@ -27,8 +27,16 @@ class Batch:
     """A batch whose fields are tensors, arrays of the host, tuples of them, None, or have `to` and
     `pin_memory`."""
 
-    def to(self: Self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same batch on another device."""
+    def to(self: Self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
+        """The same batch on another device.
+
+        Args:
+            device: where to.
+            non_blocking: go on while it is copied; None: wherever that is safe, which Lightning
+                asks of tensors alone.
+        """
+        if non_blocking is None:
+            non_blocking = torch.device(device).type not in ("cpu", "mps")
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: Self) -> Self:

@@ -17,7 +17,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from recformer.data.batches import Batch, EvalBatch, LabelledBatch
+from recformer.data.batches import EvalBatch, LabelledBatch
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.negatives import sample_unseen
 from recformer.evaluation.ranks import Pairs, TargetRanks
@@ -141,14 +141,6 @@ class LitTraining(lightning.LightningModule):
         if gradient_clip_val and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         return None
-
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        # Lightning copies tensors without waiting, but not batches of other types.
-        if isinstance(batch, Batch) and device.type != "cpu":
-            return batch.to(device, non_blocking=True)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Every step draws its own dropout, whatever else drew numbers before it: loaders do, and

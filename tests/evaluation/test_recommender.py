@@ -115,6 +115,21 @@ def test_batches_move_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pinned) == 5
 
 
+def test_a_copy_to_a_device_is_not_waited_for() -> None:
+    asked = []
+
+    class Part:
+        def to(self, device: str, non_blocking: bool) -> Part:
+            asked.append(non_blocking)
+            return self
+
+    batch = TrainBatch(TARGETS, Part())
+    for device in ("meta", "cpu"):
+        batch.to(device)
+    batch.to("meta", non_blocking=False)
+    assert asked == [True, False, False]
+
+
 def test_lightning_moves_a_batch() -> None:
     from lightning.fabric.utilities.apply_func import move_data_to_device
 
