@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def main() -> int:
         return 1
     end, failed, lines = time.monotonic() + SECONDS, 0, []
     parts: dict[str, Callable[[], list[str]]] = {
-        name: lambda name=name: _alone(name, args.tiny, end) for name in PARTS
+        name: partial(_alone, name, args.tiny, end) for name in PARTS
     }
     if not args.tiny:
         parts |= {"tests": lambda: _tests(end), "ZeRO-2": lambda: _zero2(end)}
@@ -191,7 +192,7 @@ def pretraining(tiny: bool) -> list[list[str]]:
         hidden = torch.rand(side.num_tokens, device=device) < 0.15
         masks.append((side.input_ids, torch.where(hidden, side.input_ids, -100)))
     ids = torch.arange(pairs, device=device)
-    batch = PairBatch(ids, a, b, ids, ids, *masks)
+    batch = PairBatch(ids, a, b, ids, ids, masks[0], masks[1])
     needed = 3 * 2 * operations(config, [long] * pairs + [short] * pairs, pooled=False)
     rows = []
     variants = ["plain", "--activation_checkpointing", "--grad_cache"]
@@ -248,10 +249,11 @@ def ranking(tiny: bool) -> list[list[str]]:
 def _config(tiny: bool) -> Any:
     from recformer.config import RecformerConfig
 
-    sizes = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "attention_window": 8}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 100, "intermediate_size": 32, "attention_window": 8}
     published = {"vocab_size": 50265, "attention_window": 64, "max_position_embeddings": 4098}
-    return RecformerConfig(**(sizes if tiny else published))
+    given: dict[str, Any] = {**(sizes if tiny else published)}
+    return RecformerConfig(**given)
 
 
 def _measured(call: Callable[[], object], tiny: bool) -> tuple[float, float]:
