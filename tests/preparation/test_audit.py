@@ -665,7 +665,7 @@ def test_a_clean_page_says_so(tmp_path: Path) -> None:
         (lambda folder: (folder / "smap.json").write_text("{") and None, "is not valid JSON"),
         (
             lambda folder: (folder / "interactions.parquet").write_text("x") and None,
-            "interactions.parquet cannot be read",
+            "interactions.parquet is damaged or of another preparation",
         ),
     ],
 )

@@ -239,7 +239,7 @@ def test_times_stand_beside_their_interactions(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="other sequences"):
         read_times(ProcessedFolder.load(tmp_path))
     (tmp_path / "interactions.parquet").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged or of another preparation"):
         read_times(folder)
     (tmp_path / "interactions.parquet").unlink()
     assert read_times(folder) is None
