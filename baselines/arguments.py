@@ -13,7 +13,7 @@ from baselines.settings import (
     flags_of_settings,
     settings_of,
 )
-from recformer.files import UserError, read_yaml
+from recformer.files import UserError, read_yaml, yaml_file
 from recformer.training.arguments import RunArguments, flag
 
 FOLDER = Path(__file__).resolve().parent / "configs"
@@ -92,12 +92,7 @@ def read_config(name_or_file: str) -> list[str]:
         FileNotFoundError: no such file; names those that there are.
         UserError: not a YAML mapping, or a name that is no flag.
     """
-    path = Path(name_or_file)
-    if not path.is_file():
-        path = FOLDER / f"{name_or_file.removesuffix('.yaml')}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-        raise FileNotFoundError(f"--config {name_or_file}: no such file; by name there are {known}")
+    path = yaml_file(name_or_file, FOLDER, "configuration", "--config")
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no mapping of flags to values")

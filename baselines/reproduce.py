@@ -27,7 +27,7 @@ from recformer.cli import command_parser, exit_with_message, flag_words
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS
 from recformer.evaluation.table import figure_text, markdown_table
-from recformer.files import UserError, atomic_write, read_json, read_yaml, write_json
+from recformer.files import UserError, atomic_write, read_json, read_yaml, write_json, yaml_file
 from recformer.processes import say
 from recformer.training.seeds import run_command
 
@@ -108,12 +108,7 @@ class Experiment:
             FileNotFoundError: there is none; names those that there are.
             UserError: not of this form.
         """
-        path = Path(name_or_file)
-        if not path.is_file():
-            path = FOLDER / f"{name_or_file}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-            raise FileNotFoundError(f"{name_or_file}: no such experiment; there are {known}")
+        path = yaml_file(name_or_file, FOLDER, "experiment")
         content = read_yaml(path)
         try:
             data = {name: Data(name=name, **facts) for name, facts in content["data"].items()}

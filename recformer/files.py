@@ -274,6 +274,22 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def yaml_file(name_or_file: str, folder: Path, what: str, flag: str = "") -> Path:
+    """A YAML file, given (by `flag`) by its path or as the name of one of those in `folder`.
+
+    Raises:
+        FileNotFoundError: neither; names the `what`s that there are.
+    """
+    path = Path(name_or_file)
+    if not path.is_file():
+        path = folder / f"{name_or_file.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        asked = f"{flag} {name_or_file}".strip()
+        raise FileNotFoundError(f"{asked}: no such {what}; there are {known}, or give a file")
+    return path
+
+
 def read_yaml(path: str | os.PathLike) -> Any:
     """Read a YAML file.
 

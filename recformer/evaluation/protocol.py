@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recformer.files import UserError, read_yaml, sha256_of
+from recformer.files import UserError, read_yaml, sha256_of, yaml_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "protocols"
 
@@ -61,15 +61,7 @@ class Protocol:
             FileNotFoundError: there is no such file; names those that there are.
             UserError: the file is no YAML of this form, or sets what a protocol may not set.
         """
-        path = Path(name_or_file)
-        if not path.is_file():
-            path = FOLDER / f"{name_or_file}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-            raise FileNotFoundError(
-                f"--protocol {name_or_file}: no such file, and no protocol of that name; there are "
-                f"{known or 'none, as this is no checkout'}"
-            )
+        path = yaml_file(name_or_file, FOLDER, "protocol", "--protocol")
         content = _mapping(read_yaml(path), str(path), tuple(FLAGS))
         parts: dict[Part, dict[str, Any]] = {}
         for part, flags in FLAGS.items():
