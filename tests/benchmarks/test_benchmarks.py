@@ -209,8 +209,18 @@ def test_long_work_of_the_peer_is_cut_to_what_fits(monkeypatch: pytest.MonkeyPat
     assert ranking._fitting(10, 1000) == 10
 
 
+# Those of 15 seconds and more, which CI runs beside the default suite.
+LONG = ("search", "sentences", "serving", "training", "tricks")
+
+
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("name", command.BENCHMARKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+        for name in command.BENCHMARKS
+    ],
+)
 def test_every_benchmark_runs(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
