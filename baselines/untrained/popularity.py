@@ -10,7 +10,7 @@ from torch import Tensor
 from baselines.settings import PopularitySettings
 from baselines.untrained.base import Scores, Untrained, UntrainedUsers
 from recformer.data.processed import ProcessedFolder, Sequences
-from recformer.evaluation.ranks import TargetRanks, _not_compared
+from recformer.evaluation.ranks import TargetRanks, not_compared
 
 
 class Popularity(Untrained):
@@ -40,7 +40,7 @@ class Popularity(Untrained):
         mine = self.counts[items]
         least, most = (np.searchsorted(self._ascending, mine, side) for side in ("left", "right"))
         above, tied = len(self.counts) - most, most - least
-        rows, cols, candidates = _not_compared(
+        rows, cols, candidates = not_compared(
             users.seen if filter_seen else None, items, len(self.counts)
         )
         left_out, size = self.counts[cols], len(items)  # the targets among them

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse  # type: ignore[import-untyped]
 
-from recformer.evaluation.ranks import Pairs, TargetRanks, _ids, _same_length, _seen_pairs
+from recformer.evaluation.ranks import Pairs, TargetRanks, check_length, checked_ids, checked_pairs
 from recformer.files import UserError
 
 
@@ -29,8 +29,8 @@ def count_sparse_ranks(
         UserError: ids out of range.
     """
     num_users, num_items = scores.shape
-    ids = _ids(targets, "targets", num_items)
-    _same_length("targets", len(ids), num_users)
+    ids = checked_ids(targets, "targets", num_items)
+    check_length("targets", len(ids), num_users)
     rows = _Rows(scores, seen)
     above, tied, candidates = np.zeros((3, num_users), np.int64)
     for row, target in enumerate(ids.tolist()):
@@ -95,7 +95,7 @@ class _Rows:
 
     def __init__(self, scores: sparse.csr_array, pairs: Pairs | None) -> None:
         self._scores = scores
-        rows, items = _seen_pairs(pairs, *scores.shape)
+        rows, items = checked_pairs(pairs, *scores.shape)
         keys = np.unique(rows * scores.shape[1] + items)
         rows, self._items = np.divmod(keys, max(scores.shape[1], 1))
         self._starts = np.searchsorted(rows, np.arange(scores.shape[0] + 1))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from recformer.evaluation.ranks import _ids, _same_length, _to_numpy
+from recformer.evaluation.ranks import _to_numpy, check_length, checked_ids
 from recformer.files import UserError
 
 #: (rows, items, values), each (P,): the score of item `items[j]` for the user in row `rows[j]` is
@@ -46,10 +46,10 @@ class PairTerms:
         if additions is None:
             nothing = np.empty(0, dtype=np.int64)
             return cls(nothing, nothing, np.empty(0), num_items)
-        rows = _ids(additions[0], "rows of additions", num_users)
-        cols = _ids(additions[1], "items of additions", num_items)
+        rows = checked_ids(additions[0], "rows of additions", num_users)
+        cols = checked_ids(additions[1], "items of additions", num_items)
         values = _float64(additions[2])
-        _same_length("items of additions", len(cols), len(rows))
+        check_length("items of additions", len(cols), len(rows))
         if values.shape != rows.shape:
             raise UserError(
                 f"values of additions have shape {values.shape}, expected {rows.shape}, one a pair"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 
 from recformer.evaluation.metrics import _check_options, coverage, gini, per_user_metrics
-from recformer.evaluation.ranks import TargetRanks, _int64, _same_length, columns_checksum
+from recformer.evaluation.ranks import TargetRanks, _int64, check_length, columns_checksum
 from recformer.files import CHECKSUM, UserError, atomic_write
 
 
@@ -56,8 +56,8 @@ class Evaluator:
     def update(self, user_ids: ArrayLike, targets: ArrayLike, ranks: TargetRanks) -> None:
         """Add users: their ids (B,), the item ids of their targets (B,) and where these stand."""
         users, items = _int64(user_ids, "user_ids"), _int64(targets, "targets")
-        _same_length("user_ids", len(users), len(ranks))
-        _same_length("targets", len(items), len(ranks))
+        check_length("user_ids", len(users), len(ranks))
+        check_length("targets", len(items), len(ranks))
         self._parts.append(np.stack([users, items, ranks.above, ranks.tied, ranks.num_candidates]))
 
     def count_recommended(self, items: NDArray[np.int64], num_items: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from recformer.evaluation.ranks import Pairs, _ids, _int64, _not_compared
+from recformer.evaluation.ranks import Pairs, _int64, checked_ids, not_compared
 from recformer.files import UserError
 
 NEGATIVES_SEED = 0  # the same for all runs, which would else be ranked among different items
@@ -37,8 +37,8 @@ def sample_unseen(
     Raises:
         UserError: a user has met so many items that fewer than `count` are left.
     """
-    users, items = _int64(user_ids, "user_ids"), _ids(targets, "targets", num_items)
-    rows, cols, num_left = _not_compared(seen, items, num_items)
+    users, items = _int64(user_ids, "user_ids"), checked_ids(targets, "targets", num_items)
+    rows, cols, num_left = not_compared(seen, items, num_items)
     offsets = np.searchsorted(rows, np.arange(len(users) + 1))
     drawn = np.empty((len(users), count), dtype=np.int64)
     for row, user in enumerate(users):

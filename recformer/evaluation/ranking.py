@@ -38,10 +38,10 @@ from recformer.evaluation.ranks import (
     TargetRanks,
     Vectors,
     _checked_candidates,
-    _ids,
-    _not_compared,
-    _same_length,
     _to_numpy,
+    check_length,
+    checked_ids,
+    not_compared,
 )
 from recformer.evaluation.scan import Chunk, Scan
 from recformer.evaluation.top_items import BestItems
@@ -127,9 +127,9 @@ class _RankCounter:
     """Counts the items above each user's target and those tied with it."""
 
     def __init__(self, scan: Scan, targets: ArrayLike, seen: Pairs | None) -> None:
-        ids = _ids(targets, "targets", scan.num_items)
-        _same_length("targets", len(ids), scan.num_users)
-        rows, cols, self._num_candidates = _not_compared(seen, ids, scan.num_items)
+        ids = checked_ids(targets, "targets", scan.num_items)
+        check_length("targets", len(ids), scan.num_users)
+        rows, cols, self._num_candidates = not_compared(seen, ids, scan.num_items)
         self._scan, self._ids = scan, ids
         self._targets = torch.from_numpy(ids).to(scan.device)
         self._scores = scan.exact(np.arange(len(ids)), ids)  # (B,) of the targets

@@ -38,8 +38,8 @@ class TargetRanks:
     def __post_init__(self) -> None:
         for name in ("above", "tied", "num_candidates"):
             object.__setattr__(self, name, _int64(getattr(self, name), name))
-        _same_length("tied", len(self.tied), len(self.above))
-        _same_length("num_candidates", len(self.num_candidates), len(self.above))
+        check_length("tied", len(self.tied), len(self.above))
+        check_length("num_candidates", len(self.num_candidates), len(self.above))
         negative = (self.above < 0) | (self.tied < 0)
         wrong = (negative | (self.above + self.tied >= self.num_candidates)).nonzero()[0]
         if len(wrong):
@@ -87,9 +87,9 @@ def count_ranks(scores: Vectors, targets: ArrayLike, seen: Pairs | None = None) 
     """
     scores = _checked_scores(scores)
     device, (num_users, num_items) = scores.device, scores.shape
-    target_ids = _ids(targets, "targets", num_items)
-    _same_length("targets", len(target_ids), num_users)
-    rows, cols, num_candidates = _not_compared(seen, target_ids, num_items)
+    target_ids = checked_ids(targets, "targets", num_items)
+    check_length("targets", len(target_ids), num_users)
+    rows, cols, num_candidates = not_compared(seen, target_ids, num_items)
     best = scores.gather(1, torch.from_numpy(target_ids).to(device)[:, None])  # (B, 1)
     pairs = torch.from_numpy(rows).to(device), torch.from_numpy(cols).to(device)
     above = scores > best  # (B, N)
@@ -129,11 +129,11 @@ def _checked_candidates(
     targets: ArrayLike, candidates: ArrayLike, num_users: int, num_items: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Targets (B,), candidates (B, C), and which of these count: no target, no repetition."""
-    target_ids, ids = _ids(targets, "targets", num_items), np.asarray(candidates)
-    _same_length("targets", len(target_ids), num_users)
+    target_ids, ids = checked_ids(targets, "targets", num_items), np.asarray(candidates)
+    check_length("targets", len(target_ids), num_users)
     if ids.ndim != 2 or len(ids) != num_users:
         raise UserError(f"candidates have shape {ids.shape}, expected ({num_users}, candidates)")
-    ids = _ids(ids.reshape(-1), "candidates", num_items).reshape(ids.shape)
+    ids = checked_ids(ids.reshape(-1), "candidates", num_items).reshape(ids.shape)
     order = np.argsort(ids, axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, axis=1)
     again = np.zeros(ids.shape, bool)
@@ -141,17 +141,17 @@ def _checked_candidates(
     return target_ids, ids, ~again & (ids != target_ids[:, None])
 
 
-def _seen_pairs(seen: Pairs | None, num_users: int, num_items: int) -> tuple[NDArray, NDArray]:
+def checked_pairs(seen: Pairs | None, num_users: int, num_items: int) -> tuple[NDArray, NDArray]:
     """Checked pairs (rows, cols), int64."""
     if seen is None:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    rows = _ids(seen[0], "rows of seen", num_users)
-    cols = _ids(seen[1], "cols of seen", num_items)
-    _same_length("cols of seen", len(cols), len(rows))
+    rows = checked_ids(seen[0], "rows of seen", num_users)
+    cols = checked_ids(seen[1], "cols of seen", num_items)
+    check_length("cols of seen", len(cols), len(rows))
     return rows, cols
 
 
-def _not_compared(
+def not_compared(
     seen: Pairs | None, targets: NDArray, num_items: int
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Pairs (rows, cols) not to be counted, the targets included, and candidates a user (B,)."""
@@ -159,7 +159,7 @@ def _not_compared(
     rows, cols = np.arange(num_users), targets
     if seen is None:
         return rows, cols, np.full(num_users, num_items, dtype=np.int64)
-    seen_rows, seen_cols = _seen_pairs(seen, num_users, num_items)
+    seen_rows, seen_cols = checked_pairs(seen, num_users, num_items)
     all_rows, all_cols = np.concatenate([rows, seen_rows]), np.concatenate([cols, seen_cols])
     rows, cols = np.divmod(np.unique(all_rows * num_items + all_cols), max(num_items, 1))
     return rows, cols, num_items + 1 - np.bincount(rows, minlength=num_users)
@@ -179,7 +179,8 @@ def _int64(values: ArrayLike, name: str) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _ids(values: ArrayLike, name: str, count: int) -> NDArray[np.int64]:
+def checked_ids(values: ArrayLike, name: str, count: int) -> NDArray[np.int64]:
+    """Ids from 0 to `count` - 1 in one dimension, int64; UserError for anything else."""
     ids = _int64(values, name)
     if len(ids) and not (ids.min() >= 0 and ids.max() < count):
         raise UserError(
@@ -188,6 +189,7 @@ def _ids(values: ArrayLike, name: str, count: int) -> NDArray[np.int64]:
     return ids
 
 
-def _same_length(name: str, got: int, expected: int, each: str = "a user") -> None:
+def check_length(name: str, got: int, expected: int, each: str = "a user") -> None:
+    """UserError where `name`, one `each`, are not as many as expected."""
     if got != expected:
         raise UserError(f"{name} have length {got}, expected {expected}, one {each}")

@@ -33,7 +33,7 @@ from recformer.evaluation.exact import (
     of_length_one,
     pair_scores,
 )
-from recformer.evaluation.ranks import Pairs, Vectors, _same_length, _seen_pairs
+from recformer.evaluation.ranks import Pairs, Vectors, check_length, checked_pairs
 from recformer.files import UserError
 
 ROUND = 64  # chunks are multiples of it, which suits kernels
@@ -136,11 +136,11 @@ class Scan:
         self.num_users, self.num_items = len(users), int(item_vectors.shape[0])
         for name, values in (("offered", offered), ("norms", norms)):
             if values is not None:
-                _same_length(name, len(values), self.num_items, "an item")
+                check_length(name, len(values), self.num_items, "an item")
         self.items, self.cosine = item_vectors, cosine
         self._offered, self._norms = offered, norms
         self._chunk_size = self._checked_chunk_size(chunk_size, users.shape[1])
-        rows, cols = _seen_pairs(seen, self.num_users, self.num_items)
+        rows, cols = checked_pairs(seen, self.num_users, self.num_items)
         self.terms = PairTerms.of(additions, self.num_users, self.num_items)
         self.apart = self.terms.without(rows, cols)
         if offered is not None:

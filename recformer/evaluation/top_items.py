@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from recformer.evaluation.additions import Additions
 from recformer.evaluation.exact import DENSE_SHARE, _count, _where
-from recformer.evaluation.ranks import Pairs, Vectors, _checked_scores, _seen_pairs, _to_numpy
+from recformer.evaluation.ranks import Pairs, Vectors, _checked_scores, _to_numpy, checked_pairs
 from recformer.evaluation.scan import Chunk, Scan
 from recformer.files import UserError
 
@@ -68,12 +68,12 @@ class BestItems:
     """Keeps the k best items of each user.
 
     Attributes:
-        items, scores: as in `_Best`, after the last item; scores of users of length 1.
+        items, scores: as in `BestSoFar`, after the last item; scores of users of length 1.
     """
 
     def __init__(self, scan: Scan, k: int) -> None:
         self._scan, self._k = scan, k
-        best = _Best(scan.num_users, k)
+        best = BestSoFar(scan.num_users, k)
         self.items, self.scores = best.items, best.scores
         self._blocks = {block.start: _Candidates(scan, block, k) for block in scan.blocks}
 
@@ -166,12 +166,12 @@ class _Candidates:
             self.least = np.maximum(self.least, best.least)
         self._parts, self._new = [parts], 0
 
-    def _exactly(self, rows: NDArray, items: NDArray) -> _Best:
-        best = _Best(len(self.least), self._k)
+    def _exactly(self, rows: NDArray, items: NDArray) -> BestSoFar:
+        best = BestSoFar(len(self.least), self._k)
         best.offer(rows, items, _to_numpy(self._scan.exact(rows + self._first, items)))
         return best
 
-    def best(self) -> _Best:
+    def best(self) -> BestSoFar:
         """The best of all that were added, exactly."""
         self._prune()
         return self._exactly(*self._parts[0][:2])
@@ -211,18 +211,18 @@ def top_items(
         UserError: wrong shapes, ids out of range, or a NaN among the scores.
     """
     scores = _checked_scores(scores).double()
-    rows, cols = _seen_pairs(seen, *scores.shape)
+    rows, cols = checked_pairs(seen, *scores.shape)
     scores = scores.index_put(
         (torch.from_numpy(rows).to(scores.device), torch.from_numpy(cols).to(scores.device)),
         torch.tensor(-torch.inf, dtype=scores.dtype, device=scores.device),
     )
-    best = _Best(len(scores), k)
+    best = BestSoFar(len(scores), k)
     row, col = _may_be_best(scores, k, best.least, 0.0)
     best.offer(_to_numpy(row), _to_numpy(col), _to_numpy(scores[row, col]))
     return best.items, best.scores
 
 
-class _Best:
+class BestSoFar:
     """The k best items of each user among those offered so far.
 
     Attributes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recformer.evaluation.additions import Additions, PairTerms
 from recformer.evaluation.exact import of_length_one, pair_scores
-from recformer.evaluation.top_items import _Best, top_items_by_vectors
+from recformer.evaluation.top_items import BestSoFar, top_items_by_vectors
 from recformer.recommendation.approximate import ApproximateIndex
 from recformer.recommendation.view import Offered, Rows, View, places_among
 
@@ -114,7 +114,7 @@ def _by_index(
     distinct, place = np.unique(rows, return_inverse=True)
     vectors = view.at(distinct)[torch.from_numpy(place).to(users.device)]
     cosines = pair_scores(units[torch.from_numpy(owner).to(users.device)], vectors, True)
-    best = _Best(num_users, k)
+    best = BestSoFar(num_users, k)
     best.offer(owner, rows, cosines.cpu().numpy() + terms.at(owner, rows))
     # What a filter leaves may lie where the index did not look: those users are searched exactly.
     possible = np.minimum(k, count - hidden)
