@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from baselines.command_lines import checked
-from baselines.models import UNTRAINED
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
 from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
@@ -157,6 +156,8 @@ def run_models(
         UserError: two models of one name, flags that are not allowed, or a finished run of other
             flags or data.
     """
+    from baselines.models import UNTRAINED  # seconds, which a table of finished runs need not wait
+
     names = [Path(m).stem if m.endswith((".yaml", ".yml")) else m for m in models]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -7,16 +7,15 @@ Folders written by `save_pretrained` also load through transformers' `AutoConfig
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel
-
-from recformer.config import PAPER, RecformerConfig
-from recformer.models import RecformerForPretraining, RecformerForSeqRec, RecformerModel
-from recformer.packing import PackedTokens
-
 if TYPE_CHECKING:
+    from recformer.config import PAPER, RecformerConfig
+    from recformer.models import RecformerForPretraining, RecformerForSeqRec, RecformerModel
+    from recformer.packing import PackedTokens
     from recformer.tokenization import RecformerTokenizer
     from recformer.training.lit import LitWrapper
 
@@ -33,19 +32,30 @@ __all__ = [
     "RecformerTokenizer",
 ]
 
-AutoConfig.register(RecformerConfig.model_type, RecformerConfig, exist_ok=True)
-AutoModel.register(RecformerConfig, RecformerModel, exist_ok=True)
-
-
-# Loaded when asked for: what needs Lightning, which `import recformer` must not, and a module that
-# is also a command, which Python would warn about.
-_LAZY = {
+_MODULES = {
     "LitWrapper": "recformer.training.lit",
+    "PAPER": "recformer.config",
+    "PackedTokens": "recformer.packing",
+    "RecformerConfig": "recformer.config",
+    "RecformerForPretraining": "recformer.models",
+    "RecformerForSeqRec": "recformer.models",
+    "RecformerModel": "recformer.models",
     "RecformerTokenizer": "recformer.tokenization",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# `import recformer` in a user's program makes `AutoConfig` and `AutoModel` know our folders, which
+# takes seconds: torch and transformers. The command `recformer` ("-m": `python -m recformer…`)
+# imports them where its work needs them.
+if Path(sys.argv[0] if sys.argv else "").name not in ("-m", "recformer", "recformer.exe"):
+    import_module("recformer.models")

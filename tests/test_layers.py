@@ -241,6 +241,12 @@ def test_importing_recformer_is_light() -> None:
     assert loaded_by("import recformer", HEAVY) == []
 
 
+def test_the_command_line_is_read_without_torch() -> None:
+    code = "sys.argv[0] = '/somewhere/bin/recformer'\nimport recformer.__main__"
+    assert loaded_by(code, ("torch", "transformers")) == []
+    assert loaded_by("import recformer", ("torch", "transformers")) == ["torch", "transformers"]
+
+
 def test_public_models_need_no_trainer() -> None:
     code = "import recformer\nfor name in recformer.__all__:\n"
     code += "    if name != 'LitWrapper': getattr(recformer, name)"

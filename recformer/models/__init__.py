@@ -1,5 +1,8 @@
 """The networks and their losses: encoder, pretraining, recommendation."""
 
+from transformers import AutoConfig, AutoModel
+
+from recformer.config import RecformerConfig
 from recformer.models.catalogue import CatalogueHead, HeadOptions, RecformerForCatalogue
 from recformer.models.encoder import RecformerModel, RecformerPreTrainedModel
 from recformer.models.pretraining import RecformerForPretraining, RecformerPretrainingOutput
@@ -15,3 +18,6 @@ __all__ = [
     "RecformerPreTrainedModel",
     "RecformerPretrainingOutput",
 ]
+
+AutoConfig.register(RecformerConfig.model_type, RecformerConfig, exist_ok=True)
+AutoModel.register(RecformerConfig, RecformerModel, exist_ok=True)
