@@ -304,9 +304,13 @@ class RecformerModel(RecformerPreTrainedModel):
         Raises:
             UserError: a sequence that is empty or longer than the model has positions for.
         """
+        longest = self.embeddings.check(packed)
+        vectors = self._by_kernel(packed, self.config.pooler_type)
+        if vectors is not None:
+            return vectors
         if self.config.pooler_type == "cls":
-            return self._encode(packed, first_only=True)[0][: packed.batch_size]
-        return self.encode_tokens(packed)[1]
+            return self._by_torch(packed, longest, first_only=True)[0][: packed.batch_size]
+        return self._pooled(*self._by_torch(packed, longest, first_only=False), packed)
 
     def encode_tokens(self, packed: PackedTokens) -> tuple[Tensor, Tensor]:
         """Hidden states of every token and pooled vectors of a packed batch.
@@ -317,26 +321,45 @@ class RecformerModel(RecformerPreTrainedModel):
         Raises:
             UserError: as `encode`.
         """
-        hidden, layout = self._encode(packed, first_only=False)
+        longest = self.embeddings.check(packed)
+        hidden = self._by_kernel(packed, None)
+        if hidden is not None:
+            layout = build_layout(packed, (), hidden.dtype, longest)
+        else:
+            hidden, layout = self._by_torch(packed, longest, first_only=False)
+        return hidden[: packed.num_tokens], self._pooled(hidden, layout, packed)
+
+    def _pooled(self, hidden: Tensor, layout: AttentionLayout, packed: PackedTokens) -> Tensor:
+        """(B, H) of all states."""
         first = hidden.index_select(0, layout.first)
         pooled = first if self.config.pooler_type == "cls" else layout.mean_tokens(hidden)
         if self.config.pooler_type == "avg_published":
             # published: attention mask and global mask are added, so <s> weighs 2 of n + 1.
             pooled = pooled + (first - pooled) / (layout.lengths[:, None] + 1)
-        return hidden[: packed.num_tokens], pooled[: packed.batch_size]
+        return pooled[: packed.batch_size]
 
-    def _encode(self, packed: PackedTokens, first_only: bool) -> tuple[Tensor, AttentionLayout]:
+    def _dtype(self) -> torch.dtype:
+        """Of the products."""
+        device = self._table().device.type
+        autocast = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self._table().dtype
+
+    def _table(self) -> Tensor:
+        """A parameter that every adapter leaves in place."""
+        return self.embeddings.position_embeddings.weight
+
+    def _by_kernel(self, packed: PackedTokens, pooler: str | None) -> Tensor | None:
+        """What `kernel.encode` gives, where it may be asked."""
+        if self._table().device.type != "cpu" or not _only_infers(self):
+            return None
+        return kernel.encode(self, packed, self._dtype(), pooler)
+
+    def _by_torch(
+        self, packed: PackedTokens, longest: int, first_only: bool
+    ) -> tuple[Tensor, AttentionLayout]:
         """Hidden states, of tokens or of each `<s>`, which may go on with those of filler."""
-        longest = self.embeddings.check(packed)
-        table = self.embeddings.position_embeddings.weight
-        device, dtype = table.device.type, table.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        if device == "cpu" and _only_infers(self):
-            hidden = kernel.encode(self, packed, dtype, first_only)
-            if hidden is not None:
-                return hidden, build_layout(packed, (), dtype, longest)
-        if device == "cpu" and dtype.itemsize == 2:
+        dtype = self._dtype()
+        if self._table().device.type == "cpu" and dtype.itemsize == 2:
             packed = packed.with_filler(CPU_TOKEN_MULTIPLE, longest)
         # Else the residuals would stay in float32 under autocast, cast around every product.
         hidden = self.embeddings(packed).to(dtype)

@@ -1,8 +1,10 @@
 // The encoder over packed sequences on a CPU with AVX-512: what recformer/models/kernel.py loads.
 //
 // A thread takes a chunk of whole sequences, a few hundred tokens whose states stay in its cache,
-// through all layers. What the layers compute is said in attention.py; here the sums of one token
-// never depend on what else is in the batch, so a sequence has the same vector in any batch.
+// through all layers; where there are too few sequences for that, a crew of threads shares the rows
+// of a chunk. What the layers compute is said in attention.py; here the sums of one token never
+// depend on what else is in the batch or who computes it, so a sequence has the same vector in any
+// batch and with any number of threads.
 //
 // Weights come in panels of 32 outputs: float [N / 32][K][32], or bfloat16 in pairs of inputs
 // [N / 32][K / 2][32][2], as the instructions for both AVX512_BF16 and AMX want them. Sums, biases,
@@ -18,7 +20,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
+#include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifdef __AMX_BF16__
@@ -32,6 +37,9 @@ constexpr int64_t PANEL = 32;        // outputs a panel of weights
 constexpr int64_t ROWS = 12;         // rows a tile of sums in vector registers
 constexpr int64_t PAD = 32;          // between rows of states, so that they fall on all cache sets
 constexpr int64_t INNER = 384 << 10; // bytes of inner states of the feed-forward held at once
+constexpr int64_t LEAST_TOKENS = 24;   // a thread
+constexpr int64_t FIRST = 1, MEAN_AS_PUBLISHED = 3;  // of `pooling`
+constexpr double MOST_WAITING = 1.2;   // busiest thread to mean, above which all share each chunk
 
 struct bf16 {
     uint16_t bits;
@@ -62,9 +70,10 @@ struct Model {
 };
 
 struct Batch {
-    int64_t sequences, chunks, first_only;
+    int64_t sequences, chunk_tokens;
+    int64_t pooling;  // 0: all states, 1: that of `<s>`, 2: mean, 3: mean as published
     const int64_t *ids[4];  // positions may be null: counted from first_position
-    const int64_t *starts, *chunk_starts;
+    const int64_t *starts;
     void *result;
 };
 
@@ -283,49 +292,172 @@ void product(int64_t rows, const T *a, int64_t row, const void *weight, int64_t 
         }
 }
 
+// --- threads and memory --------------------------------------------------------------------------
+
+// Threads that compute one chunk together; alone it waits for nobody.
+struct Crew {
+    int64_t size = 1;
+    std::atomic<int64_t> arrived{0}, meetings{0};
+
+    // Goes on when all have come.
+    void meet() {
+        if (size == 1) return;
+        const int64_t before = meetings.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < size)
+            return wait([&] { return meetings.load(std::memory_order_acquire) != before; });
+        arrived.store(0, std::memory_order_relaxed);
+        meetings.store(before + 1, std::memory_order_release);
+    }
+
+    // Spins for some microseconds, then leaves the core to others.
+    template <class Done>
+    static void wait(Done done) {
+        for (int64_t turns = 0; !done(); ++turns)
+            if (turns < 2000)
+                _mm_pause();
+            else
+                std::this_thread::yield();
+    }
+};
+
+// A block of memory. Freed ones are kept for the next call, which so fetches no pages anew.
+class Memory {
+  public:
+    explicit Memory(size_t needed) : bytes((needed / ROUND + 1) * ROUND) {
+        std::unique_lock lock(mutex, std::try_to_lock);  // a fork may have left it locked for ever
+        Block *other = nullptr;
+        for (Block &block : kept) {
+            if (!lock || block.at == nullptr) continue;
+            if (block.bytes >= bytes) {
+                bytes = block.bytes;
+                std::swap(at, block.at);
+                return;
+            }
+            other = &block;
+        }
+        if (other) std::free(std::exchange(other->at, nullptr));  // too small: this one replaces it
+        at = static_cast<char *>(std::aligned_alloc(64, bytes));
+        if (at == nullptr) throw std::bad_alloc();
+    }
+    ~Memory() {
+        std::unique_lock lock(mutex, std::try_to_lock);
+        for (Block &block : kept)
+            if (lock && bytes <= LARGEST && block.at == nullptr) {
+                block = {at, bytes};
+                return;
+            }
+        std::free(at);
+    }
+    Memory(const Memory &) = delete;
+
+    char *get() const { return at; }
+
+  private:
+    static constexpr size_t ROUND = 1 << 18, LARGEST = 64 << 20;
+    struct Block {
+        char *at;
+        size_t bytes;
+    };
+    static inline std::mutex mutex;
+    static inline Block kept[64];
+
+    char *at = nullptr;
+    size_t bytes;
+};
+
+// Cuts a block into arrays; of no block it finds the size.
+class Cutter {
+  public:
+    explicit Cutter(char *memory) : memory(memory) {}
+    template <class N>
+    void operator()(N *&array, int64_t count) {
+        array = memory ? reinterpret_cast<N *>(memory + bytes) : nullptr;
+        bytes += (count * sizeof(N) + 127) / 64 * 64;
+    }
+    size_t bytes = 0;
+
+  private:
+    char *memory;
+};
+
+// Chunks of whole sequences.
+struct Chunks {
+    std::vector<int64_t> first;  // sequence of each chunk, and their number
+    int64_t tokens = 0, sequences = 0, longest = 0;  // at most, of a chunk; tokens of a sequence
+
+    // Of about so many tokens.
+    Chunks(const Batch &batch, int64_t size) : first{0} {
+        const int64_t *starts = batch.starts;
+        for (int64_t s = 1; s < batch.sequences; ++s)
+            if (starts[s] / size != starts[s - 1] / size) first.push_back(s);
+        first.push_back(batch.sequences);
+        for (int64_t c = 0; c < number(); ++c) {
+            tokens = std::max(tokens, starts[first[c + 1]] - starts[first[c]]);
+            sequences = std::max(sequences, first[c + 1] - first[c]);
+        }
+        for (int64_t s = 0; s < batch.sequences; ++s)
+            longest = std::max(longest, starts[s + 1] - starts[s]);
+    }
+
+    int64_t number() const { return first.size() - 1; }
+
+    // Tokens of the thread with most of them, if each takes the next chunk when it is free.
+    int64_t most(const Batch &batch, int64_t threads) const {
+        std::vector<int64_t> load(threads);
+        for (int64_t c = 0; c < number(); ++c)
+            *std::min_element(load.begin(), load.end()) +=
+                batch.starts[first[c + 1]] - batch.starts[first[c]];
+        return *std::max_element(load.begin(), load.end());
+    }
+};
+
 // --- one chunk -----------------------------------------------------------------------------------
 
-// Memory of a thread, for chunks of at most so many tokens and sequences.
+struct Range {
+    int64_t from, to;
+};
+
+// What a crew's threads read of each other.
+template <class T>
+struct Common {
+    T *states, *context, *qkv, *first_query, *first_key, *summed;
+    float *first_scores;
+
+    void cut(const Model &model, const Chunks &chunks, Cutter &cutter) {
+        const int64_t tokens = chunks.tokens + MOST_ROWS, sequences = chunks.sequences + MOST_ROWS;
+        const int64_t hidden = model.hidden;
+        cutter(states, tokens * (hidden + PAD));
+        cutter(context, tokens * (hidden + PAD));
+        cutter(qkv, tokens * (3 * hidden + PAD));
+        cutter(first_query, sequences * (hidden + PAD));
+        cutter(first_key, sequences * hidden * PANEL);
+        cutter(first_scores, tokens * PANEL);
+        cutter(summed, sequences * model.heads * hidden);
+    }
+};
+
+// One of a crew: its rows, heads or columns of all that is computed of a chunk.
 template <class T>
 class Worker {
   public:
-    Worker(const Model &model, const Batch &batch)
-        : model(model), batch(batch), hidden(model.hidden), heads(model.heads),
-          dim(model.hidden / model.heads), wide(model.hidden + PAD) {
-        int64_t tokens = 0, sequences = 0, longest = 0;
-        for (int64_t c = 0; c < batch.chunks; ++c) {
-            const int64_t from = batch.chunk_starts[c], to = batch.chunk_starts[c + 1];
-            tokens = std::max(tokens, batch.starts[to] - batch.starts[from]);
-            sequences = std::max(sequences, to - from);
-        }
-        for (int64_t s = 0; s < batch.sequences; ++s)
-            longest = std::max(longest, batch.starts[s + 1] - batch.starts[s]);
-        tokens += MOST_ROWS;
-        sequences += MOST_ROWS;
-        longest += MOST_ROWS;
-        padded = (longest + 15) / 16 * 16;
-        const int64_t bytes = tokens * model.inner * int64_t(sizeof(T));
+    Worker(const Model &model, const Batch &batch, const Chunks &chunks, Crew &crew, int64_t rank,
+           const Common<T> &common)
+        : model(model), batch(batch), crew(crew), rank(rank), hidden(model.hidden),
+          heads(model.heads), dim(model.hidden / model.heads), wide(model.hidden + PAD),
+          states(common.states), context(common.context), qkv(common.qkv),
+          first_query(common.first_query), first_key(common.first_key), summed(common.summed),
+          first_scores(common.first_scores) {
+        const int64_t most = crew.size == 1 ? chunks.tokens
+                                            : (chunks.tokens / crew.size / STEP + 2) * STEP;
+        padded = (chunks.longest + MOST_ROWS + 15) / 16 * 16;
+        const int64_t bytes = most * model.inner * int64_t(sizeof(T));
         const int64_t pieces = std::max<int64_t>(1, (bytes + INNER - 1) / INNER);
         piece = (model.inner / PANEL + pieces - 1) / pieces * PANEL;
-
-        states = make<T>(tokens * wide);
-        middle = make<T>(tokens * wide);
-        context = make<T>(tokens * wide);
-        qkv = make<T>(tokens * (3 * hidden + PAD));
-        inner = make<T>(tokens * (piece + PAD));
-        sums = make<float>(tokens * hidden);
-        key = make<float>(dim * padded);
-        value = make<float>(padded * dim);
-        query = make<float>(padded * dim);
-        scores = make<float>(ROWS * (padded + 32));
-        out = make<float>(ROWS * dim);
-        firsts = make<T>(sequences * wide);
-        first_query = make<T>(sequences * wide);
-        first_key = make<T>(sequences * hidden * PANEL);
-        first_scores = make<float>(padded * PANEL + MOST_ROWS * PANEL);
-        first_states = make<float>(padded * hidden);
-        first_sums = make<float>(ROWS * hidden);
-        summed = make<T>(sequences * heads * hidden);
+        Cutter size(nullptr);
+        cut(size, most + MOST_ROWS, chunks.sequences + MOST_ROWS);
+        memory = std::make_unique<Memory>(size.bytes);
+        Cutter cutter(memory->get());
+        cut(cutter, most + MOST_ROWS, chunks.sequences + MOST_ROWS);
     }
 
     void chunk(int64_t from, int64_t to) {
@@ -333,46 +465,94 @@ class Worker {
         num_sequences = to - from;
         const int64_t *starts = batch.starts + from;
         first_token = starts[0];
-        num_tokens = starts[num_sequences] - first_token;
-        embed();
+        const Range rows = share(starts[num_sequences] - first_token, STEP);
+        crew.meet();  // the chunk before is done
+        if (rank == 0) std::fill_n(first_key, num_sequences * hidden * PANEL, T{});
+        embed(rows);
         for (int64_t number = 0; number < model.layers; ++number) {
             const Layer &layer = model.layer[number];
-            const bool firsts_only = batch.first_only && number == model.layers - 1;
+            const bool firsts_only = batch.pooling == FIRST && number == model.layers - 1;
+            crew.meet();  // all states are there
+            if (!firsts_only) project(layer, rows);
+            ask_for_first(layer);
+            crew.meet();  // queries, keys and values are
             if (!firsts_only) attend(layer);
-            attend_from_first(layer, firsts_only);
-            if (firsts_only) {
-                for (int64_t s = 0; s < num_sequences; ++s)
-                    copy_row(firsts.get() + s * wide, states.get() + start(s) * wide);
-                std::swap(states, firsts);  // the others are not needed any more
-            }
-            feed_forward(layer, firsts_only ? num_sequences : num_tokens);
-            if (firsts_only) std::swap(states, firsts);
+            score_for_first(rows);
+            crew.meet();  // scores are
+            for (int64_t s = 0; s < num_sequences; ++s) gather_for_first(s);
+            crew.meet();  // sums are
+            value_of_first(layer, firsts_only);
+            crew.meet();  // contexts are
+            if (!firsts_only)
+                feed_forward(layer, rows.to - rows.from, context + rows.from * wide,
+                             states + rows.from * wide);
         }
-        const T *source = batch.first_only ? firsts.get() : states.get();
-        const int64_t rows = batch.first_only ? num_sequences : num_tokens;
-        T *result = static_cast<T *>(batch.result) +
-                    (batch.first_only ? first_sequence : first_token) * hidden;
-        for (int64_t r = 0; r < rows; ++r) copy_row(result + r * hidden, source + r * wide);
+        T *result = static_cast<T *>(batch.result);
+        if (batch.pooling == FIRST) {
+            const Range own = share(num_sequences, 1);
+            feed_forward(model.layer[model.layers - 1], own.to - own.from,
+                         context + own.from * wide, firsts + own.from * wide);
+            for (int64_t s = own.from; s < own.to; ++s)
+                copy_row(result + (first_sequence + s) * hidden, firsts + s * wide);
+        } else if (batch.pooling) {
+            crew.meet();  // all states are there
+            for (int64_t s = 0; s < num_sequences; ++s)
+                average(s, result + (first_sequence + s) * hidden);
+        } else {
+            for (int64_t t = rows.from; t < rows.to; ++t)
+                copy_row(result + (first_token + t) * hidden, states + t * wide);
+        }
     }
 
   private:
-    template <class N>
-    struct Free {
-        void operator()(N *memory) const { std::free(memory); }
-    };
-    template <class N>
-    using Room = std::unique_ptr<N[], Free<N>>;
+    static constexpr int64_t STEP = sizeof(T) == 2 ? 16 : ROWS;  // rows are shared in such steps
 
-    template <class N>
-    static Room<N> make(int64_t count) {
-        const size_t bytes = (count * sizeof(N) + 63) / 64 * 64 + 64;
-        N *memory = static_cast<N *>(std::aligned_alloc(64, bytes));
-        if (memory == nullptr) throw std::bad_alloc();
-        return Room<N>(memory);
+    void cut(Cutter &cutter, int64_t rows, int64_t sequences) {
+        cutter(middle, rows * wide);
+        cutter(inner, rows * (piece + PAD));
+        cutter(sums, rows * hidden);
+        cutter(key, dim * padded);
+        cutter(value, padded * dim);
+        cutter(query, padded * dim);
+        cutter(scores, ROWS * (padded + 32));
+        cutter(out, ROWS * dim);
+        cutter(firsts, sequences * wide);
+        cutter(first_weights, padded * PANEL);
+        cutter(first_states, padded * hidden);
+        cutter(first_sums, ROWS * hidden);
+    }
+
+    // This thread's part of so many, in multiples of `step`.
+    Range share(int64_t count, int64_t step) const {
+        const int64_t units = (count + step - 1) / step;
+        return {units * rank / crew.size * step,
+                std::min(count, units * (rank + 1) / crew.size * step)};
+    }
+
+    // Those of the rows that are of sequence s.
+    Range within(Range rows, int64_t s) const {
+        return {std::max(rows.from, start(s)), std::min(rows.to, start(s + 1))};
     }
 
     void copy_row(T *to, const T *from) const { std::copy(from, from + hidden, to); }
     int64_t start(int64_t s) const { return batch.starts[first_sequence + s] - first_token; }
+
+    // Mean of a sequence's states, of this thread's columns; as published `<s>` weighs 2 of L + 1.
+    void average(int64_t s, T *to) const {
+        const Range own = share(hidden, 16);
+        const int64_t length = start(s + 1) - start(s);
+        const T *rows = states + start(s) * wide;
+        for (int64_t h = own.from; h < own.to; h += 16) {
+            __m512 total = load(rows + h);
+            for (int64_t t = 1; t < length; ++t) total = _mm512_add_ps(total, load(rows + t * wide + h));
+            float count = float(length);
+            if (batch.pooling == MEAN_AS_PUBLISHED) {
+                total = _mm512_add_ps(total, load(rows + h));
+                count += 1.0f;
+            }
+            store(to + h, _mm512_div_ps(total, _mm512_set1_ps(count)));
+        }
+    }
 
     // LayerNorm of a row of H numbers, changed on the way, into `to`.
     void normalise(float *row, const float *weight, const float *shift, T *to) const {
@@ -403,33 +583,40 @@ class Worker {
         }
     }
 
-    void embed() {
-        for (int64_t s = 0; s < num_sequences; ++s)
-            for (int64_t t = start(s); t < start(s + 1); ++t) {
+    void embed(Range rows) {
+        for (int64_t s = 0; s < num_sequences; ++s) {
+            const Range own = within(rows, s);
+            for (int64_t t = own.from; t < own.to; ++t) {
                 if (model.tables_are_bf16)
-                    add_rows<bf16>(first_token + t, t - start(s), sums.get());
+                    add_rows<bf16>(first_token + t, t - start(s), sums);
                 else
-                    add_rows<float>(first_token + t, t - start(s), sums.get());
-                normalise(sums.get(), model.norm, model.shift, states.get() + t * wide);
+                    add_rows<float>(first_token + t, t - start(s), sums);
+                normalise(sums, model.norm, model.shift, states + t * wide);
             }
+        }
+    }
+
+    // Queries, keys and values of the rows.
+    void project(const Layer &layer, Range rows) {
+        const int64_t width = 3 * hidden + PAD;
+        const float *bias = layer.qkv.bias;
+        T *to = qkv + rows.from * width;
+        product<T>(rows.to - rows.from, states + rows.from * wide, wide, layer.qkv.weight,
+                   3 * hidden, hidden, [=](int64_t m, int64_t n, const float *c) {
+                       T *at = to + m * width + n;
+                       store(at, _mm512_add_ps(load(c), load(bias + n)));
+                       store(at + 16, _mm512_add_ps(load(c + 16), load(bias + n + 16)));
+                   });
     }
 
     // Attention within the window and to `<s>`, of all tokens: `context`.
     void attend(const Layer &layer) {
         const int64_t width = 3 * hidden + PAD;
-        const float *bias = layer.qkv.bias;
-        T *to = qkv.get();
-        product<T>(num_tokens, states.get(), wide, layer.qkv.weight, 3 * hidden, hidden,
-                   [=](int64_t m, int64_t n, const float *c) {
-                       T *at = to + m * width + n;
-                       store(at, _mm512_add_ps(load(c), load(bias + n)));
-                       store(at + 16, _mm512_add_ps(load(c + 16), load(bias + n + 16)));
-                   });
-        for (int64_t s = 0; s < num_sequences; ++s)
-            for (int64_t head = 0; head < heads; ++head)
-                attend_head(qkv.get() + start(s) * width + head * dim, width,
-                            start(s + 1) - start(s), layer.half,
-                            context.get() + start(s) * wide + head * dim);
+        for (int64_t task = rank; task < num_sequences * heads; task += crew.size) {
+            const int64_t s = task / heads, head = task % heads;
+            attend_head(qkv + start(s) * width + head * dim, width, start(s + 1) - start(s),
+                        layer.half, context + start(s) * wide + head * dim);
+        }
     }
 
     // One head of one sequence of L tokens.
@@ -437,44 +624,44 @@ class Worker {
         const int64_t columns = (length + 15) / 16 * 16;
         for (int64_t t = 0; t < length; ++t)
             for (int64_t d = 0; d < dim; d += 16) {
-                store(query.get() + t * dim + d, load(rows + t * width + d));
-                store(value.get() + t * dim + d, load(rows + t * width + 2 * hidden + d));
+                store(query + t * dim + d, load(rows + t * width + d));
+                store(value + t * dim + d, load(rows + t * width + 2 * hidden + d));
             }
         for (int64_t t = 0; t < length; t += 16)
             for (int64_t d = 0; d < dim; d += 16)
                 transpose(rows + t * width + hidden + d, width, std::min<int64_t>(16, length - t),
-                          key.get() + d * columns + t, columns);
+                          key + d * columns + t, columns);
         const float scale = 1.0f / std::sqrt(float(dim));
         for (int64_t q = 0; q < length; q += ROWS) {
             const int64_t count = std::min(ROWS, length - q);
             const int64_t from = std::max<int64_t>(0, q - half) / 16 * 16;
             const int64_t to = std::min(length, q + count + half);
             const int64_t span = (to - from + 15) / 16 * 16, line = span + 16;
-            const float *queries = query.get() + q * dim;
+            const float *queries = query + q * dim;
             int64_t k = 0;
             for (; k + 32 <= span; k += 32)
-                tiles<float, 2>(count, queries, dim, 1, key.get() + from + k, columns, dim,
-                                scores.get() + k, line, false);
+                tiles<float, 2>(count, queries, dim, 1, key + from + k, columns, dim,
+                                scores + k, line, false);
             if (k < span)
-                tiles<float, 1>(count, queries, dim, 1, key.get() + from + k, columns, dim,
-                                scores.get() + k, line, false);
+                tiles<float, 1>(count, queries, dim, 1, key + from + k, columns, dim,
+                                scores + k, line, false);
             if (from > 0)
-                tiles<float, 1>(count, queries, dim, 1, key.get(), columns, dim,
-                                scores.get() + span, line, false);
+                tiles<float, 1>(count, queries, dim, 1, key, columns, dim,
+                                scores + span, line, false);
             float inverse[ROWS];
             for (int64_t r = 0; r < count; ++r)
-                inverse[r] = softmax(scores.get() + r * line, from, span, q + r, half, to, scale);
+                inverse[r] = softmax(scores + r * line, from, span, q + r, half, to, scale);
             for (int64_t d = 0; d < dim; d += 32) {
-                tiles<float, 2>(count, scores.get(), line, 1, value.get() + from * dim + d, dim,
-                                to - from, out.get() + d, dim, false);
+                tiles<float, 2>(count, scores, line, 1, value + from * dim + d, dim,
+                                to - from, out + d, dim, false);
                 if (from > 0)
-                    tiles<float, 2>(count, scores.get() + span, line, 1, value.get() + d, dim, 1,
-                                    out.get() + d, dim, true);
+                    tiles<float, 2>(count, scores + span, line, 1, value + d, dim, 1,
+                                    out + d, dim, true);
             }
             for (int64_t r = 0; r < count; ++r)
                 for (int64_t d = 0; d < dim; d += 16)
                     store(result + (q + r) * wide + d,
-                          _mm512_mul_ps(load(out.get() + r * dim + d), _mm512_set1_ps(inverse[r])));
+                          _mm512_mul_ps(load(out + r * dim + d), _mm512_set1_ps(inverse[r])));
         }
     }
 
@@ -537,28 +724,28 @@ class Worker {
         for (int c = 0; c < 16; ++c) store(to + c * line, r[c]);
     }
 
-    // What `<s>` of each sequence gathers from all its tokens: rows of `context`, of the sequences'
-    // first tokens, or one a sequence.
-    void attend_from_first(const Layer &layer, bool firsts_only) {
+    // What `<s>` of each sequence asks for, of this thread's heads: (H, heads) `first_key`.
+    void ask_for_first(const Layer &layer) {
         for (int64_t s = 0; s < num_sequences; ++s)
-            copy_row(firsts.get() + s * wide, states.get() + start(s) * wide);
+            copy_row(firsts + s * wide, states + start(s) * wide);
+        const Range own = share(heads, 1);
         const float scale = 1.0f / std::sqrt(float(dim));
-        T *queries = first_query.get();
-        const float *bias = layer.first_query.bias;
-        const int64_t ld = wide;
-        product<T>(num_sequences, firsts.get(), wide, layer.first_query.weight, hidden, hidden,
-                   [=](int64_t m, int64_t n, const float *c) {
+        const int64_t ld = wide, begin = own.from * dim;
+        T *queries = first_query + begin;
+        const float *bias = layer.first_query.bias + begin;
+        product<T>(num_sequences, firsts, wide,
+                   static_cast<const T *>(layer.first_query.weight) + begin * hidden,
+                   (own.to - own.from) * dim, hidden, [=](int64_t m, int64_t n, const float *c) {
                        for (int64_t j = 0; j < PANEL; j += 16)
                            store(queries + m * ld + n + j,
                                  _mm512_mul_ps(_mm512_add_ps(load(c + j), load(bias + n + j)),
                                                _mm512_set1_ps(scale)));
                    });
         constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
-        std::fill_n(first_key.get(), num_sequences * hidden * PANEL, T{});
-        for (int64_t head = 0; head < heads; ++head) {
-            T *to = first_key.get();
+        for (int64_t head = own.from; head < own.to; ++head) {
+            T *to = first_key;
             const int64_t size = hidden * PANEL;
-            product<T>(num_sequences, queries + head * dim, wide,
+            product<T>(num_sequences, first_query + head * dim, wide,
                        static_cast<const T *>(layer.first_key.weight) + head * dim * hidden, hidden,
                        dim, [=](int64_t m, int64_t n, const float *c) {
                            for (int64_t j = 0; j < PANEL; ++j)
@@ -567,80 +754,96 @@ class Worker {
                                    c[j]);
                        });
         }
-        for (int64_t s = 0; s < num_sequences; ++s) gather_for_first(s);
+    }
+
+    // Scores that `<s>` gives the rows: (T, heads) `first_scores`.
+    void score_for_first(Range rows) {
+        for (int64_t s = 0; s < num_sequences; ++s) {
+            const Range own = within(rows, s);
+            if (own.from >= own.to) continue;
+            float *scored = first_scores + own.from * PANEL;
+            product<T>(own.to - own.from, states + own.from * wide, wide,
+                       first_key + s * hidden * PANEL, PANEL, hidden,
+                       [=](int64_t m, int64_t, const float *c) {
+                           std::copy(c, c + PANEL, scored + m * PANEL);
+                       });
+        }
+    }
+
+    // Means of a sequence's states under the softmax of each head: this thread's columns of `summed`.
+    void gather_for_first(int64_t s) {
+        const Range own = share(hidden, PANEL);
+        if (own.from >= own.to) return;
+        const int64_t length = start(s + 1) - start(s);
+        const float *scored = first_scores + start(s) * PANEL;
+        for (int64_t half = 0; half < heads; half += 16) {
+            __m512 top = load(scored + half), total = _mm512_setzero_ps();
+            for (int64_t t = 1; t < length; ++t)
+                top = _mm512_max_ps(top, load(scored + t * PANEL + half));
+            float *to = first_weights + half;
+            for (int64_t t = 0; t < length; ++t) {
+                const __m512 x = exponential(_mm512_sub_ps(load(scored + t * PANEL + half), top));
+                store(to + t * PANEL, x);
+                total = _mm512_add_ps(total, x);
+            }
+            const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), total);
+            for (int64_t t = 0; t < length; ++t)
+                store(to + t * PANEL, _mm512_mul_ps(load(to + t * PANEL), inverse));
+        }
+        const T *rows = states + start(s) * wide;
+        for (int64_t t = 0; t < length; ++t)
+            for (int64_t h = own.from; h < own.to; h += 16)
+                store(first_states + t * hidden + h, load(rows + t * wide + h));
+        for (int64_t head = 0; head < heads; head += ROWS) {
+            const int64_t count = std::min(ROWS, heads - head);
+            for (int64_t h = own.from; h < own.to; h += 32)
+                tiles<float, 2>(count, first_weights + head, 1, PANEL, first_states + h, hidden,
+                                length, first_sums + h, hidden, false);
+            for (int64_t r = 0; r < count; ++r)
+                for (int64_t h = own.from; h < own.to; h += 16)
+                    store(summed + (s * heads + head + r) * hidden + h,
+                          load(first_sums + r * hidden + h));
+        }
+    }
+
+    // Values of the sums, of this thread's heads: rows of `context`, of the sequences' first tokens,
+    // or one a sequence.
+    void value_of_first(const Layer &layer, bool firsts_only) {
         const float *shift = layer.first_value.bias;
-        for (int64_t head = 0; head < heads; ++head)
-            product<T>(num_sequences, summed.get() + head * hidden, heads * hidden,
+        const Range own = share(heads, 1);
+        for (int64_t head = own.from; head < own.to; ++head)
+            product<T>(num_sequences, summed + head * hidden, heads * hidden,
                        static_cast<const T *>(layer.first_value.weight) + head * dim * hidden, dim,
                        hidden, [=, this](int64_t m, int64_t n, const float *c) {
-                           T *at = context.get() + (firsts_only ? m : start(m)) * wide + head * dim + n;
+                           T *at = context + (firsts_only ? m : start(m)) * wide + head * dim + n;
                            const float *b = shift + head * dim + n;
                            store(at, _mm512_add_ps(load(c), load(b)));
                            store(at + 16, _mm512_add_ps(load(c + 16), load(b + 16)));
                        });
     }
 
-    // Means of a sequence's states under the softmax of each head: (A, H) of `summed`.
-    void gather_for_first(int64_t s) {
-        const int64_t length = start(s + 1) - start(s);
-        const T *rows = states.get() + start(s) * wide;
-        float *scored = first_scores.get();
-        product<T>(length, rows, wide, first_key.get() + s * hidden * PANEL, PANEL, hidden,
-                   [=](int64_t m, int64_t, const float *c) {
-                       std::copy(c, c + PANEL, scored + m * PANEL);
-                   });
-        for (int64_t half = 0; half < heads; half += 16) {
-            __m512 top = load(scored + half), total = _mm512_setzero_ps();
-            for (int64_t t = 1; t < length; ++t)
-                top = _mm512_max_ps(top, load(scored + t * PANEL + half));
-            for (int64_t t = 0; t < length; ++t) {
-                const __m512 x = exponential(_mm512_sub_ps(load(scored + t * PANEL + half), top));
-                store(scored + t * PANEL + half, x);
-                total = _mm512_add_ps(total, x);
-            }
-            const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), total);
-            for (int64_t t = 0; t < length; ++t)
-                store(scored + t * PANEL + half,
-                      _mm512_mul_ps(load(scored + t * PANEL + half), inverse));
-        }
-        for (int64_t t = 0; t < length; ++t)
-            for (int64_t h = 0; h < hidden; h += 16)
-                store(first_states.get() + t * hidden + h, load(rows + t * wide + h));
-        for (int64_t head = 0; head < heads; head += ROWS) {
-            const int64_t count = std::min(ROWS, heads - head);
-            for (int64_t h = 0; h < hidden; h += 32)
-                tiles<float, 2>(count, scored + head, 1, PANEL, first_states.get() + h, hidden,
-                                length, first_sums.get() + h, hidden, false);
-            for (int64_t r = 0; r < count; ++r)
-                for (int64_t h = 0; h < hidden; h += 16)
-                    store(summed.get() + (s * heads + head + r) * hidden + h,
-                          load(first_sums.get() + r * hidden + h));
-        }
-    }
-
-    // From `context` and `states` to the states after the layer, of so many rows.
-    void feed_forward(const Layer &layer, int64_t rows) {
-        into_sums(rows, context.get(), wide, layer.out.weight, hidden, hidden, false);
-        finish(rows, layer.out.bias, states.get(), layer.attention_norm, layer.attention_shift,
-               middle.get());
+    // From contexts and states of so many rows to their states after the layer.
+    void feed_forward(const Layer &layer, int64_t rows, const T *contexts, T *before) {
+        into_sums(rows, contexts, wide, layer.out.weight, hidden, hidden, false);
+        finish(rows, layer.out.bias, before, layer.attention_norm, layer.attention_shift, middle);
         const int64_t ld = piece + PAD;
         for (int64_t from = 0; from < model.inner; from += piece) {
             const int64_t size = std::min(piece, model.inner - from);
             const float *bias = layer.inner.bias + from;
-            T *to = inner.get();
-            product<T>(rows, middle.get(), wide,
+            T *to = inner;
+            product<T>(rows, middle, wide,
                        static_cast<const T *>(layer.inner.weight) + from * hidden, size, hidden,
                        [=](int64_t m, int64_t n, const float *c) {
                            T *at = to + m * ld + n;
                            store(at, gelu(_mm512_add_ps(load(c), load(bias + n))));
                            store(at + 16, gelu(_mm512_add_ps(load(c + 16), load(bias + n + 16))));
                        });
-            into_sums(rows, inner.get(), ld,
+            into_sums(rows, inner, ld,
                       static_cast<const T *>(layer.outer.weight) + from * PANEL, size, model.inner,
                       from > 0);
         }
-        finish(rows, layer.outer.bias, middle.get(), layer.output_norm, layer.output_shift,
-               states.get());
+        finish(rows, layer.outer.bias, middle, layer.output_norm, layer.output_shift,
+               before);
     }
 
     // Products with the first `size` of `inputs` inputs of H outputs, in or onto `sums`.
@@ -651,14 +854,14 @@ class Worker {
         for (int64_t n = 0; n < hidden; n += PANEL, b += inputs * PANEL)
             for (int64_t m = 0; m < rows; m += step)
                 block(std::min(step, rows - m), a + m * row, row, b, size,
-                      sums.get() + m * hidden + n, hidden, add);
+                      sums + m * hidden + n, hidden, add);
     }
 
     // Bias and residual to `sums`, and LayerNorm of them.
     void finish(int64_t rows, const float *bias, const T *residual, const float *weight,
                 const float *shift, T *to) {
         for (int64_t r = 0; r < rows; ++r) {
-            float *row = sums.get() + r * hidden;
+            float *row = sums + r * hidden;
             for (int64_t h = 0; h < hidden; h += 16)
                 store(row + h, _mm512_add_ps(_mm512_add_ps(load(row + h), load(bias + h)),
                                              load(residual + r * wide + h)));
@@ -668,29 +871,70 @@ class Worker {
 
     const Model &model;
     const Batch &batch;
-    const int64_t hidden, heads, dim, wide;
-    int64_t padded, piece, first_sequence = 0, num_sequences = 0, first_token = 0, num_tokens = 0;
-    Room<T> states, middle, context, qkv, inner, firsts, first_query, first_key, summed;
-    Room<float> sums, key, value, query, scores, out, first_scores, first_states, first_sums;
+    Crew &crew;
+    const int64_t rank, hidden, heads, dim, wide;
+    int64_t padded, piece, first_sequence = 0, num_sequences = 0, first_token = 0;
+    T *const states, *const context, *const qkv, *const first_query, *const first_key, *const summed;
+    float *const first_scores;
+    T *middle, *inner, *firsts;
+    float *sums, *key, *value, *query, *scores, *out, *first_weights, *first_states, *first_sums;
+    std::unique_ptr<Memory> memory;
 };
 
+// All chunks, each by one thread, or by all of them if there are too few for that.
 template <class T>
-void work(const Model &model, const Batch &batch, std::atomic<int64_t> &next,
-          std::atomic<bool> &failed) {
-    try {
-        Worker<T> worker(model, batch);
+void encode(const Model &model, const Batch &batch, int64_t tokens, int64_t threads) {
+    threads = std::max<int64_t>(1, std::min(threads, tokens / LEAST_TOKENS));
+    const double rounds = double(tokens) / batch.chunk_tokens / threads;
+    const int64_t number = std::max<int64_t>(1, std::llround(rounds)) * threads;
+    Chunks chunks(batch, (tokens + number - 1) / number);
+    const bool together = chunks.most(batch, threads) * threads > MOST_WAITING * tokens;
+    if (together) chunks = Chunks(batch, threads * batch.chunk_tokens);
+    threads = together ? threads : std::min(threads, chunks.number());
+
+    std::vector<std::unique_ptr<Memory>> memory;
+    std::vector<Common<T>> common(together ? 1 : threads);
+    for (Common<T> &each : common) {
+        Cutter size(nullptr);
+        each.cut(model, chunks, size);
+        memory.push_back(std::make_unique<Memory>(size.bytes));
+        Cutter cutter(memory.back()->get());
+        each.cut(model, chunks, cutter);
+    }
+    std::vector<Crew> crews(common.size());
+    for (Crew &crew : crews) crew.size = together ? threads : 1;
+    std::vector<std::unique_ptr<Worker<T>>> workers;
+    for (int64_t n = 0; n < threads; ++n)
+        workers.push_back(std::make_unique<Worker<T>>(model, batch, chunks, crews[together ? 0 : n],
+                                                      together ? n : 0, common[together ? 0 : n]));
+    std::atomic<int64_t> next{0};
+    auto run = [&](int64_t n) {
 #ifdef __AMX_BF16__
         const TileShapes shapes;
         if (amx) _tile_loadconfig(&shapes);
 #endif
-        for (int64_t c; (c = next++) < batch.chunks;)
-            worker.chunk(batch.chunk_starts[c], batch.chunk_starts[c + 1]);
+        int64_t own = 0;
+        for (int64_t c; (c = together ? own++ : next++) < chunks.number();)
+            workers[n]->chunk(chunks.first[c], chunks.first[c + 1]);
 #ifdef __AMX_BF16__
         if (amx) _tile_release();
 #endif
-    } catch (const std::bad_alloc &) {
-        failed = true;
+    };
+    std::atomic<int> start{0};  // 1: go, -1: leave
+    std::vector<std::thread> others;
+    try {
+        for (int64_t n = 1; n < threads; ++n)
+            others.emplace_back([&, n] {
+                Crew::wait([&] { return start != 0; });
+                if (start > 0) run(n);
+            });
+        start = 1;
+    } catch (...) {
+        start = -1;
     }
+    if (start > 0) run(0);
+    for (auto &other : others) other.join();
+    if (start < 0) encode<T>(model, batch, tokens, 1);  // no more threads to be had
 }
 
 }  // namespace
@@ -718,22 +962,15 @@ int recformer_encode(const Model *model, const Batch *batch, int64_t tokens, int
         if (batch->ids[table])
             for (int64_t t = 0; t < tokens; ++t)
                 if (uint64_t(batch->ids[table][t]) >= uint64_t(model->rows[table])) return 1;
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
-    auto run = [&] {
-        if (bfloat16)
-            work<bf16>(*model, *batch, next, failed);
-        else
-            work<float>(*model, *batch, next, failed);
-    };
-    std::vector<std::thread> others;
     try {
-        for (int64_t n = 1; n < std::min(threads, batch->chunks); ++n) others.emplace_back(run);
-    } catch (...) {  // no more threads to be had: those there are do the work
+        if (bfloat16)
+            encode<bf16>(*model, *batch, tokens, threads);
+        else
+            encode<float>(*model, *batch, tokens, threads);
+    } catch (const std::bad_alloc &) {
+        return 2;
     }
-    run();
-    for (auto &other : others) other.join();
-    return failed ? 2 : 0;
+    return 0;
 }
 
 // Mixes `samples` numbers of each of `count` arrays of so many bytes.

@@ -53,12 +53,13 @@ PANEL = 32  # outputs a panel of weights
 MOST_HEADS = 32
 # Tokens of a chunk, whose states one thread keeps in its cache.
 CHUNK_TOKENS = {torch.float32: 192, torch.bfloat16: 384}
+# `pooling` of `kernel.cpp`, by `pooler_type`.
+POOLERS = {None: 0, "cls": 1, "avg": 2, "avg_published": 3}
 # Numbers of each weight that are looked at before every call, see `Weights.of`.
 SAMPLES = 16
-# Of one sequence torch shares every product among the threads, the kernel none: from this many
-# tokens a thread on that is quicker.
-ALONE_TOKENS = 128
 LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, GELUActivation)
+# Modules of this package whose classes may hold them.
+HOLDERS = ("recformer.models.encoder", "recformer.models.attention")
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +106,9 @@ class _Model(ctypes.Structure):
 
 class _Batch(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("sequences", "chunks", "first_only")),
+        *((name, ctypes.c_int64) for name in ("sequences", "chunk_tokens", "pooling")),
         ("ids", ctypes.c_void_p * 4),
-        *((name, ctypes.c_void_p) for name in ("starts", "chunk_starts", "result")),
+        *((name, ctypes.c_void_p) for name in ("starts", "result")),
     )
 
 
@@ -284,23 +285,35 @@ class Weights:
         return numbers.data_ptr()
 
 
+def _parts(modules: list[nn.Module]) -> list[Any]:
+    """The modules and parameters that these hold now."""
+    return [
+        part
+        for module in modules
+        for parts in (module._modules, module._parameters)
+        for part in parts.values()
+    ]
+
+
 class _Prepared:
     """An encoder's weights for the kernel, as long as they are what they were."""
 
     def __init__(self, model: Encoder) -> None:
         self.modules = list(model.modules())
+        self.parts = _parts(self.modules)
         self.parameters = list(model.parameters())
-        arrays = [p.data_ptr() for p in self.parameters]
+        self.ids = [*map(id, self.parts)]
+        self.pointers = [p.data_ptr() for p in self.parameters]
         sizes = [p.numel() * p.element_size() for p in self.parameters]
-        self.arrays = (ctypes.c_void_p * len(arrays))(*arrays)
+        self.arrays = (ctypes.c_void_p * len(sizes))(*self.pointers)
         self.sizes = (ctypes.c_int64 * len(sizes))(*sizes)
         self.state: Any = None
         self.weights: dict[torch.dtype, Weights] = {}
 
     def unchanged(self, kernel: ctypes.CDLL) -> bool:
         """Whether all is as at the last call; a sample finds what is written by way of `.data`."""
-        pointers = tuple(p.data_ptr() for p in self.parameters)
-        if pointers != tuple(self.arrays):
+        pointers = [p.data_ptr() for p in self.parameters]
+        if pointers != self.pointers or [*map(id, _parts(self.modules))] != self.ids:
             return False
         versions = tuple(0 if p.is_inference() else p._version for p in self.parameters)
         sample = kernel.recformer_sample(self.arrays, self.sizes, len(self.sizes), SAMPLES)
@@ -317,7 +330,9 @@ def fits(model: Encoder) -> bool:
     dim = config.hidden_size // config.num_attention_heads
     parameters = list(model.parameters())
     dtypes = {p.dtype for p in parameters}
-    leaves = [m for m in model.modules() if not any(True for _ in m.children())]
+    modules = list(model.modules())[1:]
+    leaves = [m for m in modules if not m._modules]
+    holders = [m for m in modules if m._modules]
     return (
         config.hidden_size % PANEL == 0
         and config.intermediate_size % PANEL == 0
@@ -327,13 +342,17 @@ def fits(model: Encoder) -> bool:
         and dtypes <= {torch.float32, torch.bfloat16}
         and all(p.device.type == "cpu" and p.is_contiguous() for p in parameters)
         and all(type(p) in (nn.Parameter, Tensor) for p in parameters)
-        and all(type(m) in LEAVES for m in leaves)  # nothing adapted, parametrised or quantised
+        # nothing adapted, parametrised or quantised
+        and all(type(m) in LEAVES for m in leaves)
+        and all(type(m) is nn.ModuleList or type(m).__module__ in HOLDERS for m in holders)
         and len(leaves) == 5 + 12 * len(model.encoder.layer)
     )
 
 
 def _hooked(modules: list[nn.Module]) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules[1:])
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules[1:]
+    )
 
 
 def _weights(model: Encoder, dtype: torch.dtype, kernel: ctypes.CDLL) -> Weights | None:
@@ -356,23 +375,21 @@ def _weights(model: Encoder, dtype: torch.dtype, kernel: ctypes.CDLL) -> Weights
 
 
 def encode(
-    model: Encoder, packed: PackedTokens, dtype: torch.dtype, first_only: bool
+    model: Encoder, packed: PackedTokens, dtype: torch.dtype, pooler: str | None
 ) -> Tensor | None:
-    """Hidden states of a packed batch.
+    """Hidden states, or pooled vectors, of a packed batch.
 
     Args:
         model: the encoder, not in training.
         packed: B sequences, T tokens, checked.
         dtype: of the products.
-        first_only: the states of each `<s>` alone.
+        pooler: `pooler_type` of the vectors wanted; None for the states of all tokens.
 
     Returns:
-        (T, H), or (B, H) if `first_only`, of `dtype`; None where torch has to compute.
+        (T, H), or (B, H) of vectors, of `dtype`; None where torch has to compute.
     """
-    threads = torch.get_num_threads()
     if (
         dtype not in CHUNK_TOKENS
-        or (packed.batch_size < threads and packed.num_tokens > ALONE_TOKENS * threads)
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or type(packed.input_ids) is not Tensor
@@ -385,7 +402,6 @@ def encode(
     if kernel is None or weights is None:
         return None
     starts = packed.cu_seqlens.long().contiguous()
-    chunks = _chunks(starts, min(CHUNK_TOKENS[dtype], -(-packed.num_tokens // threads)))
     ids = [
         None if each is None else each.long().contiguous()
         for each in (
@@ -395,25 +411,21 @@ def encode(
             packed.item_position_ids,
         )
     ]
-    rows = packed.batch_size if first_only else packed.num_tokens
+    rows = packed.num_tokens if pooler is None else packed.batch_size
     result = torch.empty(rows, model.config.hidden_size, dtype=dtype)
     batch = _Batch(
         sequences=packed.batch_size,
-        chunks=len(chunks) - 1,
-        first_only=int(first_only),
+        chunk_tokens=CHUNK_TOKENS[dtype],
+        pooling=POOLERS[pooler],
         ids=(ctypes.c_void_p * 4)(*(None if each is None else each.data_ptr() for each in ids)),
         starts=starts.data_ptr(),
-        chunk_starts=chunks.data_ptr(),
         result=result.data_ptr(),
     )
     failed = kernel.recformer_encode(
-        weights.model, batch, packed.num_tokens, int(dtype == torch.bfloat16), threads
+        weights.model,
+        batch,
+        packed.num_tokens,
+        int(dtype == torch.bfloat16),
+        torch.get_num_threads(),
     )
     return None if failed else result  # torch says what is wrong
-
-
-def _chunks(starts: Tensor, tokens: int) -> Tensor:
-    """(C + 1,) first sequence of each chunk: whole sequences, of about so many tokens together."""
-    number = torch.div(starts[:-1], max(tokens, 1), rounding_mode="floor")
-    first = torch.cat([torch.ones(1, dtype=torch.bool), number.diff() != 0, torch.ones(1).bool()])
-    return first.nonzero()[:, 0].contiguous()

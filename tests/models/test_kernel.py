@@ -56,9 +56,9 @@ def batch(lengths: list[int], seed: int = 1) -> PackedTokens:
 
 
 @torch.no_grad()
-def by_kernel(model: RecformerModel, packed: PackedTokens, first_only: bool = False) -> Tensor:
+def by_kernel(model: RecformerModel, packed: PackedTokens, pooler: str | None = None) -> Tensor:
     dtype = model.embeddings.word_embeddings.weight.dtype
-    found = kernel.encode(model, packed, dtype, first_only)
+    found = kernel.encode(model, packed, dtype, pooler)
     assert found is not None
     return found
 
@@ -73,13 +73,19 @@ def exact(model: RecformerModel, packed: PackedTokens) -> Tensor:
 
 
 @pytest.mark.parametrize("values", [{}, {"attention_window": 64}, {"num_attention_heads": 1}])
+@torch.no_grad()
 def test_states_are_those_of_torch(values: dict[str, Any]) -> None:
     model, packed = make(**values), batch(LENGTHS)
     expected = exact(model, packed)
     states = by_kernel(model, packed)
     torch.testing.assert_close(states.double(), expected, atol=2e-5, rtol=0)
-    firsts = by_kernel(model, packed, first_only=True)
+    firsts = by_kernel(model, packed, pooler="cls")
     assert torch.equal(firsts, states[packed.cu_seqlens[:-1]])
+    for pooler in ("avg", "avg_published"):
+        model.config.pooler_type = pooler
+        vectors = model.double().encode_tokens(packed)[1]
+        found = by_kernel(model.float(), packed, pooler)
+        torch.testing.assert_close(found.double(), vectors, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("amx", [1, 0])
@@ -109,30 +115,46 @@ def test_autocast_is_bfloat16() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = model.encode_tokens(packed)[0]
     with torch.no_grad():
-        assert torch.equal(found, kernel.encode(model, packed, torch.bfloat16, False))
+        assert torch.equal(found, kernel.encode(model, packed, torch.bfloat16, None))
+
+
+def alone(packed: PackedTokens, number: int) -> PackedTokens:
+    """One of the sequences."""
+    start, end = packed.cu_seqlens[number : number + 2].tolist()
+    part = slice(start, end)
+    return PackedTokens(
+        packed.input_ids[part],
+        packed.token_type_ids[part],
+        packed.item_position_ids[part],
+        torch.tensor([0, end - start]),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_batch_changes_nothing(dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and "avx512_bf16" not in kernel.cpu_flags():
+@pytest.mark.parametrize("amx", [1, 0])
+def test_neither_batch_nor_threads_change_a_bit(dtype: torch.dtype, amx: int, library: Any) -> None:
+    if "avx512_bf16" not in kernel.cpu_flags() and dtype == torch.bfloat16:
         pytest.skip("no AVX512_BF16")
-    model, packed = make().to(dtype), batch(LENGTHS * 4)
-    together = by_kernel(model, packed)
+    model = make(max_position_embeddings=500).to(dtype)
+    packed = batch([*LENGTHS, 430, 25, 90])  # those of 60 tokens and more are shared by threads
+    library.recformer_use_amx(amx)
     threads = torch.get_num_threads()
-    torch.set_num_threads(3)
     try:
-        assert torch.equal(by_kernel(model, packed), together)
+        torch.set_num_threads(1)
+        together = by_kernel(model, packed)
+        firsts, means = together[packed.cu_seqlens[:-1]], by_kernel(model, packed, "avg")
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(by_kernel(model, packed), together)
+            for each in range(packed.batch_size):
+                start, end = packed.cu_seqlens[each : each + 2].tolist()
+                one = alone(packed, each)
+                assert torch.equal(by_kernel(model, one), together[start:end])
+                assert torch.equal(by_kernel(model, one, "cls"), firsts[each : each + 1])
+                assert torch.equal(by_kernel(model, one, "avg"), means[each : each + 1])
     finally:
         torch.set_num_threads(threads)
-    for start, end in list(zip(packed.cu_seqlens, packed.cu_seqlens[1:]))[:7]:
-        part = slice(int(start), int(end))
-        alone = PackedTokens(
-            packed.input_ids[part],
-            packed.token_type_ids[part],
-            packed.item_position_ids[part],
-            torch.tensor([0, int(end - start)]),
-        )
-        assert torch.equal(by_kernel(model, alone), together[part])
+        library.recformer_use_amx(1)
 
 
 def test_positions_are_those_given() -> None:
@@ -170,9 +192,43 @@ def test_changed_weights_are_seen(change: Any) -> None:
     torch.testing.assert_close(after.double(), expected, atol=2e-5, rtol=0)
 
 
+def _replace(model: RecformerModel) -> None:
+    dense = model.encoder.layer[1].intermediate.dense
+    model.encoder.layer[1].intermediate.dense = nn.Linear(dense.in_features, dense.out_features)
+
+
+def _other_parameter(model: RecformerModel) -> None:
+    dense = model.encoder.layer[1].intermediate.dense
+    dense.weight = nn.Parameter(dense.weight * 2)
+
+
+@pytest.mark.parametrize("change", [_replace, _other_parameter])
+def test_parts_that_are_replaced_are_seen(change: Any) -> None:
+    model, packed = make(), batch(LENGTHS)
+    before = by_kernel(model, packed)
+    change(model)
+    after = by_kernel(model, packed)
+    expected = exact(model, packed)
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(after.double(), expected, atol=2e-5, rtol=0)
+
+
+def test_layers_that_adapters_wrap_later_are_computed_by_torch() -> None:
+    model = make()
+    assert _encoded(model) is not None
+    layer = model.encoder.layer[0].intermediate
+    forward = layer.dense.forward
+    layer.dense.forward = lambda hidden: forward(hidden) * 2
+    assert _encoded(model) is None
+    del layer.dense.forward
+    assert _encoded(model) is not None
+    layer.dense = nn.Sequential(layer.dense)
+    assert _encoded(model) is None
+
+
 def _encoded(model: RecformerModel, dtype: torch.dtype = torch.float32) -> Tensor | None:
     with torch.no_grad():
-        return kernel.encode(model, batch([4, 6]), dtype, False)
+        return kernel.encode(model, batch([4, 6]), dtype, None)
 
 
 def test_torch_computes_what_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +237,7 @@ def test_torch_computes_what_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch
     assert _encoded(make(num_attention_heads=4)) is None  # 16 numbers a head
     assert _encoded(make(hidden_act="relu")) is None
     assert _encoded(make().double(), torch.float64) is None
-    assert kernel.encode(make(), batch([4, 6]), torch.float32, False) is None  # for gradients
+    assert kernel.encode(make(), batch([4, 6]), torch.float32, None) is None  # for gradients
     hooked = make()
     seen: list[int] = []
     hooked.encoder.layer[0].register_forward_hook(lambda *_: seen.append(1))
@@ -192,12 +248,6 @@ def test_torch_computes_what_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch
     layer = adapted.encoder.layer[0].intermediate
     layer.dense = type("Adapted", (nn.Linear,), {})(64, 160)
     assert _encoded(adapted) is None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    with torch.no_grad():
-        long = make(max_position_embeddings=600)
-        assert kernel.encode(long, batch([400]), torch.float32, False) is None
-    torch.set_num_threads(threads)
     monkeypatch.setenv("RECFORMER_KERNEL", "0")
     assert _encoded(make()) is None
 
