@@ -31,7 +31,7 @@ from recformer.models.losses import full_softmax_loss
 SIZES = ((15_000, 256, 1024, 16), (1_500_000, 384, 1024, 16))
 QUICK = ((500, 16, 8, 4),)
 # items, hidden, users of ours, users of the peer
-JUDGED = ((1_000_000, 64, 1024, 64), (10_000_000, 64, 256, 16))
+JUDGED = ((1_000_000, 64, 10_000, 64), (10_000_000, 64, 256, 16))
 QUICK_JUDGED = ((500, 16, 8, 4),)
 BEST = 50
 TEMPERATURE = 0.05

@@ -27,7 +27,7 @@ MAX_SQUARED = 1e18  # beyond it sums of squares in float32 could overflow
 
 USER_BLOCK = 512  # users scored against one chunk of items at a time
 
-CHUNK_ELEMENTS = 2**20  # of a chunk of items, and of users x items: 4 MB in float32
+CHUNK_ELEMENTS = 2**21  # of a chunk of items, and of users x items: 8 MB in float32
 
 PAIR_ELEMENTS = 2**21  # of the pairs compared one by one at a time: 16 MB in float64
 
@@ -41,13 +41,18 @@ def _count(mask: torch.Tensor) -> torch.Tensor:
     return mask.sum(dim=1)
 
 
+def _flat(mask: torch.Tensor) -> torch.Tensor:
+    """Places (P,) of the true values of a mask, counted row by row."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
+
+
 def _where(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and columns (P,) of the true values of a mask (B, C)."""
-    if mask.device.type == "cpu":
-        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    else:
-        flat = mask.flatten().nonzero()[:, 0]
-    return flat // mask.shape[1], flat % mask.shape[1]
+    flat = _flat(mask)
+    row = flat // mask.shape[1]
+    return row, flat - row * mask.shape[1]
 
 
 def _rounding(length: int, unit: float) -> float:

@@ -43,7 +43,7 @@ from recformer.evaluation.ranks import (
     checked_ids,
     not_compared,
 )
-from recformer.evaluation.scan import Chunk, Scan
+from recformer.evaluation.scan import Chunk, Scan, Scores
 from recformer.evaluation.top_items import BestItems
 
 
@@ -76,7 +76,7 @@ def rank_by_vectors(
         item_vectors: (N, H), a tensor on any device or an array or `numpy.memmap`, read as float32.
         targets: item id of each user's target, integers (B,).
         seen: as in `count_ranks`.
-        chunk_size: items a chunk; by default as many as make 4 MB.
+        chunk_size: items a chunk; by default as many as make 8 MB.
         cosine: rank by cosine similarity (vectors need not be normalised; a norm below 1e-8 counts
             as 1e-8); otherwise by the dot product.
         additions: (rows, items, values): the cosine (or product) of item `items[j]` and the user in
@@ -143,7 +143,7 @@ class _RankCounter:
         self._pending = [(others.rows, others.cols)]  # to be compared exactly
         self._count = len(others.rows)
 
-    def look(self, block: slice, scores: torch.Tensor, spare: torch.Tensor, chunk: Chunk) -> None:
+    def look(self, block: slice, scores: Scores, chunk: Chunk) -> None:
         """Count what float32 decides, remember what it does not."""
         targets, tolerance = self._scores[block], self._tolerance[block]
         # no score, of this chunk or of the target, is larger than this; errors are relative to it
@@ -151,34 +151,40 @@ class _RankCounter:
         bound = torch.maximum(bound, targets.abs())  # a term may be larger
         reach = tolerance + bound * chunk.rounding
         high, low = ((targets + far).float()[:, None] for far in (reach, -reach))  # (b, 1)
-        above = torch.gt(scores, high, out=spare).sum(dim=1)
-        near = torch.ge(scores, low, out=spare).sum(dim=1) - above
-        self._above[block] += above.long()
-        rows = near.nonzero()[:, 0]
-        if not len(rows):
+        row, first, some = scores.reaching(low)  # some (P, W)
+        if not len(row):
             return
-        some = scores[rows]
-        close = (some >= low[rows]) & (some <= high[rows])  # (n, C)
-        own = self._targets[block][rows] - chunk.start
-        here = ((own >= 0) & (own < len(chunk.items))).nonzero()[:, 0]
-        close[here, own[here]] = False
+        spare = torch.empty_like(some)  # sums of booleans are slow
+        above = torch.gt(some, high[row], out=spare).sum(dim=1).long()
+        near = torch.ge(some, low[row], out=spare).sum(dim=1).long() - above
+        self._above[block].index_add_(0, row, above)
+        own = self._targets[block] - chunk.start
 
         # A collapsed encoder, or thousands of equal items, leave most pairs undecided: a float64
         # matrix product decides them all but those within 1e-13 of the tolerance.
-        dense = (near[rows] > DENSE_SHARE * len(chunk.items)).nonzero()[:, 0]
-        if len(dense):
-            users = rows[dense]
+        counts = torch.zeros_like(own).index_add_(0, row, near)
+        crowded = counts > DENSE_SHARE * len(chunk.items)
+        left = ((near > 0) & ~crowded[row]).nonzero()[:, 0]
+        row, first, some = row[left], first[left], some[left]
+        place, col = _where((some >= low[row]) & (some <= high[row]))
+        row, col = row[place], first[place] + col
+        others = col != own[row]
+        row, col = row[others], col[others]
+        users = crowded.nonzero()[:, 0]
+        if len(users):
             tol = tolerance[users, None]
             margin = (bound[users] * chunk.double_rounding)[:, None]
             apart = chunk.double(self._scan.vectors[block][users]) - targets[users, None]
-            unsure = close[dense]
+            some = scores.all[users]
+            unsure = (some >= low[users]) & (some <= high[users])  # (n, C)
+            unsure &= torch.arange(len(chunk.items), device=own.device) != own[users, None]
             self._above[block].index_add_(0, users, (unsure & (apart > tol + margin)).sum(dim=1))
             apart.abs_()
             self._tied[block].index_add_(0, users, (unsure & (apart <= tol - margin)).sum(dim=1))
-            close[dense] = unsure & (apart > tol - margin) & (apart <= tol + margin)
+            dense, dense_col = _where(unsure & (apart > tol - margin) & (apart <= tol + margin))
+            row, col = torch.cat([row, users[dense]]), torch.cat([col, dense_col])
 
-        row, col = _where(close)
-        self._pending.append((_to_numpy(rows[row]) + block.start, _to_numpy(col) + chunk.start))
+        self._pending.append((_to_numpy(row) + block.start, _to_numpy(col) + chunk.start))
         self._count += len(row)
         if self._count * chunk.items.shape[1] > PAIR_ELEMENTS:
             self.close()

@@ -26,6 +26,7 @@ from recformer.evaluation.exact import (
     USER_BLOCK,
     _checked_norms,
     _checked_users,
+    _flat,
     _full_float32,
     _read,
     _rounding,
@@ -36,7 +37,9 @@ from recformer.evaluation.exact import (
 from recformer.evaluation.ranks import Pairs, Vectors, check_length, checked_pairs
 from recformer.files import UserError
 
-ROUND = 64  # chunks are multiples of it, which suits kernels
+STRETCH = 64  # neighbouring items of which only the best is looked at first
+MANY_STRETCHES = 1 / 4  # of all: to copy them would cost more than to read all
+ROUND = STRETCH  # chunks are multiples of it, which suits kernels too
 DEVICE_CHUNKS = 32  # of the CPU's in one of a GPU, where starting a kernel costs more than memory
 MOST_ITEMS = 2**24  # of a chunk: up to here float32 counts exactly
 
@@ -78,17 +81,54 @@ class Chunk:
         return scores
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Scores in stretches of neighbouring items, of which readers look at the best first.
+
+    Most stretches hold nothing that a reader wants, so scores are gone through once, for the best
+    of each stretch, whatever the number of readers.
+
+    Attributes:
+        all: (n, C).
+        best: (n, S) of each stretch; S x W = C.
+    """
+
+    all: torch.Tensor
+    best: torch.Tensor
+
+    @classmethod
+    def of(cls, scores: torch.Tensor) -> Scores:
+        """Scores (n, C) with the best of each stretch."""
+        count = scores.shape[1]
+        width = STRETCH if count % STRETCH == 0 else count
+        return cls(scores, scores.view(len(scores), -1, width).amax(dim=2))
+
+    def reaching(self, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stretches whose best score reaches a floor (n, 1); where they are many, whole rows.
+
+        Returns:
+            Rows (P,), ids of first items (P,) counted from the chunk's, and scores (P, W).
+        """
+        count = self.best.shape[1]
+        place = _flat(self.best >= floor)
+        if len(place) > MANY_STRETCHES * self.best.numel():
+            row = torch.arange(len(self.all), device=self.all.device)
+            return row, torch.zeros_like(row), self.all
+        row = place // count
+        scores = self.all.view(self.best.numel(), -1)
+        return row, (place - row * count) * scores.shape[1], scores.index_select(0, place)
+
+
 class Reader(Protocol):
     """What looks at scores: it counts them, or keeps the best."""
 
-    def look(self, block: slice, scores: torch.Tensor, spare: torch.Tensor, chunk: Chunk) -> None:
+    def look(self, block: slice, scores: Scores, chunk: Chunk) -> None:
         """Take the scores of a block of users and a chunk of items.
 
         Args:
             block: of the users.
             scores: (b, C) float32, off by `chunk.error` at most; -inf for pairs that are hidden,
                 and for those with a term. Not to be changed.
-            spare: memory of the same shape and dtype, to be written to.
             chunk: the items.
         """
 
@@ -178,7 +218,7 @@ class Scan:
         hiding = [_Hidden.of(*self._hidden, block, starts, self.device) for block in self.blocks]
         users = self.vectors.float()
         size = self._chunk_size * min(self.num_users, USER_BLOCK)
-        scored, spare = (torch.empty(size, device=self.device) for _ in range(2))
+        scored = torch.empty(size, device=self.device)
         with _full_float32(self.device):
             for number, part in enumerate(parts):
                 chunk, factors = self._chunk(part)
@@ -198,8 +238,9 @@ class Scan:
                     if left_out is not None:
                         scores.masked_fill_(left_out, -torch.inf)
                     pairs.hide(scores, number, part.start)
+                    looked_at = Scores.of(scores)
                     for reader in readers:
-                        reader.look(block, scores, spare[: scores.numel()].view(shape), chunk)
+                        reader.look(block, looked_at, chunk)
             for reader in readers:
                 reader.close()
 

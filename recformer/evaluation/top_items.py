@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 from recformer.evaluation.additions import Additions
 from recformer.evaluation.exact import DENSE_SHARE, _count, _where
 from recformer.evaluation.ranks import Pairs, Vectors, _checked_scores, _to_numpy, checked_pairs
-from recformer.evaluation.scan import Chunk, Scan
+from recformer.evaluation.scan import Chunk, Scan, Scores
 from recformer.files import UserError
-
-STRETCH = 64  # neighbouring items of which only the best is looked at first
 
 MANY_TIMES = 8  # k candidates a user, from which on they are looked at again
 
@@ -77,33 +75,33 @@ class BestItems:
         self.items, self.scores = best.items, best.scores
         self._blocks = {block.start: _Candidates(scan, block, k) for block in scan.blocks}
 
-    def look(self, block: slice, scores: torch.Tensor, spare: torch.Tensor, chunk: Chunk) -> None:
+    def look(self, block: slice, scores: Scores, chunk: Chunk) -> None:
         """Remember the items that can be among the best."""
         mine, k = self._blocks[block.start], self._k
-        least = torch.from_numpy(mine.least).to(scores.device)  # (b,) float64
+        least = torch.from_numpy(mine.least).to(scores.all.device)  # (b,) float64
         floor = (least - chunk.error).float()
         if not mine.known:
-            floor = torch.maximum(floor, _kth(scores, k) - 2 * chunk.error)
+            floor = torch.maximum(floor, _kth(scores.all, k) - 2 * chunk.error)
         row, col, values = _at_least(scores, floor)
         if not len(row):
             return
-        if len(row) > MANY_TIMES * k * len(scores):
-            floor = torch.maximum(floor, _kth(scores, k) - 2 * chunk.error)
+        if len(row) > MANY_TIMES * k * len(scores.all):
+            floor = torch.maximum(floor, _kth(scores.all, k) - 2 * chunk.error)
             row, col, values = _at_least(scores, floor)
         values = values.double()
         error = torch.full_like(values, chunk.error)
 
         # A collapsed encoder, or thousands of equal items, leave most pairs undecided: a float64
         # matrix product leaves those that are equal.
-        counts = torch.bincount(row, minlength=len(scores))
+        counts = torch.bincount(row, minlength=len(scores.all))
         crowded = counts > max(DENSE_SHARE * len(chunk.items), MANY_TIMES * k)
         dense = crowded.nonzero()[:, 0]
         if len(dense):
             exact = chunk.double(self._scan.vectors[block][dense])
-            exact.masked_fill_(scores[dense] == -torch.inf, -torch.inf)
+            exact.masked_fill_(scores.all[dense] == -torch.inf, -torch.inf)
             off = chunk.largest * chunk.double_rounding
             near = torch.maximum(least[dense] - off, _kth(exact, k) - 2 * off)
-            dense_row, dense_col, found = _at_least(exact, near)
+            dense_row, dense_col, found = _at_least(Scores.of(exact), near)
             kept = ~crowded[row]
             row, col = (torch.cat([row[kept], dense[dense_row]]), torch.cat([col[kept], dense_col]))
             error = torch.cat([error[kept], torch.full_like(found, off)])
@@ -183,16 +181,13 @@ def _kth(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _at_least(
-    scores: torch.Tensor, floor: torch.Tensor
+    scores: Scores, floor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pairs (rows, cols) of scores (n, C) that reach a floor (n,), and their scores; never -inf."""
-    floor = floor.clamp(min=torch.finfo(scores.dtype).min)
-    width = STRETCH if scores.shape[1] % STRETCH == 0 else scores.shape[1]
-    stretches = scores.view(len(scores), -1, width)
-    row, stretch = (stretches.amax(dim=2) >= floor[:, None]).nonzero(as_tuple=True)
-    some = stretches[row, stretch]  # nearly always nearly nothing is left
+    floor = floor.clamp(min=torch.finfo(scores.all.dtype).min)
+    row, first, some = scores.reaching(floor[:, None])
     place, col = _where(some >= floor[row, None])
-    return row[place], stretch[place] * width + col, some[place, col]
+    return row[place], first[place] + col, some[place, col]
 
 
 def top_items(

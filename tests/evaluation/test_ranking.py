@@ -254,8 +254,10 @@ def test_batch_size_does_not_move_a_rank(batch_size):
     assert got == expected
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 64, 101, 299, 300, 5000])
-def test_chunk_size_does_not_move_a_rank(chunk_size):
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, 101, 192, 256, 299, 300, 5000])
+@pytest.mark.parametrize("many", [0.25, 1.0])  # stretches from which on whole rows are read
+def test_chunk_size_does_not_move_a_rank(monkeypatch, chunk_size, many):
+    everywhere(monkeypatch, "MANY_STRETCHES", many)
     users, items, targets = catalogue(hidden=768)
     expected = as_lists(rank_by_vectors(users, items, targets))
     assert as_lists(rank_by_vectors(users, items, targets, None, chunk_size)) == expected
@@ -284,10 +286,13 @@ def test_a_collapsed_encoder_is_ranked_exactly(monkeypatch, share, spread):
     targets = torch.arange(6)
     everywhere(monkeypatch, "DENSE_SHARE", share)
     everywhere(monkeypatch, "PAIR_ELEMENTS", 64 * 7)  # several rounds of single pairs
-    ranks = rank_by_vectors(users, items, targets)
-    assert (ranks.above.tolist(), ranks.tied.tolist()) == exact_ranks(users, items, targets)
-    if spread == 0:
-        assert as_lists(ranks) == [[0] * 6, [199] * 6, [200] * 6]
+    expected = exact_ranks(users, items, targets)
+    for many in (0.25, 1.0):  # whole rows, and two stretches of 64 items
+        everywhere(monkeypatch, "MANY_STRETCHES", many)
+        ranks = rank_by_vectors(users, items, targets, None, 128)
+        assert (ranks.above.tolist(), ranks.tied.tolist()) == expected
+        if spread == 0:
+            assert as_lists(ranks) == [[0] * 6, [199] * 6, [200] * 6]
 
 
 def test_users_in_several_blocks(monkeypatch):
