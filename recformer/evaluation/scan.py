@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from recformer.evaluation.exact import (
     _read,
     _rounding,
     _user_blocks,
+    bfloat16_rounding,
     of_length_one,
     pair_scores,
 )
@@ -148,6 +149,8 @@ class Scan:
         seen: pairs (rows, cols) that are hidden.
         offered: (N,) false for items that are hidden from everybody; None: none is.
         norms: (N,) `item_norms` of the items, None: computed.
+        units: (N, H) `bfloat16_units` of the items, whose products are looked at in place of those
+            of the items, with `norms`; of no use but for cosines.
 
     Attributes:
         vectors: (B, H) float64, of length 1.
@@ -170,15 +173,16 @@ class Scan:
         additions: Additions | None = None,
         offered: NDArray[np.bool_] | None = None,
         norms: Vectors | None = None,
+        units: Vectors | None = None,
     ) -> None:
         users = _checked_users(user_vectors, item_vectors)
         self.device = users.device
         self.num_users, self.num_items = len(users), int(item_vectors.shape[0])
-        for name, values in (("offered", offered), ("norms", norms)):
+        for name, values in (("offered", offered), ("norms", norms), ("units", units)):
             if values is not None:
                 check_length(name, len(values), self.num_items, "an item")
         self.items, self.cosine = item_vectors, cosine
-        self._offered, self._norms = offered, norms
+        self._offered, self._norms, self._units = offered, norms, units if cosine else None
         self._chunk_size = self._checked_chunk_size(chunk_size, users.shape[1])
         rows, cols = checked_pairs(seen, self.num_users, self.num_items)
         self.terms = PairTerms.of(additions, self.num_users, self.num_items)
@@ -229,7 +233,10 @@ class Scan:
                 for block, pairs in zip(self.blocks, hiding, strict=True):
                     shape = (block.stop - block.start, len(items))
                     scores = scored[: shape[0] * shape[1]].view(shape)
-                    if len(users) == 1:  # read as it lies, at the speed of memory
+                    if self._units is not None:
+                        units: Any = self._units[part]
+                        scores.copy_((units @ users[block].to(units.dtype).T).T)
+                    elif len(users) == 1:  # read as it lies, at the speed of memory
                         torch.mv(items, users[0], out=scores[0])
                     else:
                         torch.mm(users[block], items.T, out=scores)
@@ -248,6 +255,8 @@ class Scan:
         """Some items, and the factors (C,) float32 that make their scores cosines."""
         items = _read(self.items, part, self.device)
         hidden = items.shape[1]
+        if self._units is not None:
+            return Chunk(part.start, items, 1.0, bfloat16_rounding(hidden), True), None
         if self._norms is None:
             norms = _checked_norms(items, "item", part.start)
             rounding = _rounding(hidden, 2.0**-24)

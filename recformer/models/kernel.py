@@ -349,6 +349,16 @@ def fits(model: Encoder) -> bool:
     )
 
 
+def runs(model: Encoder, dtype: torch.dtype) -> bool:
+    """Whether batches of this encoder, not in training, are computed here."""
+    return (
+        switched_on()
+        and (dtype != torch.bfloat16 or "avx512_bf16" in cpu_flags())
+        and library() is not None
+        and fits(model)
+    )
+
+
 def _hooked(modules: list[nn.Module]) -> bool:
     return any(
         m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules[1:]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recformer.checkpoints.names import few
 from recformer.data.items import ItemsInMemory
-from recformer.evaluation.exact import item_norms
+from recformer.evaluation.exact import bfloat16_units, item_norms
 from recformer.files import UserError
 from recformer.recommendation.answers import HistoryItem, name_of
 from recformer.recommendation.reading import Asked, PathLike
@@ -90,12 +90,13 @@ class LiveCatalogue:
         self._tables = tables
         self._norms = tuple(item_norms(table) for table in tables)
         self._added, self._added_norms = Blocks(tables[0]), Blocks(self._norms[0])
+        self._units: tuple[Tensor, ...] | None = None
         self.row_of = {name: row for row, name in enumerate(names) if name in texts}
         self._row_of_content = {
             content: row for row, content in enumerate(contents, start=self.base)
         }
         self._by_attribute: dict[str, dict[str, list[int]]] = {}
-        self.view = View(names, tables, self._norms, gone)
+        self.view = View(names, tables, self._norms, None, gone)
 
     def __len__(self) -> int:
         return len(self.row_of)
@@ -302,6 +303,8 @@ class LiveCatalogue:
             self._index(name, items[name], row_of.get(name))
         self._added.append(vectors)
         self._added_norms.append(item_norms(vectors))
+        if self._units is not None:
+            self._added_units.append(bfloat16_units(vectors))
         all_names = self.view.names
         assert isinstance(all_names, list)
         all_names.extend(row_of)  # behind what the views of others reach
@@ -330,7 +333,20 @@ class LiveCatalogue:
     def _see(self, gone: NDArray[np.int64]) -> None:
         tables = (*self._tables, *self._added.tables())
         norms = (*self._norms, *self._added_norms.tables())
-        self.view = View(self.view.names, tables, norms, gone)
+        units = None
+        if self._units is not None:
+            units = (*self._units, *self._added_units.tables())
+        self.view = View(self.view.names, tables, norms, units, gone)
+
+    def keep_units(self) -> None:
+        """Keep the vectors in bfloat16 as well, which a search then looks at first."""
+        with self._changing, self.lock:
+            if self._units is None:
+                self._units = tuple(bfloat16_units(table) for table in self._tables)
+                self._added_units = Blocks(self._units[0][:0])
+                for table in self._added.tables():
+                    self._added_units.append(bfloat16_units(table))
+                self._see(self.view.gone)
 
     def _index(self, name: str, item: Item, new_row: int | None) -> None:
         """Keep the lists of rows by attribute, whose old rows `gone` takes away, up to date."""

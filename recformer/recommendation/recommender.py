@@ -275,6 +275,13 @@ class CatalogueRecommender:
         if isinstance(self._reader, Sequences):
             self._reader.remembered = Remembered(most)
 
+    def search_in_bfloat16(self) -> None:
+        """Look at vectors in bfloat16 first, half as many bytes; the answers are the same.
+
+        For a processor that multiplies in bfloat16. Costs half the memory of the vectors again.
+        """
+        self.catalogue.keep_units()
+
     # --- asking -------------------------------------------------------------------------------
 
     def recommend(

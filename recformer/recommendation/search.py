@@ -18,6 +18,7 @@ from recformer.evaluation.top_items import BestSoFar, top_items_by_vectors
 from recformer.recommendation.approximate import ApproximateIndex
 from recformer.recommendation.view import Offered, Rows, View, places_among
 
+FEW_USERS = 64  # up to which reading the table takes longer than multiplying
 GATHERED = 1 / 8  # of the rows at most, if those that are offered are copied for the search
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -73,8 +74,11 @@ def _exactly(
             additions = (users_of[inside], places[inside], values[inside])
     table: Any = Rows(view.tables, rows)
     norms: Any = Rows(view.norms, rows)
+    units: Any = None
+    if view.units is not None and rows is None and len(users) <= FEW_USERS:
+        units = Rows(view.units)
     items, scores = top_items_by_vectors(
-        users, table, k, seen, additions=additions, offered=mask, norms=norms
+        users, table, k, seen, additions=additions, offered=mask, norms=norms, units=units
     )
     return (items if rows is None else np.append(rows, -1)[items]), scores
 

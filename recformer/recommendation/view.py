@@ -76,14 +76,14 @@ class Rows:
 
 
 class Blocks:
-    """Rows (…, H) float32 that are added one after the other, in blocks that never move.
+    """Rows (…, H) of one dtype that are added one after the other, in blocks that never move.
 
     A block is twice as long as the one before, so there are few, and nothing is copied when they
     grow. Rows are written once, behind what a reader sees.
     """
 
     def __init__(self, like: Tensor) -> None:
-        self._like = like  # its width and device
+        self._like = like  # its width, dtype and device
         self._blocks: list[Tensor] = []
         self._filled = 0  # rows of the last block
 
@@ -95,7 +95,7 @@ class Blocks:
             if not room:
                 size = max(2 * len(last), FIRST_BLOCK)
                 width = self._like.shape[1:]
-                new = torch.empty(size, *width, dtype=torch.float32, device=self._like.device)
+                new = torch.empty(size, *width, dtype=self._like.dtype, device=self._like.device)
                 self._blocks.append(new)
                 self._filled = 0
                 continue
@@ -122,12 +122,14 @@ class View:
         tables: vectors of the rows: of the model's item table, of the products beyond it that
             were there when it was loaded, and of what has been added since.
         norms: lengths of these vectors, float32, a table of them a table.
+        units: these vectors with length 1 in bfloat16, for a quicker search; None: none are kept.
         gone: rows, ascending, that are no longer offered.
     """
 
     names: Sequence[str]
     tables: tuple[Tensor, ...]
     norms: tuple[Tensor, ...]
+    units: tuple[Tensor, ...] | None
     gone: NDArray[np.int64]
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from recformer.data.items import ItemsInMemory
 from recformer.files import UserError
+from recformer.models import kernel
 from recformer.recommendation import CatalogueRecommender, Explanation, HistoryItem, Recommended
 from recformer.serving.batching import ModelThread
 from recformer.serving.items import Shape
@@ -134,6 +135,8 @@ class Served:
             self.kept = DatabaseVectors(store, vectors_key(self.recommender.model, precision))
         if bf16:
             _encode_in_bfloat16(self.recommender.model.longformer)
+            if computes_in_bfloat16() and not torch.cuda.is_available():
+                self.recommender.search_in_bfloat16()
         self.base: dict[str, Any] = dict(self.recommender.texts)
         self._names = sorted(self.base)
         self.shape = Shape.of(self.base)
@@ -359,9 +362,10 @@ def computes_in_bfloat16() -> bool:
 
 def _encode_in_bfloat16(encoder: Any) -> None:
     encode, device = encoder.encode, encoder.device.type
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.Linear):  # else autocast converts them for every batch
-            module.to(torch.bfloat16)
+    if not kernel.runs(encoder, torch.bfloat16):  # which keeps weights of its own
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Linear):  # else autocast converts them for every batch
+                module.to(torch.bfloat16)
 
     def encode_in_bfloat16(packed: Any) -> Any:
         with torch.autocast(device, torch.bfloat16):

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recformer.evaluation import exact, scan
-from recformer.evaluation.exact import TIE_TOLERANCE, item_norms, of_length_one, pair_scores
+from recformer.evaluation.exact import (
+    TIE_TOLERANCE,
+    bfloat16_units,
+    item_norms,
+    of_length_one,
+    pair_scores,
+)
 from recformer.evaluation.ranking import rank_and_top_items, rank_by_vectors
 from recformer.evaluation.top_items import top_items_by_vectors
 
@@ -100,7 +106,8 @@ def test_one_pass_gives_what_all_pairs_give(question) -> None:
             assert each.tied.tolist() == tied
             assert each.num_candidates.tolist() == candidates
         assert top.tolist() == best
-        for norms in (None, item_norms(items)):
-            got = top_items_by_vectors(users, items, question["k"], seen, norms=norms, **options)
+        norms, units = item_norms(items), bfloat16_units(items)
+        for known in ({}, {"norms": norms}, {"norms": norms, "units": units}):
+            got = top_items_by_vectors(users, items, question["k"], seen, **known, **options)
             assert got[0].tolist() == best
             assert got[1].tolist() == found.tolist()
