@@ -163,6 +163,25 @@ def test_wrong_changes_change_nothing(folder: Path) -> None:
     assert recommender.recommend([["B0"]], k=50) == before
 
 
+def test_a_look_in_bfloat16_changes_no_answer(folder: Path) -> None:
+    plain, quick = CatalogueRecommender.load(folder), CatalogueRecommender.load(folder)
+    changes = {"N2": {"title": "tent map"}, "B3": {"title": "boots rope"}, "N3": {"title": "lamp"}}
+    for recommender in (plain, quick):
+        recommender.add_items({"N2": changes["N2"]})
+    quick.search_in_bfloat16()  # from here on, rows that come later included
+    for recommender in (plain, quick):
+        recommender.put_items(changes)
+        recommender.remove_items(["B5"])
+    assert quick.catalogue.view.units is not None
+    assert len(Rows(quick.catalogue.view.units)) == len(quick.catalogue.view)
+    histories = [["B1", "B2"], ["N3", {"title": "knife"}], ["B0"]]
+    for filters in ({}, {"filter_seen": True}, {"blocked": ["N2", "B0"]}, {"allowed": ["B7"]}):
+        for asked in (histories, histories[:1]):
+            expected = plain.recommend(asked, k=5, **filters)
+            assert quick.recommend(asked, k=5, **filters) == expected
+    assert quick.similar_items("B1", 3) == plain.similar_items("B1", 3)
+
+
 def test_items_by_their_attributes(folder: Path) -> None:
     recommender, truth = CatalogueRecommender.load(folder), Truth(folder)
     mine = {"title": "tent", "brand": "Nobody"}

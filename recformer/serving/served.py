@@ -133,10 +133,8 @@ class Served:
         if store is not None:
             precision = "bf16-mixed" if bf16 else "32-true"
             self.kept = DatabaseVectors(store, vectors_key(self.recommender.model, precision))
-        if bf16:
-            _encode_in_bfloat16(self.recommender.model.longformer)
-            if computes_in_bfloat16() and not torch.cuda.is_available():
-                self.recommender.search_in_bfloat16()
+        if bf16 and computes_in_bfloat16() and not torch.cuda.is_available():
+            self.recommender.search_in_bfloat16()
         self.base: dict[str, Any] = dict(self.recommender.texts)
         self._names = sorted(self.base)
         self.shape = Shape.of(self.base)
@@ -147,8 +145,10 @@ class Served:
         self.thread = ModelThread(self._answers, most, name)
         # A batch is cut into a part a core, each computed by one thread: parts never wait for each
         # other, where the threads of an operation wait after every one of hundreds, for a core
-        # that another request may hold (docs/guides/serving.md).
+        # that another request may hold (docs/guides/serving.md). A question alone has one thread
+        # too, but for the encoder's kernel, which is one operation.
         self.cores = torch.get_num_threads()
+        self._wrap_encoder(bf16)
         self._parts = ThreadPoolExecutor(self.cores, name, torch.set_num_threads, (1,))
         list(self._parts.map(time.sleep, [0.01] * self.cores))  # all of them begin
         torch.set_num_threads(self.cores)  # of threads that begin later
@@ -159,6 +159,30 @@ class Served:
         """End its threads when all that waits is done."""
         self.thread.close()
         self._parts.shutdown()
+
+    def _wrap_encoder(self, bf16: bool) -> None:
+        """Encode in bfloat16, or not, and with all cores where no other part of a batch runs."""
+        encoder: Any = self.recommender.model.longformer
+        encode, device = encoder.encode, encoder.device.type
+        in_kernel = device == "cpu" and kernel.runs(
+            encoder, torch.bfloat16 if bf16 else torch.float32
+        )
+        if bf16 and not in_kernel:  # which keeps weights of its own
+            for module in encoder.modules():
+                if isinstance(module, torch.nn.Linear):  # else autocast converts them every time
+                    module.to(torch.bfloat16)
+
+        def wrapped(packed: Any) -> Any:
+            threads = torch.get_num_threads()
+            if in_kernel and self.thread.is_current():
+                torch.set_num_threads(self.cores)
+            try:
+                with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                    return encode(packed)
+            finally:
+                torch.set_num_threads(threads)
+
+        encoder.encode = wrapped
 
     def _words(self, attributes: Mapping[str, Any]) -> str:
         values = [attributes.get(self.shape.title), attributes.get("brand")]
@@ -309,7 +333,8 @@ class Served:
         start = time.perf_counter()
         parts = np.array_split(np.arange(len(questions)), min(self.cores, len(questions)))
         cut = [[questions[place] for place in part] for part in parts]
-        found = self._parts.map(lambda part: self._answers_of_part(filters, part), cut)
+        each = map if len(cut) == 1 else self._parts.map
+        found = each(lambda part: self._answers_of_part(filters, part), cut)
         answers = [answer for part in found for answer in part]
         self.metrics.batches.labels(self.name).observe(len(questions))
         self.metrics.computing.labels(self.name).observe(time.perf_counter() - start)
@@ -358,20 +383,6 @@ def computes_in_bfloat16() -> bool:
     except OSError:  # not Linux
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
-def _encode_in_bfloat16(encoder: Any) -> None:
-    encode, device = encoder.encode, encoder.device.type
-    if not kernel.runs(encoder, torch.bfloat16):  # which keeps weights of its own
-        for module in encoder.modules():
-            if isinstance(module, torch.nn.Linear):  # else autocast converts them for every batch
-                module.to(torch.bfloat16)
-
-    def encode_in_bfloat16(packed: Any) -> Any:
-        with torch.autocast(device, torch.bfloat16):
-            return encode(packed)
-
-    encoder.encode = encode_in_bfloat16
 
 
 def _without(answer: Recommended, names: frozenset[str], k: int) -> Recommended:

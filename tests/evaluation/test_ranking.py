@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recformer.evaluation import exact, ranking, scan
 from recformer.evaluation import top_items as top_items_module
 from recformer.evaluation.evaluator import Evaluator
-from recformer.evaluation.exact import TIE_TOLERANCE, item_norms
+from recformer.evaluation.exact import TIE_TOLERANCE, bfloat16_units, item_norms
 from recformer.evaluation.metrics import coverage, gini, per_user_metrics
 from recformer.evaluation.negatives import sample_unseen
 from recformer.evaluation.ranking import rank_among_by_vectors, rank_by_vectors
 from recformer.evaluation.ranks import TargetRanks, count_ranks, count_ranks_among
+from recformer.evaluation.scan import Scan
 from recformer.evaluation.top_items import top_items, top_items_by_vectors
 
 
@@ -669,6 +670,31 @@ def test_items_offered_and_norms_known(cosine, scale):
     items[7, 0] = torch.nan
     with pytest.raises(ValueError, match="item vector in row 7 holds NaN"):
         item_norms(items)
+
+
+@pytest.mark.parametrize("users", [1, 5])
+def test_a_look_in_bfloat16_is_off_by_no_more_than_it_says(users):
+    generator = torch.Generator().manual_seed(users)
+    items = torch.randn(3000, 1024, generator=generator).abs()  # roundings that do not cancel out
+    vectors = torch.randn(users, 1024, generator=generator).abs()
+    looked = []
+
+    class Look:
+        def look(self, block, scores, spare, chunk):
+            looked.append((scores.clone(), chunk))
+
+        def close(self): ...
+
+    known = {"norms": item_norms(items), "units": bfloat16_units(items)}
+    for chunk_size in (None, 1000):
+        looked.clear()
+        Scan(vectors, items, chunk_size=chunk_size, **known).run([Look()])
+        scores = torch.cat([each for each, _ in looked], dim=1).double()
+        exact = torch.nn.functional.cosine_similarity(
+            vectors.double()[:, None], items.double()[None], dim=2
+        )
+        off = (scores - exact).abs().max()
+        assert 1e-4 < off <= looked[0][1].error < 0.006
 
 
 def test_memory_of_top_items_is_that_of_a_chunk():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from recformer.commands.serve import main, read_key
+from recformer.commands.serve import listen, main, read_key
 from recformer.files import UserError
 
 
@@ -65,6 +67,27 @@ def running(folder: Path, work: Path, *flags: str) -> Iterator[Running]:
     finally:
         service.process.kill()
         service.process.wait()
+
+
+
+def test_small_packets_are_sent_at_once() -> None:
+    """Headers and body are two of them: without TCP_NODELAY the second waits 40 ms for an ACK."""
+
+    async def said() -> int:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sent = writer.get_extra_info("socket")
+            value = sent.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.write(b"%d" % bool(value))
+            writer.close()
+
+        with listen("127.0.0.1", 0) as listening:
+            async with await asyncio.start_server(answer, sock=listening):
+                reader, writer = await asyncio.open_connection(*listening.getsockname())
+                value = int(await reader.read())
+                writer.close()
+        return value
+
+    assert asyncio.run(said()) == 1
 
 
 def test_signals_and_log_lines(model_folder: Path, tmp_path: Path) -> None:
