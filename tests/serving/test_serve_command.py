@@ -69,7 +69,6 @@ def running(folder: Path, work: Path, *flags: str) -> Iterator[Running]:
         service.process.wait()
 
 
-
 def test_small_packets_are_sent_at_once() -> None:
     """Headers and body are two of them: without TCP_NODELAY the second waits 40 ms for an ACK."""
 
