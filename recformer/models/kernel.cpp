@@ -10,6 +10,10 @@
 // [N / 32][K / 2][32][2], as the instructions for both AVX512_BF16 and AMX want them. Sums, biases,
 // LayerNorm and softmax are float.
 //
+// With AMX, float32 is computed as `Three`: a number is the sum of three bfloat16 (8 bits of its 24
+// each, so exactly), and a product the sum of the six products of its parts that count: those left
+// out are below 2**-24 of it. Weights [N / 32][K / 32][3][16][32][2].
+//
 // T tokens of a chunk, B sequences, L tokens of a sequence, H hidden, A heads, D = H / A.
 
 #include <immintrin.h>
@@ -23,6 +27,7 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -43,6 +48,11 @@ constexpr double MOST_WAITING = 1.2;   // busiest thread to mean, above which al
 
 struct bf16 {
     uint16_t bits;
+};
+
+// Rows of these come in groups of 32 numbers: 32 times the first part, the second, the third.
+struct Three {
+    uint16_t parts[3];
 };
 
 struct Matrix {
@@ -81,6 +91,33 @@ struct Batch {
 
 namespace {
 
+// --- where the time goes -------------------------------------------------------------------------
+
+// What a thread does; compiled with RECFORMER_TIMES the time of each is added up.
+enum Stage { REST, EMBEDDINGS, PRODUCTS, COPIES, GELU, NORM, SCORES, SOFTMAX, FIRSTS, WAITING, STAGES };
+
+#ifdef RECFORMER_TIMES
+std::atomic<uint64_t> spent[STAGES];
+thread_local uint64_t ticks[STAGES], since = 0;
+thread_local Stage stage = REST;
+
+inline Stage enter(Stage next) {
+    const uint64_t now = __rdtsc();
+    ticks[stage] += now - since;
+    since = now;
+    return std::exchange(stage, next);
+}
+// Counts for this stage until the end of the block; products of `<s>` stay with it.
+struct Counted {
+    Stage before;
+    explicit Counted(Stage next) : before(enter(next == PRODUCTS && stage == FIRSTS ? FIRSTS : next)) {}
+    ~Counted() { enter(before); }
+};
+#define COUNTED(stage) const Counted counted(stage)
+#else
+#define COUNTED(stage)
+#endif
+
 // --- numbers -------------------------------------------------------------------------------------
 
 inline __m512 load(const float *from) { return _mm512_loadu_ps(from); }
@@ -105,9 +142,29 @@ inline void store(bf16 *to, __m512 value) {
 #endif
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), half);
 }
-inline void set(float *to, float value) { *to = value; }
-inline void set(bf16 *to, float value) {
-    to->bits = _mm512_cvtsi512_si32(rounded(_mm512_set1_ps(value))) >> 16;
+inline __m512 widen(const uint16_t *from) { return load(reinterpret_cast<const bf16 *>(from)); }
+
+// Numbers column..column+15 of a row; columns are multiples of 16, rows begin at multiples of 32.
+template <class T>
+__m512 get(const T *row, int64_t column = 0) {
+    if constexpr (sizeof(T) == sizeof(Three)) {
+        const uint16_t *at = (row + column / 32 * 32)->parts + column % 32;
+        return _mm512_add_ps(_mm512_add_ps(widen(at), widen(at + 32)), widen(at + 64));
+    } else {
+        return load(row + column);
+    }
+}
+template <class T>
+void put(T *row, int64_t column, __m512 value) {
+    if constexpr (sizeof(T) == sizeof(Three)) {
+        uint16_t *at = (row + column / 32 * 32)->parts + column % 32;
+        for (int part = 0; part < 3; ++part, at += 32) {
+            store(reinterpret_cast<bf16 *>(at), value);
+            value = _mm512_sub_ps(value, widen(at));
+        }
+    } else {
+        store(row + column, value);
+    }
 }
 
 inline __m512 exponential(__m512 x) {  // within 2 units of the last place; 0 below -104
@@ -249,6 +306,58 @@ template <bool both>
     }
 }
 
+// The same of numbers in three parts: the small products first.
+template <bool both>
+[[gnu::noinline]] void amx_tile(const Three *a, int64_t row, const Three *b, int64_t groups, float *c,
+                                int64_t ldc, bool add) {
+    constexpr int64_t group = 32, part = 16 * PANEL * 2;  // of b, in bfloat16
+    const int64_t a_bytes = row * sizeof(Three), b_bytes = 4 * PANEL, c_bytes = 4 * ldc;
+    if (add) {
+        _tile_loadd(0, c, c_bytes);
+        _tile_loadd(1, c + 16, c_bytes);
+        if (both) {
+            _tile_loadd(2, c + 16 * ldc, c_bytes);
+            _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < groups; ++k, a += group, b += group * PANEL) {
+        const uint16_t *left = a->parts, *right = b->parts;
+#define LEFT(i)                                                            \
+    _tile_loadd(4, left + i * group, a_bytes);                             \
+    if (both) _tile_loadd(5, (a + 16 * row)->parts + i * group, a_bytes);
+#define RIGHT(i)                                                           \
+    _tile_loadd(6, right + i * part, b_bytes);                             \
+    _tile_loadd(7, right + i * part + PANEL, b_bytes);
+#define MULTIPLY                                                           \
+    _tile_dpbf16ps(0, 4, 6);                                               \
+    _tile_dpbf16ps(1, 4, 7);                                               \
+    if (both) {                                                            \
+        _tile_dpbf16ps(2, 5, 6);                                           \
+        _tile_dpbf16ps(3, 5, 7);                                           \
+    }
+        LEFT(0) RIGHT(2) MULTIPLY
+        RIGHT(1) MULTIPLY
+        LEFT(1) MULTIPLY
+        RIGHT(0) MULTIPLY
+        LEFT(2) MULTIPLY
+        LEFT(0) MULTIPLY
+#undef LEFT
+#undef RIGHT
+#undef MULTIPLY
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
+    if (both) {
+        _tile_stored(2, c + 16 * ldc, c_bytes);
+        _tile_stored(3, c + 16 * ldc + 16, c_bytes);
+    }
+}
+
 #endif
 
 constexpr int64_t MOST_ROWS = 32;  // of a block, and so past the last row that sums are written to
@@ -257,30 +366,33 @@ constexpr int64_t MOST_ROWS = 32;  // of a block, and so past the last row that 
 template <class T>
 void block(int64_t rows, const T *a, int64_t row, const T *b, int64_t inputs, float *c, int64_t ldc,
            bool add) {
-    constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
+    COUNTED(PRODUCTS);
 #ifdef __AMX_BF16__
-    if constexpr (sizeof(T) == 2) {
-        if (amx) {
+    if constexpr (sizeof(T) != 4) {
+        if (amx || sizeof(T) == sizeof(Three)) {
+            const int64_t steps = sizeof(T) == 2 ? inputs / 2 : inputs / 32;
             if (rows > 16)
-                amx_tile<true>(a, row, b, inputs / 2, c, ldc, add);
+                amx_tile<true>(a, row, b, steps, c, ldc, add);
             else
-                amx_tile<false>(a, row, b, inputs / 2, c, ldc, add);
+                amx_tile<false>(a, row, b, steps, c, ldc, add);
             return;
         }
     }
 #endif
-    tiles<T, 2>(rows, a, row, pair, b, PANEL * pair, inputs / pair, c, ldc, add);
+    constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
+    if constexpr (sizeof(T) != sizeof(Three))
+        tiles<T, 2>(rows, a, row, pair, b, PANEL * pair, inputs / pair, c, ldc, add);
 }
 
 template <class T>
 int64_t rows_a_block() {
-    return sizeof(T) == 2 && amx ? MOST_ROWS : ROWS;
+    return sizeof(T) != 4 && amx ? MOST_ROWS : ROWS;
 }
 
 // (rows, 32) sums of each panel, given to sink(row, first column, 32 sums).
 template <class T, class Sink>
 void product(int64_t rows, const T *a, int64_t row, const void *weight, int64_t outputs,
-             int64_t inputs, Sink sink) {
+             int64_t inputs, Stage stage, Sink sink) {
     alignas(64) float sums[MOST_ROWS * PANEL];
     const T *b = static_cast<const T *>(weight);
     const int64_t step = rows_a_block<T>();
@@ -288,6 +400,7 @@ void product(int64_t rows, const T *a, int64_t row, const void *weight, int64_t 
         for (int64_t m = 0; m < rows; m += step) {
             const int64_t count = std::min(step, rows - m);
             block(count, a + m * row, row, b, inputs, sums, PANEL, false);
+            COUNTED(stage);
             for (int64_t r = 0; r < count; ++r) sink(m + r, n, sums + r * PANEL);
         }
 }
@@ -302,6 +415,7 @@ struct Crew {
     // Goes on when all have come.
     void meet() {
         if (size == 1) return;
+        COUNTED(WAITING);
         const int64_t before = meetings.load(std::memory_order_acquire);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < size)
             return wait([&] { return meetings.load(std::memory_order_acquire) != before; });
@@ -413,6 +527,10 @@ struct Chunks {
 
 // --- one chunk -----------------------------------------------------------------------------------
 
+// Numbers that no product with weights takes.
+template <class T>
+using Plain = std::conditional_t<sizeof(T) == sizeof(Three), float, T>;
+
 struct Range {
     int64_t from, to;
 };
@@ -420,7 +538,8 @@ struct Range {
 // What a crew's threads read of each other.
 template <class T>
 struct Common {
-    T *states, *context, *qkv, *first_query, *first_key, *summed;
+    T *states, *context, *first_query, *first_key, *summed;
+    Plain<T> *qkv;
     float *first_scores;
 
     void cut(const Model &model, const Chunks &chunks, Cutter &cutter) {
@@ -444,8 +563,8 @@ class Worker {
            const Common<T> &common)
         : model(model), batch(batch), crew(crew), rank(rank), hidden(model.hidden),
           heads(model.heads), dim(model.hidden / model.heads), wide(model.hidden + PAD),
-          states(common.states), context(common.context), qkv(common.qkv),
-          first_query(common.first_query), first_key(common.first_key), summed(common.summed),
+          states(common.states), context(common.context), first_query(common.first_query),
+          first_key(common.first_key), summed(common.summed), qkv(common.qkv),
           first_scores(common.first_scores) {
         const int64_t most = crew.size == 1 ? chunks.tokens
                                             : (chunks.tokens / crew.size / STEP + 2) * STEP;
@@ -487,7 +606,7 @@ class Worker {
                 feed_forward(layer, rows.to - rows.from, context + rows.from * wide,
                              states + rows.from * wide);
         }
-        T *result = static_cast<T *>(batch.result);
+        auto *result = static_cast<Plain<T> *>(batch.result);
         if (batch.pooling == FIRST) {
             const Range own = share(num_sequences, 1);
             feed_forward(model.layer[model.layers - 1], own.to - own.from,
@@ -505,7 +624,7 @@ class Worker {
     }
 
   private:
-    static constexpr int64_t STEP = sizeof(T) == 2 ? 16 : ROWS;  // rows are shared in such steps
+    static constexpr int64_t STEP = sizeof(T) == 4 ? ROWS : 16;  // rows are shared in such steps
 
     void cut(Cutter &cutter, int64_t rows, int64_t sequences) {
         cutter(middle, rows * wide);
@@ -517,6 +636,7 @@ class Worker {
         cutter(scores, ROWS * (padded + 32));
         cutter(out, ROWS * dim);
         cutter(firsts, sequences * wide);
+        cutter(asked, sequences * heads * hidden);
         cutter(first_weights, padded * PANEL);
         cutter(first_states, padded * hidden);
         cutter(first_sums, ROWS * hidden);
@@ -534,20 +654,27 @@ class Worker {
         return {std::max(rows.from, start(s)), std::min(rows.to, start(s + 1))};
     }
 
-    void copy_row(T *to, const T *from) const { std::copy(from, from + hidden, to); }
+    template <class N>
+    void copy_row(N *to, const T *from) const {
+        if constexpr (std::is_same_v<N, T>)
+            std::copy(from, from + hidden, to);
+        else
+            for (int64_t h = 0; h < hidden; h += 16) put(to, h, get(from, h));
+    }
     int64_t start(int64_t s) const { return batch.starts[first_sequence + s] - first_token; }
 
     // Mean of a sequence's states, of this thread's columns; as published `<s>` weighs 2 of L + 1.
-    void average(int64_t s, T *to) const {
+    void average(int64_t s, Plain<T> *to) const {
         const Range own = share(hidden, 16);
         const int64_t length = start(s + 1) - start(s);
         const T *rows = states + start(s) * wide;
         for (int64_t h = own.from; h < own.to; h += 16) {
-            __m512 total = load(rows + h);
-            for (int64_t t = 1; t < length; ++t) total = _mm512_add_ps(total, load(rows + t * wide + h));
+            __m512 total = get(rows, h);
+            for (int64_t t = 1; t < length; ++t)
+                total = _mm512_add_ps(total, get(rows + t * wide, h));
             float count = float(length);
             if (batch.pooling == MEAN_AS_PUBLISHED) {
-                total = _mm512_add_ps(total, load(rows + h));
+                total = _mm512_add_ps(total, get(rows, h));
                 count += 1.0f;
             }
             store(to + h, _mm512_div_ps(total, _mm512_set1_ps(count)));
@@ -568,7 +695,7 @@ class Worker {
         const __m512 factor = _mm512_set1_ps(float(1.0 / std::sqrt(variance + model.eps)));
         for (int64_t h = 0; h < hidden; h += 16) {
             const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(row + h), mean), factor);
-            store(to + h, _mm512_fmadd_ps(unit, load(weight + h), load(shift + h)));
+            put(to, h, _mm512_fmadd_ps(unit, load(weight + h), load(shift + h)));
         }
     }
 
@@ -584,6 +711,7 @@ class Worker {
     }
 
     void embed(Range rows) {
+        COUNTED(EMBEDDINGS);
         for (int64_t s = 0; s < num_sequences; ++s) {
             const Range own = within(rows, s);
             for (int64_t t = own.from; t < own.to; ++t) {
@@ -600,10 +728,10 @@ class Worker {
     void project(const Layer &layer, Range rows) {
         const int64_t width = 3 * hidden + PAD;
         const float *bias = layer.qkv.bias;
-        T *to = qkv + rows.from * width;
+        Plain<T> *to = qkv + rows.from * width;
         product<T>(rows.to - rows.from, states + rows.from * wide, wide, layer.qkv.weight,
-                   3 * hidden, hidden, [=](int64_t m, int64_t n, const float *c) {
-                       T *at = to + m * width + n;
+                   3 * hidden, hidden, COPIES, [=](int64_t m, int64_t n, const float *c) {
+                       Plain<T> *at = to + m * width + n;
                        store(at, _mm512_add_ps(load(c), load(bias + n)));
                        store(at + 16, _mm512_add_ps(load(c + 16), load(bias + n + 16)));
                    });
@@ -620,17 +748,21 @@ class Worker {
     }
 
     // One head of one sequence of L tokens.
-    void attend_head(const T *rows, int64_t width, int64_t length, int64_t half, T *result) {
+    void attend_head(const Plain<T> *rows, int64_t width, int64_t length, int64_t half, T *result) {
+        COUNTED(SCORES);
         const int64_t columns = (length + 15) / 16 * 16;
-        for (int64_t t = 0; t < length; ++t)
-            for (int64_t d = 0; d < dim; d += 16) {
-                store(query + t * dim + d, load(rows + t * width + d));
-                store(value + t * dim + d, load(rows + t * width + 2 * hidden + d));
-            }
-        for (int64_t t = 0; t < length; t += 16)
-            for (int64_t d = 0; d < dim; d += 16)
-                transpose(rows + t * width + hidden + d, width, std::min<int64_t>(16, length - t),
-                          key + d * columns + t, columns);
+        {
+            COUNTED(COPIES);
+            for (int64_t t = 0; t < length; ++t)
+                for (int64_t d = 0; d < dim; d += 16) {
+                    store(query + t * dim + d, load(rows + t * width + d));
+                    store(value + t * dim + d, load(rows + t * width + 2 * hidden + d));
+                }
+            for (int64_t t = 0; t < length; t += 16)
+                for (int64_t d = 0; d < dim; d += 16)
+                    transpose(rows + t * width + hidden + d, width, std::min<int64_t>(16, length - t),
+                              key + d * columns + t, columns);
+        }
         const float scale = 1.0f / std::sqrt(float(dim));
         for (int64_t q = 0; q < length; q += ROWS) {
             const int64_t count = std::min(ROWS, length - q);
@@ -660,8 +792,8 @@ class Worker {
             }
             for (int64_t r = 0; r < count; ++r)
                 for (int64_t d = 0; d < dim; d += 16)
-                    store(result + (q + r) * wide + d,
-                          _mm512_mul_ps(load(out + r * dim + d), _mm512_set1_ps(inverse[r])));
+                    put(result + (q + r) * wide, d,
+                        _mm512_mul_ps(load(out + r * dim + d), _mm512_set1_ps(inverse[r])));
         }
     }
 
@@ -669,6 +801,7 @@ class Worker {
     // inverse of their sum, which is returned. Key j is seen if |j - i| <= half and j < end.
     static float softmax(float *row, int64_t from, int64_t span, int64_t i, int64_t half,
                          int64_t end, float scale) {
+        COUNTED(SOFTMAX);
         const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512i low = _mm512_set1_epi32(int(std::max<int64_t>(0, i - half)));
         const __m512i high = _mm512_set1_epi32(int(std::min(end - 1, i + half)));
@@ -698,7 +831,8 @@ class Worker {
     }
 
     // Up to 16 rows of 16 numbers into 16 columns.
-    static void transpose(const T *rows, int64_t width, int64_t count, float *to, int64_t line) {
+    template <class N>
+    static void transpose(const N *rows, int64_t width, int64_t count, float *to, int64_t line) {
         __m512 r[16], x[16];
         for (int64_t i = 0; i < 16; ++i)
             r[i] = i < count ? load(rows + i * width) : _mm512_setzero_ps();
@@ -726,6 +860,7 @@ class Worker {
 
     // What `<s>` of each sequence asks for, of this thread's heads: (H, heads) `first_key`.
     void ask_for_first(const Layer &layer) {
+        COUNTED(FIRSTS);
         for (int64_t s = 0; s < num_sequences; ++s)
             copy_row(firsts + s * wide, states + start(s) * wide);
         const Range own = share(heads, 1);
@@ -735,35 +870,66 @@ class Worker {
         const float *bias = layer.first_query.bias + begin;
         product<T>(num_sequences, firsts, wide,
                    static_cast<const T *>(layer.first_query.weight) + begin * hidden,
-                   (own.to - own.from) * dim, hidden, [=](int64_t m, int64_t n, const float *c) {
+                   (own.to - own.from) * dim, hidden, FIRSTS, [=](int64_t m, int64_t n, const float *c) {
                        for (int64_t j = 0; j < PANEL; j += 16)
-                           store(queries + m * ld + n + j,
-                                 _mm512_mul_ps(_mm512_add_ps(load(c + j), load(bias + n + j)),
-                                               _mm512_set1_ps(scale)));
+                           put(queries + m * ld + n, j,
+                               _mm512_mul_ps(_mm512_add_ps(load(c + j), load(bias + n + j)),
+                                             _mm512_set1_ps(scale)));
                    });
-        constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
         for (int64_t head = own.from; head < own.to; ++head) {
-            T *to = first_key;
-            const int64_t size = hidden * PANEL;
+            float *to = asked + head * hidden;
+            const int64_t size = heads * hidden;
             product<T>(num_sequences, first_query + head * dim, wide,
                        static_cast<const T *>(layer.first_key.weight) + head * dim * hidden, hidden,
-                       dim, [=](int64_t m, int64_t n, const float *c) {
-                           for (int64_t j = 0; j < PANEL; ++j)
-                               set(to + m * size + (n + j) / pair * PANEL * pair + head * pair +
-                                       (n + j) % pair,
-                                   c[j]);
+                       dim, FIRSTS, [=](int64_t m, int64_t n, const float *c) {
+                           std::copy(c, c + PANEL, to + m * size + n);
                        });
+        }
+        for (int64_t s = 0; s < num_sequences; ++s)
+            for (int64_t head = own.from / 16 * 16; head < own.to; head += 16)
+                for (int64_t h = 0; h < hidden; h += 32)
+                    set_keys(s, head, own, h);
+    }
+
+    // Inputs h..h+31 of 16 outputs of a sequence's `first_key`, from the rows of `asked` in `own`.
+    void set_keys(int64_t s, int64_t head, Range own, int64_t h) {
+        alignas(64) float columns[32 * 16];
+        const int64_t low = std::max(head, own.from) - head, high = std::min(head + 16, own.to) - head;
+        for (int64_t half = 0; half < 32; half += 16)
+            transpose(asked + (s * heads + head) * hidden + h + half, hidden, high,
+                      columns + half * 16, 16);
+        const __mmask16 mask = ((1 << high) - 1) & ~((1 << low) - 1);
+        T *panel = first_key + (s * hidden + h) * PANEL;
+        if constexpr (sizeof(T) == 4) {
+            for (int64_t k = 0; k < 32; ++k)
+                _mm512_mask_storeu_ps(panel + k * PANEL + head, mask, load(columns + k * 16));
+        } else {
+            uint32_t *to = reinterpret_cast<uint32_t *>(panel) + head;  // pairs of bfloat16
+            constexpr int parts = sizeof(T) / 2;
+            for (int64_t k = 0; k < 32; k += 2, to += PANEL) {
+                __m512 left = load(columns + k * 16), right = load(columns + k * 16 + 16);
+                for (int part = 0; part < parts; ++part) {
+                    const __m512i high_bits = _mm512_set1_epi32(0xffff0000);
+                    const __m512i first = _mm512_and_si512(rounded(left), high_bits);
+                    const __m512i second = _mm512_and_si512(rounded(right), high_bits);
+                    _mm512_mask_storeu_epi32(to + part * 16 * PANEL, mask,
+                                             _mm512_or_si512(_mm512_srli_epi32(first, 16), second));
+                    left = _mm512_sub_ps(left, _mm512_castsi512_ps(first));
+                    right = _mm512_sub_ps(right, _mm512_castsi512_ps(second));
+                }
+            }
         }
     }
 
     // Scores that `<s>` gives the rows: (T, heads) `first_scores`.
     void score_for_first(Range rows) {
+        COUNTED(FIRSTS);
         for (int64_t s = 0; s < num_sequences; ++s) {
             const Range own = within(rows, s);
             if (own.from >= own.to) continue;
             float *scored = first_scores + own.from * PANEL;
             product<T>(own.to - own.from, states + own.from * wide, wide,
-                       first_key + s * hidden * PANEL, PANEL, hidden,
+                       first_key + s * hidden * PANEL, PANEL, hidden, FIRSTS,
                        [=](int64_t m, int64_t, const float *c) {
                            std::copy(c, c + PANEL, scored + m * PANEL);
                        });
@@ -772,6 +938,7 @@ class Worker {
 
     // Means of a sequence's states under the softmax of each head: this thread's columns of `summed`.
     void gather_for_first(int64_t s) {
+        COUNTED(FIRSTS);
         const Range own = share(hidden, PANEL);
         if (own.from >= own.to) return;
         const int64_t length = start(s + 1) - start(s);
@@ -793,7 +960,7 @@ class Worker {
         const T *rows = states + start(s) * wide;
         for (int64_t t = 0; t < length; ++t)
             for (int64_t h = own.from; h < own.to; h += 16)
-                store(first_states + t * hidden + h, load(rows + t * wide + h));
+                store(first_states + t * hidden + h, get(rows + t * wide, h));
         for (int64_t head = 0; head < heads; head += ROWS) {
             const int64_t count = std::min(ROWS, heads - head);
             for (int64_t h = own.from; h < own.to; h += 32)
@@ -801,24 +968,25 @@ class Worker {
                                 length, first_sums + h, hidden, false);
             for (int64_t r = 0; r < count; ++r)
                 for (int64_t h = own.from; h < own.to; h += 16)
-                    store(summed + (s * heads + head + r) * hidden + h,
-                          load(first_sums + r * hidden + h));
+                    put(summed + (s * heads + head + r) * hidden, h,
+                        load(first_sums + r * hidden + h));
         }
     }
 
     // Values of the sums, of this thread's heads: rows of `context`, of the sequences' first tokens,
     // or one a sequence.
     void value_of_first(const Layer &layer, bool firsts_only) {
+        COUNTED(FIRSTS);
         const float *shift = layer.first_value.bias;
         const Range own = share(heads, 1);
         for (int64_t head = own.from; head < own.to; ++head)
             product<T>(num_sequences, summed + head * hidden, heads * hidden,
                        static_cast<const T *>(layer.first_value.weight) + head * dim * hidden, dim,
-                       hidden, [=, this](int64_t m, int64_t n, const float *c) {
+                       hidden, FIRSTS, [=, this](int64_t m, int64_t n, const float *c) {
                            T *at = context + (firsts_only ? m : start(m)) * wide + head * dim + n;
                            const float *b = shift + head * dim + n;
-                           store(at, _mm512_add_ps(load(c), load(b)));
-                           store(at + 16, _mm512_add_ps(load(c + 16), load(b + 16)));
+                           put(at, 0, _mm512_add_ps(load(c), load(b)));
+                           put(at, 16, _mm512_add_ps(load(c + 16), load(b + 16)));
                        });
     }
 
@@ -832,11 +1000,11 @@ class Worker {
             const float *bias = layer.inner.bias + from;
             T *to = inner;
             product<T>(rows, middle, wide,
-                       static_cast<const T *>(layer.inner.weight) + from * hidden, size, hidden,
+                       static_cast<const T *>(layer.inner.weight) + from * hidden, size, hidden, GELU,
                        [=](int64_t m, int64_t n, const float *c) {
                            T *at = to + m * ld + n;
-                           store(at, gelu(_mm512_add_ps(load(c), load(bias + n))));
-                           store(at + 16, gelu(_mm512_add_ps(load(c + 16), load(bias + n + 16))));
+                           put(at, 0, gelu(_mm512_add_ps(load(c), load(bias + n))));
+                           put(at, 16, gelu(_mm512_add_ps(load(c + 16), load(bias + n + 16))));
                        });
             into_sums(rows, inner, ld,
                       static_cast<const T *>(layer.outer.weight) + from * PANEL, size, model.inner,
@@ -860,11 +1028,12 @@ class Worker {
     // Bias and residual to `sums`, and LayerNorm of them.
     void finish(int64_t rows, const float *bias, const T *residual, const float *weight,
                 const float *shift, T *to) {
+        COUNTED(NORM);
         for (int64_t r = 0; r < rows; ++r) {
             float *row = sums + r * hidden;
             for (int64_t h = 0; h < hidden; h += 16)
                 store(row + h, _mm512_add_ps(_mm512_add_ps(load(row + h), load(bias + h)),
-                                             load(residual + r * wide + h)));
+                                             get(residual + r * wide, h)));
             normalise(row, weight, shift, to + r * wide);
         }
     }
@@ -874,10 +1043,11 @@ class Worker {
     Crew &crew;
     const int64_t rank, hidden, heads, dim, wide;
     int64_t padded, piece, first_sequence = 0, num_sequences = 0, first_token = 0;
-    T *const states, *const context, *const qkv, *const first_query, *const first_key, *const summed;
+    T *const states, *const context, *const first_query, *const first_key, *const summed;
+    Plain<T> *const qkv;
     float *const first_scores;
     T *middle, *inner, *firsts;
-    float *sums, *key, *value, *query, *scores, *out, *first_weights, *first_states, *first_sums;
+    float *sums, *key, *value, *query, *scores, *out, *asked, *first_weights, *first_states, *first_sums;
     std::unique_ptr<Memory> memory;
 };
 
@@ -913,11 +1083,18 @@ void encode(const Model &model, const Batch &batch, int64_t tokens, int64_t thre
         const TileShapes shapes;
         if (amx) _tile_loadconfig(&shapes);
 #endif
+#ifdef RECFORMER_TIMES
+        since = __rdtsc();
+#endif
         int64_t own = 0;
         for (int64_t c; (c = together ? own++ : next++) < chunks.number();)
             workers[n]->chunk(chunks.first[c], chunks.first[c + 1]);
 #ifdef __AMX_BF16__
         if (amx) _tile_release();
+#endif
+#ifdef RECFORMER_TIMES
+        enter(REST);
+        for (int each = 0; each < STAGES; ++each) spent[each] += std::exchange(ticks[each], 0);
 #endif
     };
     std::atomic<int> start{0};  // 1: go, -1: leave
@@ -951,8 +1128,18 @@ int recformer_use_amx(int wanted) {
     return amx;
 }
 
+int recformer_uses_amx() { return amx; }
+
+#ifdef RECFORMER_TIMES
+// Ticks of each stage since the last call, of all threads.
+void recformer_times(uint64_t *ticks) {
+    for (int each = 0; each < STAGES; ++each) ticks[each] = spent[each].exchange(0);
+}
+#endif
+
+// `numbers`, as the weights are: 0 float, 1 bfloat16, 2 float in three parts (with AMX alone).
 // 0: done. 1: ids outside a table, or sequences that do not fit together. 2: no memory.
-int recformer_encode(const Model *model, const Batch *batch, int64_t tokens, int bfloat16,
+int recformer_encode(const Model *model, const Batch *batch, int64_t tokens, int numbers,
                      int64_t threads) {
     const int64_t *starts = batch->starts;
     if (starts[0] != 0 || starts[batch->sequences] != tokens) return 1;
@@ -963,10 +1150,11 @@ int recformer_encode(const Model *model, const Batch *batch, int64_t tokens, int
             for (int64_t t = 0; t < tokens; ++t)
                 if (uint64_t(batch->ids[table][t]) >= uint64_t(model->rows[table])) return 1;
     try {
-        if (bfloat16)
-            encode<bf16>(*model, *batch, tokens, threads);
-        else
-            encode<float>(*model, *batch, tokens, threads);
+        if (numbers == 1) encode<bf16>(*model, *batch, tokens, threads);
+        if (numbers == 0) encode<float>(*model, *batch, tokens, threads);
+#ifdef __AMX_BF16__
+        if (numbers == 2) encode<Three>(*model, *batch, tokens, threads);
+#endif
     } catch (const std::bad_alloc &) {
         return 2;
     }

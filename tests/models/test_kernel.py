@@ -88,6 +88,23 @@ def test_states_are_those_of_torch(values: dict[str, Any]) -> None:
         torch.testing.assert_close(found.double(), vectors, atol=2e-5, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("amx", [1, 0])
+def test_float32_is_as_exact_as_that_of_torch(
+    amx: int, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AMX it is computed in three parts of eight bits: all of 24 have to count."""
+    model, packed = make(), batch(LENGTHS)
+    expected = exact(model, packed)
+    library.recformer_use_amx(amx)
+    states = by_kernel(model, packed)
+    library.recformer_use_amx(1)
+    monkeypatch.setattr(kernel, "switched_on", lambda: False)
+    in_torch = model.encode_tokens(packed)[0]
+    error, torch_error = ((each - expected).norm() for each in (states, in_torch))
+    assert error < 1.5 * torch_error
+
+
 @pytest.mark.parametrize("amx", [1, 0])
 def test_bfloat16_is_as_near_as_that_of_torch(
     amx: int, library: Any, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +172,22 @@ def test_neither_batch_nor_threads_change_a_bit(dtype: torch.dtype, amx: int, li
     finally:
         torch.set_num_threads(threads)
         library.recformer_use_amx(1)
+
+
+def test_panels_hold_the_weights() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
+    parts = kernel.panels(weight, kernel.THREE_BFLOAT16)
+    assert parts.shape == (
+        2,
+        3,
+        3,
+        16,
+        32,
+        2,
+    )  # panel, group of inputs, part, pair, output, of pair
+    assert torch.equal(parts.double().sum(2)[1, 2, 5, 7], weight[39, 74:76].double())
+    plain = kernel.panels(weight, kernel.FLOAT)
+    assert torch.equal(plain[1, :, 7], weight[39])
 
 
 def test_positions_are_those_given() -> None:
