@@ -12,18 +12,7 @@ from typing import Any
 from transformers import LongformerConfig
 
 from recformer.files import UserError
-
-# The values of the paper (section 3.1.4 and the published scripts). The only place they stand.
-PAPER: dict[str, Any] = {
-    "max_attr_num": 3,
-    "max_attr_length": 32,
-    "max_item_embeddings": 51,
-    "max_token_num": 1024,
-    "attention_window": 64,
-    "pooler_type": "cls",
-    "temp": 0.05,
-    "mlm_weight": 0.1,
-}
+from recformer.paper import PAPER
 
 POOLER_TYPES = ("cls", "avg", "avg_published")
 

@@ -27,7 +27,13 @@ DOORS = (
 
 #: A module may import from its own layer and from the ones above it in this list, never from below.
 LAYERS: list[tuple[str, ...]] = [
-    ("recformer.files", "recformer.packing", "recformer.pictures", "recformer.processes"),
+    (
+        "recformer.files",
+        "recformer.packing",
+        "recformer.paper",
+        "recformer.pictures",
+        "recformer.processes",
+    ),
     ("recformer.cli", "recformer.config"),
     ("recformer.tokenization",),
     ("recformer.data",),

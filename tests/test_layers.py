@@ -245,6 +245,9 @@ def test_the_command_line_is_read_without_torch() -> None:
     code = "sys.argv[0] = '/somewhere/bin/recformer'\nimport recformer.__main__"
     assert loaded_by(code, ("torch", "transformers")) == []
     assert loaded_by("import recformer", ("torch", "transformers")) == ["torch", "transformers"]
+    for command in ("process", "process_pretraining", "audit", "compare", "download", "env"):
+        wanted = code + f"\nimport recformer.commands.{command}"
+        assert loaded_by(wanted, ("torch", "transformers")) == [], command
 
 
 def test_public_models_need_no_trainer() -> None:

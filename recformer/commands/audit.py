@@ -8,16 +8,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recformer.cli import command_parser
-from recformer.config import PAPER, RecformerConfig
 from recformer.files import read_json
+from recformer.paper import PAPER
 from recformer.preparation.audit.figures import AUDIT_FILE, LIMITS, PAGE_FILE, audit_folder
-from recformer.tokenization import RecformerTokenizer
+
+if TYPE_CHECKING:
+    from recformer.tokenization import RecformerTokenizer
 
 
 def _load_tokenizer(source: str, limits: dict[str, int]) -> RecformerTokenizer:
     """A tokenizer with the limits given, else those in its folder, else the paper's."""
+    from recformer.config import RecformerConfig  # transformers, which takes seconds
+    from recformer.tokenization import RecformerTokenizer
+
     stored = Path(source) / "config.json"
     config = {name: PAPER[name] for name in LIMITS}
     if stored.is_file():

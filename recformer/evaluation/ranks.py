@@ -5,17 +5,19 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from recformer.files import UserError
 
+if TYPE_CHECKING:  # what reads figures of finished runs need not wait for torch
+    import torch
+
 Pairs = tuple[ArrayLike, ArrayLike]
 
-Vectors = torch.Tensor | NDArray[Any]
+Vectors: TypeAlias = "torch.Tensor | NDArray[Any]"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def count_ranks(scores: Vectors, targets: ArrayLike, seen: Pairs | None = None) 
         >>> count_ranks([[0.9, 0.5, 0.5, 0.1]], targets=[2], seen=([0], [0])).above.tolist()
         [0]
     """
+    import torch
+
     scores = _checked_scores(scores)
     device, (num_users, num_items) = scores.device, scores.shape
     target_ids = checked_ids(targets, "targets", num_items)
@@ -106,6 +110,8 @@ def count_ranks_among(scores: Vectors, targets: ArrayLike, candidates: ArrayLike
         scores, targets: as in `count_ranks`.
         candidates: (B, C) item ids; the target and repetitions in a row do not count.
     """
+    import torch
+
     scores = torch.as_tensor(scores)
     target_ids, ids, counts = _checked_candidates(targets, candidates, *scores.shape)
     columns = np.concatenate([target_ids[:, None], ids], axis=1)  # (B, 1 + C)
@@ -115,6 +121,8 @@ def count_ranks_among(scores: Vectors, targets: ArrayLike, candidates: ArrayLike
 
 
 def _checked_scores(scores: Vectors) -> torch.Tensor:
+    import torch
+
     scores = torch.as_tensor(scores)
     if scores.ndim != 2:
         raise UserError(f"scores have shape {tuple(scores.shape)}, expected (users, items)")
@@ -170,7 +178,7 @@ def _to_numpy(values: torch.Tensor) -> NDArray[Any]:
 
 
 def _int64(values: ArrayLike, name: str) -> NDArray[np.int64]:
-    array = _to_numpy(values) if isinstance(values, torch.Tensor) else np.asarray(values)
+    array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise UserError(
             f"{name} have shape {array.shape} and dtype {array.dtype}, expected integers in one "

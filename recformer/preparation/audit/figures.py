@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recformer.config import PAPER
 from recformer.data.processed import (
     EvalExamples,
     ProcessedFolder,
@@ -32,11 +31,14 @@ from recformer.data.processed import (
 )
 from recformer.evaluation.metrics import gini
 from recformer.files import UserError, atomic_write, write_json
+from recformer.paper import PAPER
 from recformer.preparation.audit.page import page
 from recformer.preparation.audit.sample import about_sample, sampled, times_of
 from recformer.preparation.audit.warnings import DAY, FEW_WORDS, Figure, _figure, _notes, _warnings
 from recformer.preparation.text import count_words
-from recformer.tokenization import RecformerTokenizer
+
+if TYPE_CHECKING:  # counts of tokens are asked for; the rest needs no transformers
+    from recformer.tokenization import RecformerTokenizer
 
 AUDIT_FILE = "audit.json"
 PAGE_FILE = "audit.html"
