@@ -12,7 +12,7 @@ from typing import Any
 from transformers import LongformerConfig
 
 from recformer.files import UserError
-from recformer.paper import PAPER
+from recformer.paper import PAPER as PAPER  # where code asks for it
 
 POOLER_TYPES = ("cls", "avg", "avg_published")
 

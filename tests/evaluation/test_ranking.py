@@ -680,8 +680,8 @@ def test_a_look_in_bfloat16_is_off_by_no_more_than_it_says(users):
     looked = []
 
     class Look:
-        def look(self, block, scores, spare, chunk):
-            looked.append((scores.clone(), chunk))
+        def look(self, block, scores, chunk):
+            looked.append((scores.all.clone(), chunk))
 
         def close(self): ...
 
