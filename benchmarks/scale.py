@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -59,12 +60,12 @@ def write_log(folder: Path, number: int) -> None:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Seconds and peak memory (GB) of a program.
+    """Seconds, on the clock and of processors, and peak memory (GB) of a program.
 
     Raises:
         SystemExit: it failed; its own message stands above.
     """
-    started = time.perf_counter()
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=sys.stderr)
     anonymous = resident = 0
     while process.poll() is None:
@@ -79,8 +80,11 @@ def measured(command: list[str]) -> dict[str, float]:
         time.sleep(LOOKS)
     if process.wait():
         raise SystemExit(f"error: {' '.join(command)} ended with status {process.returncode}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(used, 1),
         "own_gb": round(anonymous * 1024 / 1e9, 2),
         "resident_gb": round(resident * 1024 / 1e9, 2),
     }
@@ -119,6 +123,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "interactions": "interactions",
         "memory": "--memory",
         "seconds": "seconds",
+        "cpu_seconds": "of CPU",
         "seconds_a_million": "s a million",
         "own_gb": "own memory, GB",
         "resident_gb": "with mapped files, GB",
@@ -128,7 +133,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     }
     lines = ["| " + " | ".join(names.values()) + " |", "|---" * len(names) + "|"]
     for each in rows:
-        cells = [f"{v:,}" if isinstance(v := each[name], int) else str(v) for name in names]
+        cells = [f"{v:,}" if isinstance(v := each.get(name, ""), int) else str(v) for name in names]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

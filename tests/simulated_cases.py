@@ -5,13 +5,18 @@ Run by test_simulated_device.py in a process of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import lightning
 import numpy as np
 import pytest
 import torch
 
+from baselines.__main__ import run as baseline
+from baselines.generative.recommender import CodeHistoryCollator
 from recformer.evaluation.ranking import (
     rank_among_by_vectors,
     rank_and_top_items,
@@ -19,6 +24,7 @@ from recformer.evaluation.ranking import (
 )
 from recformer.evaluation.ranks import count_ranks, count_ranks_among
 from recformer.evaluation.top_items import top_items, top_items_by_vectors
+from recformer.files import UserError
 from recformer.finetune import run as finetune
 from recformer.models import losses
 from recformer.pretrain import Run
@@ -26,6 +32,7 @@ from recformer.training import trainer as trainer_module
 from tests import test_finetune as plain
 from tests import test_finetune_head as headed
 from tests import test_pretrain as pretraining
+from tests.baselines.generative import test_generation as generation
 from tests.baselines.sequence import test_sequence_models as sequences
 from tests.evaluation.test_ranking import as_lists, catalogue
 from tests.models.test_models import check_device
@@ -39,6 +46,8 @@ from tests.simulated_device import (
 
 inputs = pretraining.inputs
 shop = headed.shop
+codes = generation.codes
+data, encoder, semantic_ids = sequences.data, sequences.encoder, sequences.semantic_ids
 
 
 @pytest.fixture
@@ -53,6 +62,15 @@ def trained_there(device, monkeypatch) -> torch.device:
     monkeypatch.setattr(lightning, "Trainer", SimulatedTrainer)
     WaitsOfSteps.steps.clear()
     monkeypatch.setattr(trainer_module, "half_precision", lambda accelerator: "bf16-mixed")
+    choose = trainer_module.choose_devices
+
+    def choose_there(*args: Any) -> tuple[str, list[int] | int]:  # of a machine with one card
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            return choose(*args)
+
+    monkeypatch.setattr(trainer_module, "choose_devices", choose_there)
     return device
 
 
@@ -71,7 +89,8 @@ def test_what_a_gpu_refuses_is_refused(device) -> None:
         assert there.cpu().tolist() == [1, 1, 1]
         assert there.nonzero().shape == (3, 1)
         there.index_add_(0, torch.tensor([0], device=device), torch.ones(1, device=device))
-    assert sum(waits.values()) == 3
+        there[there > 5] = 0
+    assert sum(waits.values()) == 4
     assert there[0] == 2
 
 
@@ -150,7 +169,7 @@ def test_losses_and_their_gradients_are_the_same(device, autocast) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("kind", [kind for kind in sequences.NETWORKS if kind != "gru4rec"])
+@pytest.mark.parametrize("kind", sequences.NETWORKS)
 def test_sequence_networks_give_the_same(device, kind, autocast) -> None:
     model = sequences.made(kind)
     examples = sequences.train_examples([5, 6, 7, 8, 9], [1, 2, 3])
@@ -168,14 +187,75 @@ def test_sequence_networks_give_the_same(device, kind, autocast) -> None:
     assert cosines.min() > (0.98 if autocast else 0.9999)
 
 
+@pytest.mark.parametrize("exact_rank", [False, True])
+@pytest.mark.parametrize("make", [generation.tiger, generation.gpt2])
+def test_generated_items_are_the_same(device, codes, make, exact_rank) -> None:
+    batch = CodeHistoryCollator(generation.MAX_ITEMS)(generation.examples(len(codes)))
+    model = generation.randomised(make(codes, num_beams=6, exact_rank=exact_rank))
+    ranks = generation.ranks_of(model, batch, filter_seen=True)
+    expected = model.recommend(model.read(batch.history, batch.seen), 8, True)
+    model.to(device)
+    batch = batch.to(device)
+    found = generation.ranks_of(model, batch, filter_seen=True)
+    assert found.above.tolist() == ranks.above.tolist()
+    best = model.recommend(model.read(batch.history, batch.seen), 8, True)
+    assert best.tolist() == expected.tolist()
+
+
 LOSS_IS_FINITE = "aten::_local_scalar_dense in recformer/training/lit.py:training_step"
+LONGEST = "aten::_local_scalar_dense in baselines/sequence/sasrec.py:forward"
+LENGTHS = "aten::_to_copy in baselines/sequence/padding.py:length_groups"
+MASKS = "aten::_local_scalar_dense in baselines/sequence/huggingface.py:_padded"  # transformers'
 
 
-def check_waits() -> None:
-    """The host waits for the check of the loss, and for nothing else."""
+def check_waits(*others: str) -> None:
+    """The host waits for the check of the loss, and for nothing but `others`, once each."""
     steps = WaitsOfSteps.steps
     assert len(steps) > 2
-    assert [dict(step) for step in steps] == [{LOSS_IS_FINITE: 1}] * len(steps)
+    least, most = Counter([LOSS_IS_FINITE]), Counter([LOSS_IS_FINITE, *others])
+    assert [dict(step) for step in steps if not least <= step <= most] == []
+
+
+WAITS: dict[str, list[str] | None] = {
+    "sasrec": [LONGEST],
+    "gsasrec": [LONGEST],
+    "sasrec codes": [LONGEST],
+    "gru4rec": [LENGTHS],
+    "bert4rec": [LENGTHS, MASKS],
+    "transformer": [LENGTHS, MASKS],
+    "xlnet plm": None,  # the places of each draw
+    "electra rtd": None,
+    "tiger": None,  # transformers' own
+    "gpt2_codes": None,
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_baselines_train_there(
+    data, encoder, semantic_ids, tmp_path, trained_there, monkeypatch, name
+) -> None:
+    def trained(place: str, device: int, **more: Any) -> dict[str, Any]:
+        own = sequences.arguments(
+            data, tmp_path / place, name, encoder, semantic_ids, num_train_epochs=3, **more
+        )
+        return baseline(replace(own, device=[device]))
+
+    half = trained("half", 0, fp16=True)
+    assert 0 < half["test"]["MRR"] <= 1
+    WaitsOfSteps.steps.clear()
+    there = trained("there", 0)
+    assert SimulatedTrainer.asked == ("cuda", [0])
+    if (others := WAITS[name]) is not None:
+        check_waits(*others)
+    monkeypatch.undo()  # Lightning's own trainer
+    here = trained("here", -1)
+    figures = [{k: v for k, v in each["test"].items() if "@" in k} for each in (there, here)]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-9)
+
+
+def test_a_card_that_is_not_there_is_refused(data, tmp_path, trained_there) -> None:
+    with pytest.raises(UserError, match="--device 1: this machine has 1 GPUs"):
+        baseline(sequences.arguments(data, tmp_path, "sasrec", device=[1]))
 
 
 @pytest.mark.parametrize("fp16", [False, True])

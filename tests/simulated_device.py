@@ -33,15 +33,15 @@ NAME = "simgpu"
 ROOT = Path(__file__).resolve().parent.parent
 aten = torch.ops.aten
 
-# May take tensors of both devices, as on a GPU.
-BOTH_DEVICES = {
-    aten._to_copy.default,
-    aten.copy_.default,
+# A mask among the places becomes their list, whose length the host waits for.
+BY_PLACES = {
     aten.index.Tensor,
     aten.index_put_.default,
     aten.index_put.default,
     aten._index_put_impl_.default,
 }
+# May take tensors of both devices, as on a GPU.
+BOTH_DEVICES = {aten._to_copy.default, aten.copy_.default, *BY_PLACES}
 # The host must know what the device computed: values, or the shape of the result.
 WAITING = {
     aten._local_scalar_dense.default,
@@ -55,6 +55,7 @@ WAITING = {
 }
 # What CUDA's autocast computes in 16 bits, and what in float32; of its lists, what is used here.
 LOWER = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
+LOWER += ("_thnn_fused_gru_cell",)
 FLOAT32 = ("layer_norm", "cross_entropy_loss", "nll_loss", "cosine_similarity", "exp", "log")
 FLOAT32 += (
     "pow.Tensor_Scalar",
@@ -132,6 +133,41 @@ class SimulatedTensor(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
+def _gru_cell(
+    input_gates: torch.Tensor,
+    hidden_gates: torch.Tensor,
+    hx: torch.Tensor,
+    input_bias: torch.Tensor | None = None,
+    hidden_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step of a GRU: (B, 3H) of both sides, (B, H) -> (B, H), and (B, 5H) for the gradient."""
+    if input_bias is not None and hidden_bias is not None:
+        input_gates, hidden_gates = input_gates + input_bias, hidden_gates + hidden_bias
+    (ir, iz, new), (hr, hz, hn) = input_gates.chunk(3, dim=1), hidden_gates.chunk(3, dim=1)
+    r, z = (ir + hr).sigmoid(), (iz + hz).sigmoid()
+    n = (new + r * hn).tanh()
+    return n + z * (hx - n), torch.cat([r, z, n, hx, hn], dim=1)
+
+
+def _gru_cell_backward(
+    grad: torch.Tensor, workspace: torch.Tensor, has_bias: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the arguments of `_gru_cell`."""
+    r, z, n, hx, hn = workspace.chunk(5, dim=1)
+    dn = grad * (1 - z) * (1 - n * n)
+    dr, dz = dn * hn * r * (1 - r), grad * (hx - n) * z * (1 - z)
+    inputs, hiddens = torch.cat([dr, dz, dn], dim=1), torch.cat([dr, dz, dn * r], dim=1)
+    biases = (inputs.sum(dim=0), hiddens.sum(dim=0)) if has_bias else (None, None)
+    return inputs, hiddens, grad * z, *biases
+
+
+# What devices alone have, and CPUs do not.
+KERNELS: dict[Any, Callable[..., Any]] = {
+    aten._thnn_fused_gru_cell.default: _gru_cell,
+    aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
+}
+
+
 class _EveryCall(TorchDispatchMode):
     """Tensors are made on the device too, where none is among the arguments."""
 
@@ -155,7 +191,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = target == "cpu" or (
         func is aten.copy_.default and not isinstance(args[0], SimulatedTensor)
     )
-    masks = func is aten.index.Tensor and any(t.dtype == torch.bool for t in tensors[1:])
+    masks = func in BY_PLACES and any(
+        isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1]
+    )
     repeats = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
     if any(mine) and (func in WAITING or leaves or masks or repeats):
         _wait(func.name())
@@ -164,7 +202,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         inner = {**inner, "device": torch.device("cpu")}
     if inner.get("pin_memory"):
         inner = {**inner, "pin_memory": False}
-    out = func(*tree_map_only(SimulatedTensor, lambda tensor: tensor._data, args), **inner)
+    kernel = KERNELS.get(func, func)
+    out = kernel(*tree_map_only(SimulatedTensor, lambda tensor: tensor._data, args), **inner)
     if leaves:
         return args[0] if func is aten.copy_.default else out
     out = tree_map_only(torch.Tensor, SimulatedTensor, out)
@@ -293,10 +332,17 @@ class WaitsOfSteps(lightning.Callback):
 
 
 class SimulatedTrainer(lightning.Trainer):
-    """Lightning's trainer, whatever device it is given, on this one; waits are counted."""
+    """Lightning's trainer, whatever device it is given, on this one; waits are counted.
+
+    Attributes:
+        asked: accelerator and devices that the last one was asked for.
+    """
+
+    asked: ClassVar[tuple[Any, Any]]
 
     def __init__(self, **options: Any) -> None:
         accelerator = SimulatedAccelerator()
+        SimulatedTrainer.asked = options["accelerator"], options["devices"]
         options |= {"accelerator": "auto", "devices": 1}
         options["strategy"] = SingleDeviceStrategy(DEVICE, accelerator)
         if options.pop("precision") == "bf16-mixed":

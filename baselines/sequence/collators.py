@@ -64,14 +64,18 @@ def newest_interactions(example: TrainExample | EvalExample, count: int) -> np.n
     return np.arange(end - min(count, len(example.items)), end)
 
 
-def places(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def places(offsets: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Place of each item.
+
+    Args:
+        offsets: (B+1,) of the sequences.
+        count: T, where it is known: else the host waits for it.
 
     Returns:
         row (T,) its sequence, column (T,) its 0-based place there, and lengths (B,).
     """
     lengths = offsets.diff()
-    row = torch.repeat_interleave(lengths)
+    row = torch.repeat_interleave(lengths, output_size=count)
     column = torch.arange(len(row), device=offsets.device) - offsets[row]
     return row, column, lengths
 
@@ -82,7 +86,7 @@ def met_before(sequences: ItemSequences) -> tuple[Tensor, Tensor]:
     Returns:
         (rows, items), both int64 (U,): prediction `rows[j]` knows the item `items[j]`.
     """
-    _, column, _ = places(sequences.offsets)
+    _, column, _ = places(sequences.offsets, len(sequences.items))
     counts = column[sequences.predict] + 1  # (P,)
     rows = torch.repeat_interleave(counts)
     back = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]

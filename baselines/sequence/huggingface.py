@@ -107,10 +107,10 @@ class HuggingFaceNetwork(SequenceNetwork):
         """Hidden states (T, D) of vectors (T, D), as `SASRec.forward`."""
         return by_groups(vectors, offsets, self._padded)
 
-    def _padded(self, vectors: Tensor, mask: Tensor) -> Tensor:
+    def _padded(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
         # Padding stands behind: who looks back only needs no mask against it.
-        needed = self.bidirectional and not bool(mask.all())
-        return self.model(inputs_embeds=vectors, attention_mask=mask.long() if needed else None)[0]
+        needed = mask.long() if self.bidirectional and mask is not None else None
+        return self.model(inputs_embeds=vectors, attention_mask=needed)[0]
 
     @torch.no_grad()
     def _check(self, arch: str, hidden_size: int) -> None:

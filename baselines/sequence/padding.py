@@ -28,49 +28,65 @@ class Group:
 
     Attributes:
         places: int64 (t,), where its items stand among the T, sequence by sequence.
+        slots: int64 (t,), where they stand among the G x L.
         mask: bool (G, L), True where an item stands, t of them.
+        full: whether that is everywhere.
     """
 
     places: Tensor
+    slots: Tensor
     mask: Tensor
+    full: bool
 
     def padded(self, values: Tensor) -> Tensor:
         """Values (T, ...) of all items -> those of the group (G, L, ...), 0 where none stands."""
-        padded = values.new_zeros(*self.mask.shape, *values.shape[1:])
-        padded[self.mask] = values.index_select(0, self.places)
-        return padded
+        empty = values.new_zeros(self.mask.numel(), *values.shape[1:])
+        filled = empty.index_copy(0, self.slots, values.index_select(0, self.places))
+        return filled.unflatten(0, self.mask.shape)
+
+    def of_items(self, padded: Tensor) -> Tensor:
+        """Values (G, L, ...) -> those of the items (t, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.slots)
 
 
 def length_groups(offsets: Tensor) -> list[Group]:
     """The sequences that begin at offsets (B+1,), in groups with the least padding and few calls.
 
-    The sum of G x L over groups, plus a constant a group, is as small as it can be.
+    The sum of G x L over groups, plus a constant a group, is as small as it can be. The host waits
+    once for a device, for the offsets.
     """
-    lengths = offsets.diff()
-    order = lengths.argsort(stable=True)
-    call_cost = CALL_COST.get(offsets.device.type, CALL_COST_ELSEWHERE)
+    device = offsets.device
+    starts = offsets.cpu().numpy()
+    lengths = np.diff(starts)
+    order = lengths.argsort(kind="stable")
     groups = []
-    for start, stop in _cuts(lengths[order].cpu().numpy(), call_cost):
+    for start, stop in _cuts(lengths[order], CALL_COST.get(device.type, CALL_COST_ELSEWHERE)):
         rows = order[start:stop]
-        longest = int(lengths[rows[-1]])
-        columns = torch.arange(longest, device=offsets.device)
+        columns = np.arange(lengths[rows[-1]])
         mask = columns < lengths[rows, None]
-        groups.append(Group((offsets[rows, None] + columns)[mask], mask))
+        places = (starts[rows, None] + columns)[mask]
+        own = (
+            torch.from_numpy(values).to(device) for values in (places, np.flatnonzero(mask), mask)
+        )
+        groups.append(Group(*own, full=bool(mask.all())))
     return groups
 
 
 def by_groups(
-    vectors: Tensor, offsets: Tensor, network: Callable[[Tensor, Tensor], Tensor]
+    vectors: Tensor, offsets: Tensor, network: Callable[[Tensor, Tensor | None], Tensor]
 ) -> Tensor:
     """Hidden states (T, D) of vectors (T, D) by a network that reads padded batches.
 
     Args:
         vectors: of items laid end to end.
         offsets: (B+1,) of the sequences.
-        network: vectors (G, L, D) and bool (G, L), where an item stands -> hidden states (G, L, D).
+        network: vectors (G, L, D) and bool (G, L), where an item stands, None for everywhere ->
+            hidden states (G, L, D).
     """
     groups = length_groups(offsets)
-    hidden = torch.cat([network(g.padded(vectors), g.mask)[g.mask] for g in groups])
+    hidden = torch.cat(
+        [g.of_items(network(g.padded(vectors), None if g.full else g.mask)) for g in groups]
+    )
     places = torch.cat([group.places for group in groups])
     return hidden.new_empty(hidden.shape).index_copy(0, places, hidden)
 

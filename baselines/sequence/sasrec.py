@@ -29,9 +29,10 @@ class SelfAttention(nn.Module):
         self.key_proj = nn.Linear(hidden_size, hidden_size)
         self.val_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, normed: Tensor, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """normed and hidden (T, D), row and column (T,) the place of each item -> (T, D)."""
-        size = (int(row[-1]) + 1, int(column.max()) + 1)
+    def forward(
+        self, normed: Tensor, hidden: Tensor, row: Tensor, column: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        """normed and hidden (T, D), row and column (T,) the place of each item among (B, L)."""
 
         def heads(values: Tensor) -> Tensor:  # (T, D) -> (B, A, L, D / A)
             padded = values.new_zeros(*size, values.shape[1])
@@ -64,9 +65,9 @@ class Block(nn.Module):
         self.dense2 = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, row: Tensor, column: Tensor, size: tuple[int, int]) -> Tensor:
         normed = self.first_norm(hidden)
-        attended = self.multihead_attention(normed, hidden, row, column) + normed
+        attended = self.multihead_attention(normed, hidden, row, column, size) + normed
         attended = self.second_norm(attended)
         inner = self.dropout(F.relu(self.dense1(attended)))
         return attended + self.dropout(self.dense2(inner))
@@ -112,9 +113,10 @@ class SASRec(SequenceNetwork):
         Returns:
             (T, D).
         """
-        row, column, lengths = places(offsets)
+        row, column, lengths = places(offsets, len(vectors))
+        size = (len(lengths), int(lengths.max()))
         position = self.max_length - lengths[row] + column
         hidden = self.embeddings_dropout(vectors + self.position_embedding(position))
         for block in self.transformer_blocks:
-            hidden = block(hidden, row, column)
+            hidden = block(hidden, row, column, size)
         return self.seq_norm(hidden)

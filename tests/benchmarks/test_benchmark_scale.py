@@ -14,7 +14,7 @@ from recformer.commands import process
 def test_sizes_of_one_log_by_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(command: list[str]) -> dict[str, float]:
         process.main(command[command.index("process") + 1 :])
-        return {"seconds": 2.0, "own_gb": 0.5, "resident_gb": 0.6}
+        return {"seconds": 2.0, "cpu_seconds": 1.5, "own_gb": 0.5, "resident_gb": 0.6}
 
     monkeypatch.setattr(scale, "measured", measured)
     monkeypatch.setattr(scale, "pin_threads", lambda count: 1)
@@ -31,4 +31,4 @@ def test_sizes_of_one_log_by_both_ways(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "scale.json", "scale.md", "scale.png"
     ]  # fmt: skip
-    assert "| 2,000 | 1GB | 2.0 | 1000.0 |" in (tmp_path / "scale.md").read_text()
+    assert "| 2,000 | 1GB | 2.0 | 1.5 | 1000.0 |" in (tmp_path / "scale.md").read_text()
