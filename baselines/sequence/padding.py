@@ -65,10 +65,10 @@ def length_groups(offsets: Tensor) -> list[Group]:
         columns = np.arange(lengths[rows[-1]])
         mask = columns < lengths[rows, None]
         places = (starts[rows, None] + columns)[mask]
-        own = (
+        there = [
             torch.from_numpy(values).to(device) for values in (places, np.flatnonzero(mask), mask)
-        )
-        groups.append(Group(*own, full=bool(mask.all())))
+        ]
+        groups.append(Group(there[0], there[1], there[2], full=bool(mask.all())))
     return groups
 
 
