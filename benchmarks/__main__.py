@@ -27,6 +27,7 @@ BENCHMARKS = {
     "training": "benchmarks.encoder:training_rows",
     "lengths": "benchmarks.encoder:length_rows",
     "sentences": "benchmarks.sentences:rows",
+    "stages": "benchmarks.stages:rows",
     "tricks": "benchmarks.tricks:rows",
     "items": "benchmarks.item_encoding:rows",
     "ranking": "benchmarks.ranking:rows",

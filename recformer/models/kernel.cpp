@@ -41,7 +41,7 @@ namespace {
 constexpr int64_t PANEL = 32;        // outputs a panel of weights
 constexpr int64_t ROWS = 12;         // rows a tile of sums in vector registers
 constexpr int64_t PAD = 32;          // between rows of states, so that they fall on all cache sets
-constexpr int64_t INNER = 384 << 10; // bytes of inner states of the feed-forward held at once
+constexpr int64_t INNER = 768 << 10; // bytes of inner states of the feed-forward held at once
 constexpr int64_t LEAST_TOKENS = 24;   // a thread
 constexpr int64_t FIRST = 1, MEAN_AS_PUBLISHED = 3;  // of `pooling`
 constexpr double MOST_WAITING = 1.2;   // busiest thread to mean, above which all share each chunk
@@ -631,8 +631,8 @@ class Worker {
         cutter(inner, rows * (piece + PAD));
         cutter(sums, rows * hidden);
         cutter(key, dim * padded);
-        cutter(value, padded * dim);
-        cutter(query, padded * dim);
+        cutter(values, padded * dim);
+        cutter(queries, padded * dim);
         cutter(scores, ROWS * (padded + 32));
         cutter(out, ROWS * dim);
         cutter(firsts, sequences * wide);
@@ -751,17 +751,27 @@ class Worker {
     void attend_head(const Plain<T> *rows, int64_t width, int64_t length, int64_t half, T *result) {
         COUNTED(SCORES);
         const int64_t columns = (length + 15) / 16 * 16;
+        const float *query, *value;  // and between their rows:
+        int64_t line_of = width;
         {
             COUNTED(COPIES);
-            for (int64_t t = 0; t < length; ++t)
-                for (int64_t d = 0; d < dim; d += 16) {
-                    store(query + t * dim + d, load(rows + t * width + d));
-                    store(value + t * dim + d, load(rows + t * width + 2 * hidden + d));
-                }
+            if constexpr (std::is_same_v<Plain<T>, float>) {
+                query = rows;
+                value = rows + 2 * hidden;
+            } else {
+                for (int64_t t = 0; t < length; ++t)
+                    for (int64_t d = 0; d < dim; d += 16) {
+                        store(queries + t * dim + d, load(rows + t * width + d));
+                        store(values + t * dim + d, load(rows + t * width + 2 * hidden + d));
+                    }
+                query = queries;
+                value = values;
+                line_of = dim;
+            }
             for (int64_t t = 0; t < length; t += 16)
                 for (int64_t d = 0; d < dim; d += 16)
-                    transpose(rows + t * width + hidden + d, width, std::min<int64_t>(16, length - t),
-                              key + d * columns + t, columns);
+                    transpose(rows + t * width + hidden + d, width,
+                              std::min<int64_t>(16, length - t), key + d * columns + t, columns);
         }
         const float scale = 1.0f / std::sqrt(float(dim));
         for (int64_t q = 0; q < length; q += ROWS) {
@@ -769,25 +779,25 @@ class Worker {
             const int64_t from = std::max<int64_t>(0, q - half) / 16 * 16;
             const int64_t to = std::min(length, q + count + half);
             const int64_t span = (to - from + 15) / 16 * 16, line = span + 16;
-            const float *queries = query + q * dim;
+            const float *asking = query + q * line_of;
             int64_t k = 0;
             for (; k + 32 <= span; k += 32)
-                tiles<float, 2>(count, queries, dim, 1, key + from + k, columns, dim,
+                tiles<float, 2>(count, asking, line_of, 1, key + from + k, columns, dim,
                                 scores + k, line, false);
             if (k < span)
-                tiles<float, 1>(count, queries, dim, 1, key + from + k, columns, dim,
+                tiles<float, 1>(count, asking, line_of, 1, key + from + k, columns, dim,
                                 scores + k, line, false);
             if (from > 0)
-                tiles<float, 1>(count, queries, dim, 1, key, columns, dim,
+                tiles<float, 1>(count, asking, line_of, 1, key, columns, dim,
                                 scores + span, line, false);
             float inverse[ROWS];
             for (int64_t r = 0; r < count; ++r)
                 inverse[r] = softmax(scores + r * line, from, span, q + r, half, to, scale);
             for (int64_t d = 0; d < dim; d += 32) {
-                tiles<float, 2>(count, scores, line, 1, value + from * dim + d, dim,
+                tiles<float, 2>(count, scores, line, 1, value + from * line_of + d, line_of,
                                 to - from, out + d, dim, false);
                 if (from > 0)
-                    tiles<float, 2>(count, scores + span, line, 1, value + d, dim, 1,
+                    tiles<float, 2>(count, scores + span, line, 1, value + d, line_of, 1,
                                     out + d, dim, true);
             }
             for (int64_t r = 0; r < count; ++r)
@@ -1047,7 +1057,7 @@ class Worker {
     Plain<T> *const qkv;
     float *const first_scores;
     T *middle, *inner, *firsts;
-    float *sums, *key, *value, *query, *scores, *out, *asked, *first_weights, *first_states, *first_sums;
+    float *sums, *key, *values, *queries, *scores, *out, *asked, *first_weights, *first_states, *first_sums;
     std::unique_ptr<Memory> memory;
 };
 
