@@ -9,6 +9,10 @@ random numbers, and give the mean of the tokens' states; ours also the vector of
 pretrained Recformer is read. Ours reads a history with window 64, the peer with attention among all
 tokens. The peer sorts by length and pads batches of 32, as it does by default.
 
+`--onnx_python` names the interpreter of an environment with `sentence-transformers[onnx]`, whose
+8-bit ONNX backend then takes turns, too, in a process of its own; without it that of this
+environment, if it is there.
+
 Both run in glibc as it is, and once more in one that keeps freed memory, as our programs do. The
 last rows set a training step beside one of transformers' `BertModel` on the same items, padded.
 """
@@ -17,9 +21,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -130,6 +138,37 @@ def peer_encoder(folder: Path, dtype: str) -> Callable[[list[list[Item]]], Any]:
     return encode
 
 
+class OnnxPeer:
+    """sentence-transformers' ONNX backend in 8 bits, in a process of its own; a call encodes."""
+
+    def __init__(self, python: str, folder: Path, sequences: list[list[Item]]) -> None:
+        texts = folder / f"texts{len(sequences)}.json"
+        texts.write_text(json.dumps([text_of(each) for each in sequences]), encoding="utf-8")
+        command = [python, str(Path(__file__).with_name("onnx_peer.py")), str(folder), str(texts)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._expect("ready")
+
+    def _expect(self, word: str) -> None:
+        assert self.process.stdout is not None
+        for said in self.process.stdout:  # libraries print, too
+            if said.strip() == word:
+                return
+        raise SystemExit(f"error: onnx_peer.py ended with status {self.process.wait()}")
+
+    def __call__(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self._expect("done")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def sequences_of(size: str, what: str) -> list[list[Item]]:
     items, histories = AMOUNTS[size]
     words = SIZES[size]["vocab_size"] - len(SPECIAL) - len(ATTRIBUTES)
@@ -154,7 +193,9 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
     yield from rows_of(("tiny",) if quick else ("MiniLM", "base"), DTYPES)
 
 
-def rows_of(sizes: Sequence[str], dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rows_of(
+    sizes: Sequence[str], dtypes: Sequence[str], onnx_python: str | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows of some; without sentence-transformers the training steps alone."""
     cases = [(size, dtype) for size in sizes for dtype in dtypes]
     for kept in (False, True) if find_spec("sentence_transformers") is not None else ():
@@ -162,6 +203,10 @@ def rows_of(sizes: Sequence[str], dtypes: Sequence[str]) -> Iterator[dict[str, A
             keep_freed_memory()
         for size, dtype in cases:
             yield from _encoding(size, dtype, kept)
+    if onnx_python is None and find_spec("optimum") and find_spec("sentence_transformers"):
+        onnx_python = sys.executable
+    for size in sizes if onnx_python else ():
+        yield from _beside_onnx(size, str(onnx_python))
     for size, dtype in cases:
         yield _training(size, dtype)
 
@@ -218,6 +263,30 @@ def _compare(
         )
 
 
+def _beside_onnx(size: str, python: str) -> Iterator[dict[str, Any]]:
+    """Ours in both dtypes beside the 8-bit ONNX backend."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "bert")
+        write_model(folder, size)
+        ours = {dtype: Ours(folder, dtype, "avg") for dtype in DTYPES}
+        for what in ("items", "histories"):
+            sequences = sequences_of(size, what)
+            peer = OnnxPeer(python, folder, sequences)
+            *seconds, peer_seconds = in_turns(
+                REPEATS, *(partial(one.encode, sequences) for one in ours.values()), peer
+            )
+            peer.close()
+            for dtype, ours_seconds in zip(ours, seconds):
+                yield row(
+                    f"{size}, {what}, mean, ours {dtype}, peer int8",
+                    ours_seconds,
+                    f"{PEER}, ONNX in 8 bits",
+                    peer_seconds,
+                    amount=len(sequences),
+                    unit=what,
+                )
+
+
 def _training(size: str, dtype: str) -> dict[str, Any]:
     """A training step on 64 items beside one of BERT, which gets them padded."""
     gc.collect()
@@ -254,11 +323,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--size", choices=list(AMOUNTS), nargs="+", default=["MiniLM", "base"])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=DTYPES)
+    parser.add_argument(
+        "--onnx_python", metavar="PYTHON", help="that has sentence-transformers[onnx]"
+    )
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     args = parser.parse_args(argv)
     pin_threads(args.threads)
     print(header())
-    for values in rows_of(args.size, args.dtype):
+    for values in rows_of(args.size, args.dtype, args.onnx_python):
         print(line(values), flush=True)
 
 

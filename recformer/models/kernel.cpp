@@ -633,13 +633,13 @@ class Worker {
         cutter(key, dim * padded);
         cutter(values, padded * dim);
         cutter(queries, padded * dim);
-        cutter(scores, ROWS * (padded + 32));
+        cutter(scores, 16 * (padded + 32));
         cutter(out, ROWS * dim);
         cutter(firsts, sequences * wide);
         cutter(asked, sequences * heads * hidden);
         cutter(first_weights, padded * PANEL);
-        cutter(first_states, padded * hidden);
-        cutter(first_sums, ROWS * hidden);
+        cutter(first_states, padded * PANEL);
+        cutter(first_sums, ROWS * PANEL);
     }
 
     // This thread's part of so many, in multiples of `step`.
@@ -761,17 +761,24 @@ class Worker {
             } else {
                 for (int64_t t = 0; t < length; ++t)
                     for (int64_t d = 0; d < dim; d += 16) {
-                        store(queries + t * dim + d, load(rows + t * width + d));
+                        if (!amx) store(queries + t * dim + d, load(rows + t * width + d));
                         store(values + t * dim + d, load(rows + t * width + 2 * hidden + d));
                     }
                 query = queries;
                 value = values;
                 line_of = dim;
             }
-            for (int64_t t = 0; t < length; t += 16)
-                for (int64_t d = 0; d < dim; d += 16)
-                    transpose(rows + t * width + hidden + d, width,
-                              std::min<int64_t>(16, length - t), key + d * columns + t, columns);
+            for (int64_t t = 0; t < length; t += 16) {
+                const int64_t count = std::min<int64_t>(16, length - t);
+                const Plain<T> *keys = rows + t * width + hidden;
+                if (sizeof(T) == 2 && amx)  // pairs of bfloat16 as if they were floats
+                    for (int64_t d = 0; d < dim; d += 32)
+                        transpose(reinterpret_cast<const float *>(keys + d), width / 2, count,
+                                  key + (d / 32 * columns + t) * 16, 16);
+                else
+                    for (int64_t d = 0; d < dim; d += 16)
+                        transpose(keys + d, width, count, key + d * columns + t, columns);
+            }
         }
         const float scale = 1.0f / std::sqrt(float(dim));
         for (int64_t q = 0; q < length; q += ROWS) {
@@ -779,20 +786,13 @@ class Worker {
             const int64_t from = std::max<int64_t>(0, q - half) / 16 * 16;
             const int64_t to = std::min(length, q + count + half);
             const int64_t span = (to - from + 15) / 16 * 16, line = span + 16;
-            const float *asking = query + q * line_of;
-            int64_t k = 0;
-            for (; k + 32 <= span; k += 32)
-                tiles<float, 2>(count, asking, line_of, 1, key + from + k, columns, dim,
-                                scores + k, line, false);
-            if (k < span)
-                tiles<float, 1>(count, asking, line_of, 1, key + from + k, columns, dim,
-                                scores + k, line, false);
-            if (from > 0)
-                tiles<float, 1>(count, asking, line_of, 1, key, columns, dim,
-                                scores + span, line, false);
+            score(rows + q * width, width, query + q * line_of, line_of, count, columns, from, span);
             float inverse[ROWS];
-            for (int64_t r = 0; r < count; ++r)
-                inverse[r] = softmax(scores + r * line, from, span, q + r, half, to, scale);
+            {
+                COUNTED(SOFTMAX);
+                for (int64_t r = 0; r < count; ++r)
+                    inverse[r] = softmax(scores + r * line, from, span, q + r, half, to, scale);
+            }
             for (int64_t d = 0; d < dim; d += 32) {
                 tiles<float, 2>(count, scores, line, 1, value + from * line_of + d, line_of,
                                 to - from, out + d, dim, false);
@@ -807,11 +807,43 @@ class Worker {
         }
     }
 
+    // Scores of up to ROWS queries with keys from..from+span, and with `<s>` behind them.
+    void score(const Plain<T> *rows, int64_t width, const float *asking, int64_t line_of,
+               int64_t count, int64_t columns, int64_t from, int64_t span) {
+        const int64_t line = span + 16;
+#ifdef __AMX_BF16__
+        if constexpr (sizeof(T) == 2)
+            if (amx) {
+                auto score_tile = [&](int64_t k, float *to) {  // of 16 keys
+                    _tile_zero(0);
+                    for (int64_t d = 0; d < dim; d += 32) {
+                        _tile_loadd(4, rows + d, 2 * width);
+                        _tile_loadd(6, key + (d / 32 * columns + k) * 16, 64);
+                        _tile_dpbf16ps(0, 4, 6);
+                    }
+                    _tile_stored(0, to, 4 * line);
+                };
+                for (int64_t k = 0; k < span; k += 16) score_tile(from + k, scores + k);
+                if (from > 0) score_tile(0, scores + span);
+                return;
+            }
+#endif
+        int64_t k = 0;
+        for (; k + 32 <= span; k += 32)
+            tiles<float, 2>(count, asking, line_of, 1, key + from + k, columns, dim,
+                            scores + k, line, false);
+        if (k < span)
+            tiles<float, 1>(count, asking, line_of, 1, key + from + k, columns, dim,
+                            scores + k, line, false);
+        if (from > 0)
+            tiles<float, 1>(count, asking, line_of, 1, key, columns, dim,
+                            scores + span, line, false);
+    }
+
     // Scores of keys from..from+span, and of `<s>` behind them, become weights up to a factor: the
     // inverse of their sum, which is returned. Key j is seen if |j - i| <= half and j < end.
     static float softmax(float *row, int64_t from, int64_t span, int64_t i, int64_t half,
                          int64_t end, float scale) {
-        COUNTED(SOFTMAX);
         const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512i low = _mm512_set1_epi32(int(std::max<int64_t>(0, i - half)));
         const __m512i high = _mm512_set1_epi32(int(std::min(end - 1, i + half)));
@@ -968,18 +1000,26 @@ class Worker {
                 store(to + t * PANEL, _mm512_mul_ps(load(to + t * PANEL), inverse));
         }
         const T *rows = states + start(s) * wide;
-        for (int64_t t = 0; t < length; ++t)
-            for (int64_t h = own.from; h < own.to; h += 16)
-                store(first_states + t * hidden + h, get(rows + t * wide, h));
-        for (int64_t head = 0; head < heads; head += ROWS) {
-            const int64_t count = std::min(ROWS, heads - head);
-            for (int64_t h = own.from; h < own.to; h += 32)
-                tiles<float, 2>(count, first_weights + head, 1, PANEL, first_states + h, hidden,
-                                length, first_sums + h, hidden, false);
-            for (int64_t r = 0; r < count; ++r)
-                for (int64_t h = own.from; h < own.to; h += 16)
-                    put(summed + (s * heads + head + r) * hidden, h,
-                        load(first_sums + r * hidden + h));
+        for (int64_t h = own.from; h < own.to; h += PANEL) {
+            const float *columns = first_states;
+            int64_t line = PANEL;
+            if constexpr (std::is_same_v<T, float>) {
+                columns = rows + h;
+                line = wide;
+            } else {
+                for (int64_t t = 0; t < length; ++t)
+                    for (int64_t j = 0; j < PANEL; j += 16)
+                        store(first_states + t * PANEL + j, get(rows + t * wide + h, j));
+            }
+            for (int64_t head = 0; head < heads; head += ROWS) {
+                const int64_t count = std::min(ROWS, heads - head);
+                tiles<float, 2>(count, first_weights + head, 1, PANEL, columns, line, length,
+                                first_sums, PANEL, false);
+                for (int64_t r = 0; r < count; ++r)
+                    for (int64_t j = 0; j < PANEL; j += 16)
+                        put(summed + (s * heads + head + r) * hidden + h, j,
+                            load(first_sums + r * PANEL + j));
+            }
         }
     }
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import encoder, measure, ranking, tricks
+from benchmarks import encoder, measure, ranking, sentences, stages, tricks
 from benchmarks.measure import Work, in_turns, line, measure_case, row, run_alone
 from recformer import RecformerConfig
 from recformer.files import UserError
-from recformer.models import attention
+from recformer.models import attention, kernel
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention
 from recformer.models.band import fused_band_attention
 from recformer.models.dropout import dropout
@@ -261,3 +261,33 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main(["encodre"])
     assert "encodre" in capsys.readouterr().err
+
+
+def test_the_onnx_peer_answers_each_call_or_ends_the_benchmark(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho noise\necho ready\nread go\necho "$go" "$3"\necho done\nexit 3\n'
+    )
+    python.chmod(0o755)
+    item = {"title": "a", "brand": "b", "category": "c"}
+    peer = sentences.OnnxPeer(str(python), tmp_path, [[item], [item, item]])
+    texts = json.loads((tmp_path / "texts2.json").read_text())
+    assert texts[1] == " ".join([texts[0]] * 2)
+    peer()
+    with pytest.raises((SystemExit, BrokenPipeError)):
+        peer()
+
+
+def test_operators_of_a_step_are_sorted_by_what_they_do() -> None:
+    kinds = [stages._kind(name) for name in ("aten::addmm", "aten::add_", "aten::gelu_backward")]
+    assert kinds == ["products of the linear layers", "sums and other arithmetic", "GELU"]
+
+
+@pytest.mark.slow  # compiles the kernel with counters
+def test_stages_of_the_kernel_add_up() -> None:
+    if kernel.library() is None:
+        pytest.skip("no AVX-512, or no C++ compiler")
+    whole, *parts = stages.kernel_rows("MiniLM", "float32")
+    assert sum(part["ours_seconds"] for part in parts) == pytest.approx(whole["ours_seconds"])
+    assert parts[0]["what"].endswith("products of the linear layers")
+    assert {part["what"].split(": ")[1] for part in parts} >= {"GELU", "softmax", "embeddings"}
