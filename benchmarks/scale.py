@@ -148,6 +148,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         numbers = [each["interactions"] for each in own]
         label = f"--memory {memory}" if memory else "in memory"
         axes[0].plot(numbers, [each["seconds"] for each in own], marker="o", label=label)
+        timed = [each for each in own if "cpu_seconds" in each]
+        used = [each["cpu_seconds"] for each in timed]
+        axes[0].plot(
+            [each["interactions"] for each in timed], used, "x--", label=f"{label}, of CPU"
+        )
         axes[1].plot(numbers, [each["own_gb"] for each in own], marker="o", label=label)
     for axis, name in zip(axes, ("seconds", "own memory, GB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="interactions", ylabel=name)
