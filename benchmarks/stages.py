@@ -43,7 +43,15 @@ OPERATORS = {
     "GELU": ("aten::gelu",),
     "residuals and LayerNorm": ("aten::native_layer_norm", "aten::native_batch_norm"),
     "softmax": ("aten::_softmax", "aten::softmax"),
-    "dropout": ("aten::random_", "aten::bernoulli", "aten::native_dropout", "aten::lt", "aten::ge"),
+    "dropout": (
+        "_Drop",
+        "aten::bitwise",
+        "aten::random_",
+        "aten::bernoulli",
+        "aten::native_dropout",
+    ),
+    # Its own functions, which draw the bits of its dropout.
+    "the rest of attention": ("_Band", "aten::clamp"),
     "AdamW": ("aten::_fused_adamw", "aten::_foreach"),
     "copies": (
         "aten::copy_",
