@@ -59,10 +59,6 @@ class ModelThread(Generic[Kind, Question, Answer]):
         """The result of `function`, called by the thread."""
         return self._wait(_Waiting(function, call=True))
 
-    def is_current(self) -> bool:
-        """Whether it is the thread that asks."""
-        return threading.current_thread() is self._thread
-
     def close(self) -> None:
         """End the thread when all that waits is done; later work is done by who asks for it."""
         with self._changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ class Served:
         most: questions in a batch.
         bf16: compute in bfloat16 what reads texts; scores move in the fourth digit.
         store: the database, which keeps vectors of items that are added; None keeps none.
+        cores: that compute; None: torch's number of threads, which later threads do not see.
 
     Attributes:
         recommender: the model with its catalogue.
@@ -120,6 +122,7 @@ class Served:
         most: int = 64,
         bf16: bool = False,
         store: Store | None = None,
+        cores: int | None = None,
     ) -> None:
         if not (folder / "model.safetensors").is_file():
             raise UserError(
@@ -147,11 +150,10 @@ class Served:
         # other, where the threads of an operation wait after every one of hundreds, for a core
         # that another request may hold (docs/guides/serving.md). A question alone has one thread
         # too, but for the encoder's kernel, which is one operation.
-        self.cores = torch.get_num_threads()
+        self.cores = torch.get_num_threads() if cores is None else cores
+        self._here = threading.local()
+        self._parts = ThreadPoolExecutor(self.cores, name, self._begin_part)
         self._wrap_encoder(bf16)
-        self._parts = ThreadPoolExecutor(self.cores, name, torch.set_num_threads, (1,))
-        list(self._parts.map(time.sleep, [0.01] * self.cores))  # all of them begin
-        torch.set_num_threads(self.cores)  # of threads that begin later
         self.thread.run(lambda: torch.set_num_threads(1))
         metrics.catalogue.labels(name).set(len(self.recommender))
 
@@ -159,6 +161,10 @@ class Served:
         """End its threads when all that waits is done."""
         self.thread.close()
         self._parts.shutdown()
+
+    def _begin_part(self) -> None:
+        torch.set_num_threads(1)
+        self._here.part = True
 
     def _wrap_encoder(self, bf16: bool) -> None:
         """Encode in bfloat16, or not, and with all cores where no other part of a batch runs."""
@@ -174,7 +180,7 @@ class Served:
 
         def wrapped(packed: Any) -> Any:
             threads = torch.get_num_threads()
-            if in_kernel and self.thread.is_current():
+            if in_kernel and not getattr(self._here, "part", False):
                 torch.set_num_threads(self.cores)
             try:
                 with torch.autocast(device, torch.bfloat16, enabled=bf16):

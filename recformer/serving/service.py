@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from recformer.files import UserError
 from recformer.recommendation import HistoryItem, Recommended
 from recformer.serving.metrics import Metrics
@@ -78,6 +80,7 @@ class Service:
         bf16: bool = False,
     ) -> None:
         self.bf16 = bf16
+        self.cores = torch.get_num_threads()
         self.folders, self.store, self.meta_file = folders, store, meta_file
         self.limits = limits or Limits()
         self.shown_types = frozenset(shown_types)
@@ -116,7 +119,16 @@ class Service:
     def _load(self, name: str) -> Served:
         meta = self.meta_file if name == MAIN else None
         most = self.limits.batch
-        return Served(self.folders[name], name, self.metrics, meta, most, self.bf16, self.store)
+        return Served(
+            self.folders[name],
+            name,
+            self.metrics,
+            meta,
+            most,
+            self.bf16,
+            self.store,
+            self.cores,
+        )
 
     def _forget_vectors(self) -> None:
         """Forget the vectors of texts that no item has any more, and of models that are gone."""

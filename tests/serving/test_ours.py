@@ -94,6 +94,19 @@ def test_bfloat16_is_near(model_folder: Path) -> None:
         served.close()
 
 
+def test_a_model_loaded_later_has_as_many_cores(service: Service) -> None:
+    """The thread that loads it may have one: threads of a model set torch's number."""
+    assert service.main.cores == service.cores
+    service.cores = 3
+    assert service.reload("main").cores == 3
+    histories = [["B1"], ["B2", "B6"], ["B3"], ["B7"]]
+    questions = [Question(history, 3) for history in histories]
+    answers = service.main._answers(Filters(), questions)
+    expected = service.main.recommender.recommend(histories, 3)
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.items == other.items
+
+
 def test_search(client: TestClient) -> None:
     def found(q: str) -> list[str]:
         return [item["item"] for item in client.get("/v1/search", params={"q": q}).json()["items"]]
