@@ -94,7 +94,9 @@ namespace {
 // --- where the time goes -------------------------------------------------------------------------
 
 // What a thread does; compiled with RECFORMER_TIMES the time of each is added up.
-enum Stage { REST, EMBEDDINGS, PRODUCTS, COPIES, GELU, NORM, SCORES, SOFTMAX, FIRSTS, WAITING, STAGES };
+enum Stage {
+    REST, EMBEDDINGS, PRODUCTS, COPIES, GELU, NORM, SCORES, SOFTMAX, FIRSTS, WAITING, STAGES
+};
 
 #ifdef RECFORMER_TIMES
 std::atomic<uint64_t> spent[STAGES];
@@ -110,7 +112,8 @@ inline Stage enter(Stage next) {
 // Counts for this stage until the end of the block; products of `<s>` stay with it.
 struct Counted {
     Stage before;
-    explicit Counted(Stage next) : before(enter(next == PRODUCTS && stage == FIRSTS ? FIRSTS : next)) {}
+    explicit Counted(Stage next)
+        : before(enter(next == PRODUCTS && stage == FIRSTS ? FIRSTS : next)) {}
     ~Counted() { enter(before); }
 };
 #define COUNTED(stage) const Counted counted(stage)
@@ -212,8 +215,8 @@ inline __m512 gelu(__m512 x) {  // x / 2 (1 + erf(x / sqrt 2)); erf as a quotien
 // C vectors. Offsets in elements: `row` between rows of a, `next` between its steps, `line` between
 // those of b.
 template <class T, int R, int C>
-[[gnu::noinline]] void tile(const T *a, int64_t row, int64_t next, const T *b, int64_t line, int64_t steps, float *c,
-          int64_t ldc, bool add) {
+[[gnu::noinline]] void tile(const T *a, int64_t row, int64_t next, const T *b, int64_t line,
+                            int64_t steps, float *c, int64_t ldc, bool add) {
     __m512 sum[R][C];
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < C; ++j)
@@ -247,8 +250,8 @@ template <class T, int R, int C>
 }
 
 template <class T, int C>
-[[gnu::noinline]] void tiles(int64_t rows, const T *a, int64_t row, int64_t next, const T *b, int64_t line,
-           int64_t steps, float *c, int64_t ldc, bool add) {
+[[gnu::noinline]] void tiles(int64_t rows, const T *a, int64_t row, int64_t next, const T *b,
+                             int64_t line, int64_t steps, float *c, int64_t ldc, bool add) {
     switch (rows) {
 #define CASE(R) \
     case R: return tile<T, R, C>(a, row, next, b, line, steps, c, ldc, add);
@@ -270,8 +273,8 @@ struct TileShapes {
 
 // 32 rows (or 16) times a panel; rows past the last one are read and written, too.
 template <bool both>
-[[gnu::noinline]] void amx_tile(const bf16 *a, int64_t row, const bf16 *b, int64_t steps, float *c, int64_t ldc,
-              bool add) {
+[[gnu::noinline]] void amx_tile(const bf16 *a, int64_t row, const bf16 *b, int64_t steps, float *c,
+                                int64_t ldc, bool add) {
     const int64_t a_bytes = 2 * row, b_bytes = 4 * PANEL, c_bytes = 4 * ldc;
     if (add) {
         _tile_loadd(0, c, c_bytes);
@@ -308,8 +311,8 @@ template <bool both>
 
 // The same of numbers in three parts: the small products first.
 template <bool both>
-[[gnu::noinline]] void amx_tile(const Three *a, int64_t row, const Three *b, int64_t groups, float *c,
-                                int64_t ldc, bool add) {
+[[gnu::noinline]] void amx_tile(const Three *a, int64_t row, const Three *b, int64_t groups,
+                                float *c, int64_t ldc, bool add) {
     constexpr int64_t group = 32, part = 16 * PANEL * 2;  // of b, in bfloat16
     const int64_t a_bytes = row * sizeof(Three), b_bytes = 4 * PANEL, c_bytes = 4 * ldc;
     if (add) {
@@ -1097,7 +1100,8 @@ class Worker {
     Plain<T> *const qkv;
     float *const first_scores;
     T *middle, *inner, *firsts;
-    float *sums, *key, *values, *queries, *scores, *out, *asked, *first_weights, *first_states, *first_sums;
+    float *sums, *key, *values, *queries, *scores, *out;
+    float *asked, *first_weights, *first_states, *first_sums;
     std::unique_ptr<Memory> memory;
 };
 
