@@ -54,8 +54,19 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _is_program() -> bool:
+    """Whether this is the command `recformer`, or `python -m recformer…` or `baselines…`."""
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    if name != "-m":  # which it is while the packages around a module are imported
+        return name in ("recformer", "recformer.exe")
+    line = iter(sys.orig_argv[1:])
+    asked = next((each for each in line if each.startswith("-m")), "-m")
+    module = asked[2:] or next(line, "")
+    return module.partition(".")[0] in ("recformer", "baselines")
+
+
 # `import recformer` in a user's program makes `AutoConfig` and `AutoModel` know our folders, which
 # takes seconds: torch and transformers. The command `recformer` ("-m": `python -m recformer…`)
 # imports them where its work needs them.
-if Path(sys.argv[0] if sys.argv else "").name not in ("-m", "recformer", "recformer.exe"):
+if not _is_program():
     import_module("recformer.models")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# The values of the paper (section 3.1.4 and the published scripts). The only place they stand.
+# Section 3.1.4 and the published scripts.
 PAPER: dict[str, Any] = {
     "max_attr_num": 3,
     "max_attr_length": 32,

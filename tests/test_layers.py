@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -245,9 +246,29 @@ def test_the_command_line_is_read_without_torch() -> None:
     code = "sys.argv[0] = '/somewhere/bin/recformer'\nimport recformer.__main__"
     assert loaded_by(code, ("torch", "transformers")) == []
     assert loaded_by("import recformer", ("torch", "transformers")) == ["torch", "transformers"]
+    assert loaded_by(code.replace("bin/recformer", "train.py"), ("torch",)) == ["torch"]
     for command in ("process", "process_pretraining", "audit", "compare", "download", "env"):
         wanted = code + f"\nimport recformer.commands.{command}"
         assert loaded_by(wanted, ("torch", "transformers")) == [], command
+
+
+@pytest.mark.parametrize("words", [["-m", "mine.train"], ["-mmine.train"]])
+def test_a_package_run_by_name_finds_our_folders_registered(tmp_path: Path, words) -> None:
+    """While Python imports `mine`, the name of the program is "-m", as it is for our commands."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").write_text("import recformer\n")
+    (tmp_path / "mine/train.py").write_text("import sys\nprint('recformer.models' in sys.modules)")
+    for command, expected in ((words, "True\n"), (["-m", "recformer", "--version"], "recformer")):
+        done = subprocess.run(
+            [sys.executable, "-X", "utf8", *command],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(expected)
 
 
 def test_public_models_need_no_trainer() -> None:

@@ -204,9 +204,10 @@ def bfloat16_units(item_vectors: Vectors) -> torch.Tensor:
 def bfloat16_rounding(hidden: int) -> float:
     """Largest error of a cosine of two vectors (H) of length 1 that are rounded to bfloat16.
 
-    Each is off by 2^-9, and so is the score, itself in bfloat16; the sums are in float32.
+    Each number, of 8 significant bits, is off by 2^-8 of it at most, and so is the score, itself in
+    bfloat16; the sums are in float32.
     """
-    unit = 2.0**-9
+    unit = 2.0**-8
     return (1 + unit) ** 3 * (1 + _rounding(2 * hidden, 2.0**-24)) - 1
 
 

@@ -1,15 +1,16 @@
 """Users passed over a table of item vectors, once, whatever is asked of their scores.
 
-A float32 matrix product gives the scores of a block of users and a chunk of items to every reader,
-with the largest error that they can have. What a reader cannot decide from them it has computed
-exactly, pair by pair. So ranks and recommendations cost one product together, and are exact.
+A matrix product gives the scores of a block of users and a chunk of items to every reader, in
+float32 or of vectors in bfloat16, with the largest error that they can have. What a reader cannot
+decide from them it has computed exactly, pair by pair. So ranks and recommendations cost one
+product together, and are exact.
 
 Shapes: B users, b of a block, N items, C of a chunk, H hidden size, P pairs (user, item).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -53,8 +54,9 @@ class Chunk:
         start: id of the first.
         items: (C, H) float32.
         largest: of their scores for users of length 1.
-        rounding: largest error of a float32 score, relative to it.
+        rounding: largest error of a score that readers are shown, relative to `largest`.
         cosine: whether scores are divided by the norms of the items.
+        factors: (C,) float32 that make scores cosines, where those shown are of `bfloat16_units`.
     """
 
     start: int
@@ -62,10 +64,11 @@ class Chunk:
     largest: float
     rounding: float
     cosine: bool
+    factors: torch.Tensor | None = None
 
     @property
     def error(self) -> float:
-        """Largest distance of a float32 score from the exact one."""
+        """Largest distance of a score that is shown from the exact one."""
         return self.largest * self.rounding
 
     @property
@@ -73,12 +76,29 @@ class Chunk:
         """As `rounding`, of the scores of `double`."""
         return _rounding(self.items.shape[1], 2.0**-53)
 
+    def finer(self) -> list[tuple[Callable[[torch.Tensor], torch.Tensor], float]]:
+        """Products of users (n, H) float64 with less error than the scores shown, and the error."""
+        double = self.double, self.largest * self.double_rounding
+        if self.factors is None:
+            return [double]
+        return [(self._single, self.largest * _rounding(2 * self.items.shape[1], 2.0**-24)), double]
+
+    def _single(self, users: torch.Tensor) -> torch.Tensor:
+        """Cosines (n, C) float32 of users (n, H)."""
+        assert self.factors is not None
+        return (users.float() @ self.items.T) * self.factors
+
     def double(self, users: torch.Tensor) -> torch.Tensor:
-        """Scores (n, C) of users (n, H), both float64."""
-        scores = users @ self.items.double().T
-        if self.cosine:
-            norms = torch.linalg.vector_norm(self.items, dim=1, dtype=torch.float64)
-            scores /= norms.clamp(min=MIN_NORM)
+        """Scores (n, C) of users (n, H), both float64; of the items a few MB at a time."""
+        scores = users.new_empty(len(users), len(self.items))
+        step = max(1, CHUNK_ELEMENTS // max(self.items.shape[1], 1))
+        for start in range(0, len(self.items), step):
+            items = self.items[start : start + step]
+            part = users @ items.double().T
+            if self.cosine:
+                norms = torch.linalg.vector_norm(items, dim=1, dtype=torch.float64)
+                part /= norms.clamp(min=MIN_NORM)
+            scores[:, start : start + step] = part
         return scores
 
 
@@ -149,8 +169,8 @@ class Scan:
         seen: pairs (rows, cols) that are hidden.
         offered: (N,) false for items that are hidden from everybody; None: none is.
         norms: (N,) `item_norms` of the items, None: computed.
-        units: (N, H) `bfloat16_units` of the items, whose products are looked at in place of those
-            of the items, with `norms`; of no use but for cosines.
+        units: (N, H) `bfloat16_units` of the items, whose products readers are shown in place of
+            those of the items. Needs `norms`; used for cosines, on the CPU, which sums in float32.
 
     Attributes:
         vectors: (B, H) float64, of length 1.
@@ -182,7 +202,10 @@ class Scan:
             if values is not None:
                 check_length(name, len(values), self.num_items, "an item")
         self.items, self.cosine = item_vectors, cosine
-        self._offered, self._norms, self._units = offered, norms, units if cosine else None
+        if units is not None and norms is None:
+            raise UserError("units are given without norms, expected both")
+        self._offered, self._norms = offered, norms
+        self._units = units if cosine and self.device.type == "cpu" else None
         self._chunk_size = self._checked_chunk_size(chunk_size, users.shape[1])
         rows, cols = checked_pairs(seen, self.num_users, self.num_items)
         self.terms = PairTerms.of(additions, self.num_users, self.num_items)
@@ -260,7 +283,8 @@ class Scan:
         items = _read(self.items, part, self.device)
         hidden = items.shape[1]
         if self._units is not None:
-            return Chunk(part.start, items, 1.0, bfloat16_rounding(hidden), True), None
+            factors = _read(self._norms, part, self.device).clamp(min=MIN_NORM).reciprocal()
+            return Chunk(part.start, items, 1.0, bfloat16_rounding(hidden), True, factors), None
         if self._norms is None:
             norms = _checked_norms(items, "item", part.start)
             rounding = _rounding(hidden, 2.0**-24)

@@ -43,7 +43,7 @@ def top_items_by_vectors(
         seen: (rows, cols): item `cols[j]` is not recommended to the user in row `rows[j]`.
         offered: (N,) true for the items that may be recommended to anybody; None: all.
         norms: (N,) `item_norms` of the items, where many calls search the same ones.
-        units: (N, H) `bfloat16_units` of the items, with `norms`; of use for cosines: a quicker
+        units: (N, H) `bfloat16_units` of the items, with `norms`: for cosines on the CPU a quicker
             first look for few users, where the processor multiplies in bfloat16. The answer is the
             same.
 
@@ -100,17 +100,19 @@ class BestItems:
 
         # A collapsed encoder, or thousands of equal items, leave most pairs undecided: a float64
         # matrix product leaves those that are equal.
-        counts = torch.bincount(row, minlength=len(scores.all))
-        crowded = counts > max(DENSE_SHARE * len(chunk.items), MANY_TIMES * k)
-        dense = crowded.nonzero()[:, 0]
-        if len(dense):
-            exact = chunk.double(self._scan.vectors[block][dense])
+        for product, off in chunk.finer():
+            counts = torch.bincount(row, minlength=len(scores.all))
+            crowded = counts > max(DENSE_SHARE * len(chunk.items), MANY_TIMES * k)
+            dense = crowded.nonzero()[:, 0]
+            if not len(dense):
+                break
+            exact = product(self._scan.vectors[block][dense])
             exact.masked_fill_(scores.all[dense] == -torch.inf, -torch.inf)
-            off = chunk.largest * chunk.double_rounding
-            near = torch.maximum(least[dense] - off, _kth(exact, k) - 2 * off)
+            near = torch.maximum(least[dense] - off, _kth(exact, k) - 2 * off).to(exact.dtype)
             dense_row, dense_col, found = _at_least(Scores.of(exact), near)
             kept = ~crowded[row]
             row, col = (torch.cat([row[kept], dense[dense_row]]), torch.cat([col[kept], dense_col]))
+            found = found.double()
             error = torch.cat([error[kept], torch.full_like(found, off)])
             values = torch.cat([values[kept], found])
         mine.add(_to_numpy(row), _to_numpy(col) + chunk.start, _to_numpy(values), _to_numpy(error))

@@ -2,7 +2,7 @@
 
 It gives what the encoder in torch gives, but for rounding, in half the time and less: between the
 products nothing leaves the cache. With AMX a float32 number is the sum of three of bfloat16 and a
-product the sum of six, as exact as float32 and twice as fast as AVX-512. It is used where nobody
+product the sum of six, as exact as float32 and in half the time of AVX-512. It is used where nobody
 trains and all of this holds: Linux on x86-64 with AVX-512 (for bfloat16 AVX512_BF16; AMX if there),
 a C++ compiler, the encoder's own layers with GELU, no hooks on them, sizes in multiples of 32.
 Anywhere else torch computes.
@@ -22,6 +22,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,7 +60,7 @@ FLOAT, BFLOAT16, THREE_BFLOAT16 = 0, 1, 2
 CHUNK_TOKENS = {FLOAT: 192, BFLOAT16: 384, THREE_BFLOAT16: 384}
 # `pooling` of `kernel.cpp`, by `pooler_type`.
 POOLERS = {None: 0, "cls": 1, "avg": 2, "avg_published": 3}
-# Numbers of each weight that are looked at before every call, see `Weights.of`.
+# Numbers of each weight that are looked at before every call, see `_Prepared.unchanged`.
 SAMPLES = 16
 LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, GELUActivation)
 # Modules of this package whose classes may hold them.
@@ -312,8 +313,9 @@ class _Prepared:
     """An encoder's weights for the kernel, as long as they are what they were."""
 
     def __init__(self, model: Encoder) -> None:
-        self.modules = list(model.modules())
-        self.parts = _parts(self.modules)
+        # Not the encoder itself: its entry in `_prepared` would then keep it for ever.
+        self.modules = list(model.modules())[1:]
+        self.parts = _parts([model, *self.modules])
         self.parameters = list(model.parameters())
         self.ids = [*map(id, self.parts)]
         self.pointers = [p.data_ptr() for p in self.parameters]
@@ -323,10 +325,10 @@ class _Prepared:
         self.state: Any = None
         self.weights: dict[int, Weights] = {}
 
-    def unchanged(self, kernel: ctypes.CDLL) -> bool:
+    def unchanged(self, model: Encoder, kernel: ctypes.CDLL) -> bool:
         """Whether all is as at the last call; a sample finds what is written by way of `.data`."""
         pointers = [p.data_ptr() for p in self.parameters]
-        if pointers != self.pointers or [*map(id, _parts(self.modules))] != self.ids:
+        if pointers != self.pointers or [*map(id, _parts([model, *self.modules]))] != self.ids:
             return False
         versions = tuple(0 if p.is_inference() else p._version for p in self.parameters)
         sample = kernel.recformer_sample(self.arrays, self.sizes, len(self.sizes), SAMPLES)
@@ -335,6 +337,7 @@ class _Prepared:
 
 
 _prepared: WeakKeyDictionary[nn.Module, _Prepared] = WeakKeyDictionary()
+_preparing = threading.Lock()
 
 
 def fits(model: Encoder) -> bool:
@@ -373,25 +376,24 @@ def runs(model: Encoder, dtype: torch.dtype) -> bool:
 
 
 def _hooked(modules: list[nn.Module]) -> bool:
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules[1:]
-    )
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
 
 
 def _weights(model: Encoder, numbers: int, kernel: ctypes.CDLL) -> Weights | None:
-    prepared = _prepared.get(model)
-    if prepared is None or not prepared.unchanged(kernel):
-        _prepared.pop(model, None)
-        if not fits(model):
+    with _preparing:  # parts of the first batch ask at the same time
+        prepared = _prepared.get(model)
+        if prepared is None or not prepared.unchanged(model, kernel):
+            _prepared.pop(model, None)
+            if not fits(model):
+                return None
+            prepared = _Prepared(model)
+            prepared.unchanged(model, kernel)
+            _prepared[model] = prepared
+        if _hooked(prepared.modules):
             return None
-        prepared = _Prepared(model)
-        prepared.unchanged(kernel)
-        _prepared[model] = prepared
-    if _hooked(prepared.modules):
-        return None
-    if numbers not in prepared.weights:
-        prepared.weights[numbers] = Weights(model, numbers)
-    return prepared.weights[numbers]
+        if numbers not in prepared.weights:
+            prepared.weights[numbers] = Weights(model, numbers)
+        return prepared.weights[numbers]
 
 
 # --- encoding -------------------------------------------------------------------------------------

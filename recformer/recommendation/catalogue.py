@@ -91,6 +91,7 @@ class LiveCatalogue:
         self._norms = tuple(item_norms(table) for table in tables)
         self._added, self._added_norms = Blocks(tables[0]), Blocks(self._norms[0])
         self._units: tuple[Tensor, ...] | None = None
+        self._added_units = Blocks(tables[0][:0].bfloat16())
         self.row_of = {name: row for row, name in enumerate(names) if name in texts}
         self._row_of_content = {
             content: row for row, content in enumerate(contents, start=self.base)
@@ -343,7 +344,6 @@ class LiveCatalogue:
         with self._changing, self.lock:
             if self._units is None:
                 self._units = tuple(bfloat16_units(table) for table in self._tables)
-                self._added_units = Blocks(self._units[0][:0])
                 for table in self._added.tables():
                     self._added_units.append(bfloat16_units(table))
                 self._see(self.view.gone)

@@ -104,7 +104,8 @@ class Served:
         most: questions in a batch.
         bf16: compute in bfloat16 what reads texts; scores move in the fourth digit.
         store: the database, which keeps vectors of items that are added; None keeps none.
-        cores: that compute; None: torch's number of threads, which later threads do not see.
+        cores: that compute; None: torch's number of threads, of which threads that begin after
+            a model was loaded see 1.
 
     Attributes:
         recommender: the model with its catalogue.
@@ -204,6 +205,15 @@ class Served:
             asked: requests may come meanwhile and are answered between a few items; else all
                 cores encode many at a time.
         """
+        threads = torch.get_num_threads()
+        if not asked:  # the thread that loads a model later has one
+            torch.set_num_threads(self.cores)
+        try:
+            self._apply_all(rows, asked)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _apply_all(self, rows: Sequence[ItemRow], asked: bool) -> None:
         at_once = FEW_ROWS if asked else MANY_ROWS
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,12 @@ def library() -> Any:
     if built is None:
         pytest.skip("no AVX-512, or no C++ compiler")
     return built
+
+
+@pytest.fixture(autouse=True)
+def amx_again(library: Any) -> Iterator[None]:
+    yield
+    library.recformer_use_amx(1)
 
 
 def make(**values: Any) -> RecformerModel:
@@ -98,7 +107,6 @@ def test_float32_is_as_exact_as_that_of_torch(
     expected = exact(model, packed)
     library.recformer_use_amx(amx)
     states = by_kernel(model, packed)
-    library.recformer_use_amx(1)
     monkeypatch.setattr(kernel, "switched_on", lambda: False)
     in_torch = model.encode_tokens(packed)[0]
     error, torch_error = ((each - expected).norm() for each in (states, in_torch))
@@ -116,13 +124,21 @@ def test_bfloat16_is_as_near_as_that_of_torch(
     expected = exact(model, packed)
     library.recformer_use_amx(amx)
     states = by_kernel(model.bfloat16(), packed)
-    library.recformer_use_amx(1)
     monkeypatch.setattr(kernel, "switched_on", lambda: False)
     with torch.no_grad():
         in_torch = model.encode_tokens(packed)[0]
     error, torch_error = ((each - expected).norm() for each in (states, in_torch))
     assert error < 1.25 * torch_error
     assert error < 0.1 * expected.norm()
+
+
+def test_an_encoder_that_nobody_uses_is_let_go() -> None:
+    model = make()
+    by_kernel(model, batch(LENGTHS))
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 def test_autocast_is_bfloat16() -> None:

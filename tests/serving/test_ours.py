@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +100,10 @@ def test_a_model_loaded_later_has_as_many_cores(service: Service) -> None:
     """The thread that loads it may have one: threads of a model set torch's number."""
     assert service.main.cores == service.cores
     service.cores = 3
+    seen = weakref.ref(service.main)
     assert service.reload("main").cores == 3
+    gc.collect()
+    assert seen() is None  # the model before is let go
     histories = [["B1"], ["B2", "B6"], ["B3"], ["B7"]]
     questions = [Question(history, 3) for history in histories]
     answers = service.main._answers(Filters(), questions)
