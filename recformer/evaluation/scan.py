@@ -283,8 +283,9 @@ class Scan:
         items = _read(self.items, part, self.device)
         hidden = items.shape[1]
         if self._units is not None:
-            factors = _read(self._norms, part, self.device).clamp(min=MIN_NORM).reciprocal()
-            return Chunk(part.start, items, 1.0, bfloat16_rounding(hidden), True, factors), None
+            assert self._norms is not None
+            own = _read(self._norms, part, self.device).clamp(min=MIN_NORM).reciprocal()
+            return Chunk(part.start, items, 1.0, bfloat16_rounding(hidden), True, own), None
         if self._norms is None:
             norms = _checked_norms(items, "item", part.start)
             rounding = _rounding(hidden, 2.0**-24)
