@@ -271,11 +271,10 @@ struct TileShapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// 32 rows (or 16) times a panel; rows past the last one are read and written, too.
+// Tiles 0 to 3 hold the sums of 32 rows (0 and 1: of 16) of a panel.
 template <bool both>
-[[gnu::noinline]] void amx_tile(const bf16 *a, int64_t row, const bf16 *b, int64_t steps, float *c,
-                                int64_t ldc, bool add) {
-    const int64_t a_bytes = 2 * row, b_bytes = 4 * PANEL, c_bytes = 4 * ldc;
+[[gnu::always_inline]] inline void begin_sums(const float *c, int64_t ldc, bool add) {
+    const int64_t c_bytes = 4 * ldc;
     if (add) {
         _tile_loadd(0, c, c_bytes);
         _tile_loadd(1, c + 16, c_bytes);
@@ -289,6 +288,25 @@ template <bool both>
         _tile_zero(2);
         _tile_zero(3);
     }
+}
+
+template <bool both>
+[[gnu::always_inline]] inline void store_sums(float *c, int64_t ldc) {
+    const int64_t c_bytes = 4 * ldc;
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
+    if (both) {
+        _tile_stored(2, c + 16 * ldc, c_bytes);
+        _tile_stored(3, c + 16 * ldc + 16, c_bytes);
+    }
+}
+
+// 32 rows (or 16) times a panel; rows past the last one are read and written, too.
+template <bool both>
+[[gnu::noinline]] void amx_tile(const bf16 *a, int64_t row, const bf16 *b, int64_t steps, float *c,
+                                int64_t ldc, bool add) {
+    const int64_t a_bytes = 2 * row, b_bytes = 4 * PANEL;
+    begin_sums<both>(c, ldc, add);
     for (int64_t k = 0; k < steps; k += 16, a += 32, b += 32 * PANEL) {
         _tile_loadd(4, a, a_bytes);
         _tile_loadd(6, b, b_bytes);
@@ -301,12 +319,7 @@ template <bool both>
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + 16, c_bytes);
-    if (both) {
-        _tile_stored(2, c + 16 * ldc, c_bytes);
-        _tile_stored(3, c + 16 * ldc + 16, c_bytes);
-    }
+    store_sums<both>(c, ldc);
 }
 
 // The same of numbers in three parts: the small products first.
@@ -314,20 +327,8 @@ template <bool both>
 [[gnu::noinline]] void amx_tile(const Three *a, int64_t row, const Three *b, int64_t groups,
                                 float *c, int64_t ldc, bool add) {
     constexpr int64_t group = 32, part = 16 * PANEL * 2;  // of b, in bfloat16
-    const int64_t a_bytes = row * sizeof(Three), b_bytes = 4 * PANEL, c_bytes = 4 * ldc;
-    if (add) {
-        _tile_loadd(0, c, c_bytes);
-        _tile_loadd(1, c + 16, c_bytes);
-        if (both) {
-            _tile_loadd(2, c + 16 * ldc, c_bytes);
-            _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    const int64_t a_bytes = row * sizeof(Three), b_bytes = 4 * PANEL;
+    begin_sums<both>(c, ldc, add);
     for (int64_t k = 0; k < groups; ++k, a += group, b += group * PANEL) {
         const uint16_t *left = a->parts, *right = b->parts;
 #define LEFT(i)                                                            \
@@ -353,12 +354,7 @@ template <bool both>
 #undef RIGHT
 #undef MULTIPLY
     }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + 16, c_bytes);
-    if (both) {
-        _tile_stored(2, c + 16 * ldc, c_bytes);
-        _tile_stored(3, c + 16 * ldc + 16, c_bytes);
-    }
+    store_sums<both>(c, ldc);
 }
 
 #endif
