@@ -394,11 +394,7 @@ def computes_in_bfloat16() -> bool:
     """True where bfloat16 is the quicker form: the GPU, or a processor with instructions for it."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return not kernel.cpu_flags().isdisjoint(("amx_bf16", "avx512_bf16"))
 
 
 def _without(answer: Recommended, names: frozenset[str], k: int) -> Recommended:
