@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from recformer.data.processed import Sequences, write_processed
 from recformer.serving.app import create_app
@@ -185,6 +185,19 @@ def test_docs_load_nothing_from_elsewhere(browser: Browser, service: Service) ->
                     ".live-responses-table .status code, .live-responses-table .response-col_status"
                 ).last
             ).to_contain_text("200")
+
+
+def test_nothing_can_be_pressed_before_the_service_has_answered(page: Page) -> None:
+    waiting: list[Route] = []
+    page.route("**/v1/facts", lambda route: waiting.append(route), times=1)  # held back
+    page.reload()
+    for name in ("#search", "#add-title", "#seen", "#another"):
+        expect(page.locator(name)).to_be_disabled()
+    waiting[0].continue_()
+    page.locator("#add-title").fill("tent")
+    page.locator("#add-title").press("Enter")
+    expect(page.locator("#items-main .item.new")).to_have_count(1)
+    expect(page.locator("#problem")).to_be_hidden()
 
 
 @pytest.mark.parametrize("width", [320, 768, 1280])

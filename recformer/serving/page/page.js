@@ -399,6 +399,7 @@ const start = guarded(async () => {
       return column;
     }),
   );
+  byId("controls").disabled = false; // what they do needs the facts
   await recommend();
 });
 
