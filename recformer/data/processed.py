@@ -55,7 +55,7 @@ from recformer.data.processed_files import (
     write_processed,
 )
 from recformer.data.processed_store import Content, open_or_build
-from recformer.data.sequences import Sequences, join_splits, offsets_of
+from recformer.data.sequences import HistoryRows, Sequences, join_splits, offsets_of
 from recformer.data.texts import attribute_counts
 from recformer.files import UserError, read_json
 
@@ -220,20 +220,13 @@ class ProcessedFolder:
         held_out = self.val if split == "val" else self.test
         parts = [self.train, held_out] if split == "val" else [self.train, self.val, held_out]
 
-        has_target = held_out.lengths > 0
-        everything = join_splits(*parts)
-        history_lengths = everything.lengths - has_target  # all but the target, which is last
-        users = np.flatnonzero(has_target & (history_lengths > 0))
-        last = everything.offsets[users + 1] - 1
-
-        # Items of the chosen users, less the last of each.
-        in_history = np.repeat(has_target & (history_lengths > 0), everything.lengths)
-        in_history[last] = False
-        histories = Sequences(offsets_of(history_lengths[users]), everything.items[in_history])
+        in_parts = [part.lengths for part in parts]
+        has_target = in_parts[-1] > 0
+        users = np.flatnonzero(has_target & (np.sum(in_parts, axis=0) > 1))
         return EvalExamples(
             user_ids=users,
-            histories=histories,
-            targets=everything.items[last].astype(np.int64),
+            histories=HistoryRows(parts, users),
+            targets=held_out.items[held_out.offsets[users + 1] - 1].astype(np.int64),
             num_without_history=int(has_target.sum()) - len(users),
             starts=self.interaction_offsets()[users],
         )

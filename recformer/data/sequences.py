@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -86,3 +87,67 @@ def join_splits(*parts: Sequences) -> Sequences:
         items[np.repeat(begins - part.offsets[:-1], own) + np.arange(len(part.items))] = part.items
         begins += own
     return Sequences(offsets, items)
+
+
+class HistoryRows(Sequences):
+    """Histories that lie in several parts, put together when they are asked for.
+
+    Row e is everything of user `users[e]` in all the parts, one part after the other, but the last
+    item. Lengths and single rows are read from the parts, which may be mapped files; `offsets` and
+    `items` of all rows are laid out once somebody wants them.
+
+    Args:
+        parts: all with one row a user.
+        users: int64 (E,), ascending, with two items or more in all the parts together and one or
+            more in the last part.
+    """
+
+    def __init__(self, parts: Sequence[Sequences], users: np.ndarray) -> None:
+        # A frozen dataclass: its fields are properties here.
+        object.__setattr__(self, "parts", tuple(parts))
+        object.__setattr__(self, "users", users)
+
+    parts: tuple[Sequences, ...]
+    users: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Item ids of one row, int32; a view where they lie in one part."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        user = int(self.users[row])
+        *before, last = (part[user] for part in self.parts)
+        pieces = [piece for piece in (*before, last[:-1]) if len(piece)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Items a row, int64 (E,)."""
+        return np.sum([_lengths(part, self.users) for part in self.parts], axis=0) - 1
+
+    @cached_property
+    def offsets(self) -> np.ndarray:  # type: ignore[override]
+        """int64 (E+1,)."""
+        return offsets_of(self.lengths)
+
+    @cached_property
+    def items(self) -> np.ndarray:  # type: ignore[override]
+        """int32 (offsets[-1],), of all rows, in memory of their own."""
+        *before, last = self.parts
+        chosen = [_rows(part, self.users, less=0) for part in before]
+        return join_splits(*chosen, _rows(last, self.users, less=1)).items
+
+
+def _lengths(part: Sequences, rows: np.ndarray) -> np.ndarray:
+    """Items of some rows, int64 (E,), without a look at the others."""
+    return part.offsets[rows + 1] - part.offsets[rows]
+
+
+def _rows(part: Sequences, rows: np.ndarray, *, less: int) -> Sequences:
+    """Some rows, each without its `less` last items."""
+    lengths = _lengths(part, rows) - less
+    offsets = offsets_of(lengths)
+    places = np.repeat(part.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return Sequences(offsets, part.items[places])

@@ -166,6 +166,11 @@ def test_evaluation_examples_by_a_plain_loop(users: list[tuple[list[int], ...]])
         examples = data.eval_examples(split)  # type: ignore[arg-type]
         found = zip(examples.user_ids.tolist(), rows(examples.histories), examples.targets.tolist())
         assert list(found) == expected
+        plain = Sequences.from_lists([history for _, history, _ in expected])
+        for name in ("lengths", "offsets", "items"):
+            own = getattr(examples.histories, name)
+            assert own.dtype == getattr(plain, name).dtype
+            assert own.tolist() == getattr(plain, name).tolist()
         with_target = sum(bool(parts[held_out]) for parts in users)
         assert examples.num_without_history == with_target - len(expected)
 
