@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, pairwise
 from pathlib import Path
@@ -121,10 +121,10 @@ def write_processed(
         about[CHECKSUMS] = {name: file_crc32(handle.name) for name, handle in tables.items()}
         json.dump(about, described, ensure_ascii=False, indent=2)
         write_mapping(staged(META_FILE), meta.items())
-        write_mapping(staged(ITEM_FILE), ((asin, item) for item, asin in enumerate(asins)))
-        write_mapping(staged(USER_FILE), ((name, user) for user, name in enumerate(user_names)))
+        for name, own in ((ITEM_FILE, asins), (USER_FILE, user_names)):
+            write_mapping(staged(name), ((key, code) for code, key in enumerate(own)), str)
         for name, part in ((TEST_FILE, test), (VAL_FILE, val), (TRAIN_FILE, train)):
-            write_mapping(staged(name), _split_rows(part))
+            write_mapping(staged(name), _split_rows(part), str)
     remove_stores(folder)  # of what stood here before
     return about
 
@@ -221,12 +221,25 @@ def _table(columns: Mapping[str, Any]) -> Any:
     return pa.table(arrays)
 
 
-def write_mapping(handle: IO[str], entries: Iterable[tuple[str, Any]]) -> None:
-    """Write a JSON object entry by entry, one a line: millions of entries need no second copy."""
-    encode = json.JSONEncoder(ensure_ascii=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def write_mapping(
+    handle: IO[str],
+    entries: Iterable[tuple[str, Any]],
+    as_json: Callable[[Any], str] = _encode,
+) -> None:
+    """Write a JSON object entry by entry, one a line: millions of entries need no second copy.
+
+    Args:
+        handle: of the file.
+        entries: keys and values.
+        as_json: of a value; `str` writes numbers, and lists of numbers, as a JSON encoder does and
+            in a quarter to a half of its time.
+    """
     border = "{\n"
     for key, value in entries:
-        handle.write(f"{border}{encode(key)}: {encode(value)}")
+        handle.write(f"{border}{_encode(key)}: {as_json(value)}")
         border = ",\n"
     handle.write("{}\n" if border == "{\n" else "\n}\n")
 

@@ -12,7 +12,7 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -280,7 +280,7 @@ def read_metadata(
 
 def read_interactions(
     path: str | os.PathLike,
-    known: Container[str],
+    known: Collection[str] | None,
     bad_lines: BadLines | None = None,
     *,
     columns: ReviewColumns | None = None,
@@ -295,7 +295,7 @@ def read_interactions(
 
     Args:
         path: a review file.
-        known: asins that count; reviews of others are left out and counted.
+        known: asins that count; reviews of others are left out and counted. None: all.
         bad_lines: what to do with lines that cannot be used; by default the first ends the run.
         columns: which fields hold what, Amazon 2018's where not given.
         min_rating: leave out and count reviews rated lower.
@@ -360,7 +360,7 @@ class KnownReviews:
     def __init__(
         self,
         path: Path,
-        known: Container[str],
+        known: Collection[str] | None,
         bad_lines: BadLines,
         *,
         columns: ReviewColumns | None = None,
@@ -385,7 +385,7 @@ class KnownReviews:
         for review in self._reviews:
             if events is not None and review.event not in events:
                 self._other_events += 1
-            elif review.asin not in known:
+            elif known is not None and review.asin not in known:
                 self._unknown += 1
                 self.first_unknown = self.first_unknown or review.asin
             elif min_rating is not None and review.rating < min_rating:

@@ -6,7 +6,7 @@ down. What is left out, what is refused and what is said of it is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
 
 import polars as pl
@@ -34,7 +34,7 @@ class Batches:
 
     Args:
         source: the log.
-        known: items that count.
+        known: items that count; None: all.
         bad_lines: what to do with lines that cannot be used.
         min_rating: leave out what is rated lower.
         events: leave out what is of another type; none: all count.
@@ -53,7 +53,7 @@ class Batches:
     def __init__(
         self,
         source: LogFile,
-        known: Container[str],
+        known: Collection[str] | None,
         bad_lines: BadLines,
         min_rating: float | None = None,
         events: Sequence[str] = (),
@@ -68,6 +68,7 @@ class Batches:
         if owner is not None:
             self._others["owner"] = owner
         self._bad_before = deepcopy(bad_lines)
+        self._known_names: pl.Enum | None = None  # `known` as a table in native code
         self._exponent: int | None = None  # of the times' unit, where some do not fit it
         self._begin()
 
@@ -268,12 +269,14 @@ class Batches:
         )
 
     def _is_known(self, items: pl.Series) -> pl.Series:
-        # Every name is looked up once: there are far fewer items than interactions.
-        names = items.unique(maintain_order=True).to_list()
-        known = [name for name in names if name in self.known]
-        if self.first_unknown is None and len(known) < len(names):
-            self.first_unknown = next(name for name in names if name not in self.known)
-        return items.is_in(known)
+        if self.known is None:
+            return pl.repeat(True, len(items), eager=True)
+        if self._known_names is None:
+            self._known_names = pl.Enum(pl.Series(list(self.known), dtype=pl.String))
+        is_known = items.cast(self._known_names, strict=False).is_not_null()
+        if self.first_unknown is None and not is_known.all():
+            self.first_unknown = items.filter(~is_known)[0]
+        return is_known
 
 
 def _with_times(frame: pl.DataFrame) -> pl.DataFrame:

@@ -133,7 +133,7 @@ def prepare_finetuning(
         histories, review_counts, filtered = read_histories(
             interaction_source,
             item_source,
-            products if item_source is not None else Everything(),
+            products if item_source is not None else None,
             bad_lines,
             filters,
             min_interactions=min_interactions,
@@ -227,13 +227,6 @@ def prepare_finetuning(
             content = Content(train, val, test, names, items, about["split_hash"])
             keep(output, READ_FILES, content)
         return about
-
-
-class Everything:
-    """Knows every item."""
-
-    def __contains__(self, item: object) -> bool:
-        return True
 
 
 def _places(

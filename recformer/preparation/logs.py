@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import polars as pl
@@ -22,7 +22,7 @@ class InteractionSource(LogFile):
 
     def read(
         self,
-        known: Container[str],
+        known: Collection[str] | None,
         bad_lines: BadLines,
         min_rating: float | None = None,
         events: Sequence[str] = (),
@@ -35,7 +35,7 @@ class InteractionSource(LogFile):
         Takes 16 bytes an interaction beside the names of users and items and further columns.
 
         Args:
-            known: items that count.
+            known: items that count; None: all.
             bad_lines: what to do with lines that cannot be used.
             min_rating: leave out what is rated lower.
             events: leave out what is of another type; none: all count.
@@ -69,7 +69,7 @@ class InteractionSource(LogFile):
 
     def batches(
         self,
-        known: Container[str],
+        known: Collection[str] | None,
         bad_lines: BadLines,
         min_rating: float | None = None,
         events: Sequence[str] = (),

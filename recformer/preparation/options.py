@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,7 @@ def shared_parameters(
 def read_histories(
     source: InteractionSource,
     items: ItemSource | None,
-    products: Container[str],
+    products: Collection[str] | None,
     bad_lines: BadLines,
     filters: Filters,
     *,
@@ -256,7 +256,7 @@ def _check_any(
     counts: Mapping[str, int],
     source: InteractionSource,
     items: ItemSource | None,
-    products: Container[str],
+    products: Collection[str] | None,
     min_rating: float | None,
 ) -> None:
     """Refuse a log of which no interaction is left."""

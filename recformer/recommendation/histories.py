@@ -117,13 +117,6 @@ def _is_table(path: Path) -> bool:
         return file.read(len(PARQUET)) == PARQUET
 
 
-class _All:
-    """Every item counts: those that no catalogue knows are for the recommender to count."""
-
-    def __contains__(self, item: object) -> bool:
-        return True
-
-
 def _of_interactions(
     path: Path, columns: Columns | None, bad_lines: BadLines | None
 ) -> Iterator[History]:
@@ -133,7 +126,8 @@ def _of_interactions(
     from recformer.preparation.tables import open_interactions
 
     source = open_interactions(path, columns or Columns())
-    read, _ = source.read(_All(), bad_lines or BadLines())
+    # Every item counts: those that no catalogue knows are for the recommender to count.
+    read, _ = source.read(None, bad_lines or BadLines())
     order = np.lexsort((read.times, read.users))  # stable: in the order of the file within a time
     users, items = read.users[order], read.items[order].tolist()
     ends = np.searchsorted(users, np.arange(len(read.user_names)), side="right").tolist()
