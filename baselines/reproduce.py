@@ -6,146 +6,36 @@ name in `--raw` and checked, or downloaded where a public address is known. What
 left as it is, so that the same command goes on where it was cut off. `--dry_run` says what would be
 run and about how long it takes. Exit status 1 if a step fails or a row differs.
 
-It leaves OUTPUT_DIR/data, OUTPUT_DIR/runs, and the table as reproduction.md and .json.
+It leaves OUTPUT_DIR/data, steps, runs, and the table as reproduction.md and .json.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from baselines.command_lines import COMMANDS, checked
+from baselines.command_lines import checked
+from baselines.experiment import DATA_FILES, FOLDER, PLACE, Data, Experiment, Run, Step
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
 from recformer.cli import command_parser, exit_with_message, flag_words
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS
 from recformer.evaluation.table import figure_text, markdown_table
-from recformer.files import UserError, atomic_write, read_json, read_yaml, write_json, yaml_file
+from recformer.files import UserError, atomic_write, read_json, write_json
 from recformer.processes import say
 from recformer.training.seeds import run_command
 
-FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
-DATA_FILES = ("file_path", "meta_file_path")
-DONE = "reproduced.json"  # in a run's folder: which command made it
-
-
-@dataclass(frozen=True)
-class Data:
-    """Recipe of a processed folder.
-
-    Attributes:
-        name: within the experiment.
-        process: flags of `recformer process`; those of `DATA_FILES` are names of raw files.
-        sha256: of raw files by name, where they must be these very ones.
-        download: what `recformer download` calls the raw files; None where it knows no address.
-        sample: seed of the generated sample, in place of raw files.
-        origin: where the raw files come from, in words.
-        split_hash: of the processed folder.
-        minutes: about how long it takes.
-    """
-
-    name: str
-    process: dict[str, Any]
-    sha256: dict[str, str] = field(default_factory=dict)
-    download: str | None = None
-    sample: int | None = None
-    origin: str = ""
-    split_hash: str | None = None
-    minutes: float = 0.5
-
-
-@dataclass(frozen=True)
-class Run:
-    """A row: one command, once or once a seed.
-
-    Attributes:
-        name: of the row and its folder.
-        command: `baseline` or `finetune`.
-        data: name of its `Data`.
-        flags: of the command, as a mapping.
-        seeds: one run each; empty for the command's own.
-        evaluation: `zero_shot`; None for the run's last one.
-        expected: metric -> value on the test users, a mean over seeds.
-        tolerance: by which a metric may differ.
-        minutes: about how long a seed takes.
-        of: name of the run whose folder is read, where no run of its own is needed.
-    """
-
-    name: str
-    command: str
-    data: str
-    flags: dict[str, Any]
-    expected: dict[str, float]
-    tolerance: float
-    minutes: float
-    seeds: tuple[int, ...] = ()
-    evaluation: str | None = None
-    of: str | None = None
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A file of experiments: what it shows, on which hardware its figures were made, its steps."""
-
-    name: str
-    title: str
-    hardware: str
-    data: dict[str, Data]
-    runs: list[Run]
-
-    @classmethod
-    def load(cls, name_or_file: str) -> Experiment:
-        """Read a file, or the file of that name in `recformer/experiments`.
-
-        Raises:
-            FileNotFoundError: there is none; names those that there are.
-            UserError: not of this form.
-        """
-        path = yaml_file(name_or_file, FOLDER, "experiment")
-        content = read_yaml(path)
-        try:
-            data = {name: Data(name=name, **facts) for name, facts in content["data"].items()}
-            shared = content.get("run", {})
-            runs = []
-            for name, facts in content["runs"].items():
-                facts = shared | facts
-                facts["seeds"] = tuple(facts.get("seeds", ()))
-                runs.append(Run(name=name, **{"flags": {}, "command": "", **facts}))
-            this = cls(path.stem, content["title"], content["hardware"], data, runs)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise UserError(f"{path} is no experiment: {error}") from error
-        this.check(path)
-        return this
-
-    def check(self, path: Path) -> None:
-        """Refuse what names nothing.
-
-        Raises:
-            UserError: of a run that says which data, command, metric or other run it means.
-        """
-        names = {run.name for run in self.runs if run.of is None}
-        for run in self.runs:
-            where = f"{path}, run {run.name}"
-            if run.data not in self.data:
-                raise UserError(f"{where}: no data {run.data!r}")
-            if run.of is not None and run.of not in names:
-                raise UserError(f"{where}: no run {run.of!r}")
-            if run.of is None and run.command not in COMMANDS:
-                raise UserError(f"{where}: command {run.command!r}, expected {', '.join(COMMANDS)}")
-            if run.evaluation not in (None, "zero_shot"):
-                raise UserError(
-                    f"{where}: evaluation {run.evaluation!r}, expected zero_shot or none"
-                )
-            unknown = [name for name in run.expected if name not in METRICS]
-            if unknown or not run.expected:
-                raise UserError(f"{where}: expected {unknown or 'nothing'}; of {METRICS}")
+DONE = "reproduced.json"  # in a run's or a step's folder: which commands made it
+# What a table says of semantic ids.
+CODES = ("reconstruction_error", "usage", "entropy", "colliding_items", "largest_collision")
 
 
 class Reproduction:
@@ -169,19 +59,45 @@ class Reproduction:
         """Processed folder of the data."""
         return self.output_dir / "data" / data.name
 
+    def step_folder(self, step: Step) -> Path:
+        """Output folder of a step."""
+        return self.output_dir / "steps" / step.name
+
+    def _filled(self, word: str, here: Path | None = None) -> str:
+        """A word with folders and raw files in the places of their names, or another in its own."""
+
+        def place(match: re.Match[str]) -> str:
+            name, _, flag = match[1].partition(".")
+            if flag:
+                return str(self.raw_files(self.experiment.data[name])[flag])
+            if name == "here" and here is not None:
+                return str(here)
+            if name in self.experiment.data:
+                return str(self.data_folder(self.experiment.data[name]))
+            return str(self.step_folder(self.experiment.steps[name]))
+
+        return PLACE.sub(place, self.replaced.get(word, word))
+
+    def step_lines(self, step: Step) -> list[list[str]]:
+        """The commands of a step; its raw files must be there."""
+        here = self.step_folder(step)
+        return [["recformer", *(self._filled(w, here) for w in line)] for line in step.commands]
+
     def line(self, run: Run) -> list[str]:
         """The command of a run."""
-        flags = {n: self.replaced.get(v, v) if isinstance(v, str) else v
-                 for n, v in run.flags.items()}  # fmt: skip
+        flags = {n: self._filled(v) if isinstance(v, str) else v for n, v in run.flags.items()}
         line = ["recformer", run.command, *flag_words(flags)]
         line += ["--data_path", str(self.data_folder(self.experiment.data[run.data]))]
         line += ["--output_dir", str(self.folder(run))]
         return line + (["--seeds", *map(str, run.seeds)] if run.seeds else [])
 
-    def made(self, run: Run) -> bool:
-        """Whether a run was finished by just this command."""
-        path = self.folder(run) / DONE
-        return path.exists() and read_json(path) == self.line(run)
+    def made(self, row: Run | Step) -> bool:
+        """Whether a run or a step was finished by just these commands."""
+        if isinstance(row, Run):
+            path = self.folder(row) / DONE
+            return path.exists() and read_json(path) == self.line(row)
+        path = self.step_folder(row) / DONE
+        return path.exists() and read_json(path) == self.step_lines(row)
 
     def raw_files(self, data: Data) -> dict[str, Path]:
         """Raw files of data by the flag that takes them; found, or to be downloaded.
@@ -223,6 +139,23 @@ class Reproduction:
                 digest.update(piece)
         return digest.hexdigest() == data.sha256[path.name]
 
+    def fetch(self, data: Data) -> dict[str, Path]:
+        """Raw files by flag, downloaded or generated where they are not there.
+
+        Raises:
+            FileNotFoundError, UserError: as `raw_files`, or a command failed.
+        """
+        files = self.raw_files(data)
+        if len(files) < sum(name in data.process for name in DATA_FILES):
+            raw = self.output_dir / "raw" / data.name
+            if data.sample is not None:
+                fetch = ["sample", "--output_dir", str(raw), "--seed", str(data.sample)]
+            else:
+                fetch = ["download", str(data.download), "--output_path", str(raw)]
+            self._run(["recformer", *fetch])
+            files = self.raw_files(data)
+        return files
+
     def prepare(self, data: Data) -> None:
         """Make the processed folder, where it is not there.
 
@@ -231,15 +164,7 @@ class Reproduction:
         """
         folder = self.data_folder(data)
         if not (folder / "dataset.json").exists():
-            raw = self.output_dir / "raw" / data.name
-            files = self.raw_files(data)
-            if len(files) < sum(name in data.process for name in DATA_FILES):
-                if data.sample is not None:
-                    fetch = ["sample", "--output_dir", str(raw), "--seed", str(data.sample)]
-                else:
-                    fetch = ["download", str(data.download), "--output_path", str(raw)]
-                self._run(["recformer", *fetch])
-                files = self.raw_files(data)
+            files = self.fetch(data)
             flags = {n: files.get(n, v) for n, v in data.process.items()}
             self._run(["recformer", "process", *flag_words(flags), "--output_path", str(folder)])
         split = ProcessedFolder.load(folder).split_hash
@@ -252,6 +177,18 @@ class Reproduction:
         if run_command([sys.executable, "-m", *line]) != 0:
             raise UserError(f"failed: {shlex.join(line)}")
 
+    def do(self, step: Step) -> None:
+        """Carry out the commands of a step, if that was not done.
+
+        Raises:
+            FileNotFoundError, UserError: a raw file is missing, or a command failed.
+        """
+        if not self.made(step):
+            lines = self.step_lines(step)
+            for line in lines:
+                self._run(line)
+            write_json(self.step_folder(step) / DONE, lines)
+
     def train(self, run: Run) -> None:
         """Run what is missing of a row.
 
@@ -262,33 +199,74 @@ class Reproduction:
             self._run(self.line(run))
             write_json(self.folder(run) / DONE, self.line(run))
 
-    def plan(self, chosen: Sequence[Run]) -> list[list[str]]:
+    def plan(self, chosen: Sequence[Step | Run]) -> list[list[str]]:
         """Rows of step, what is to do, minutes; also where raw files are missing."""
+        data, _, steps = self.experiment.needed(chosen)
         rows = []
-        for name in dict.fromkeys(run.data for run in chosen):
-            data = self.experiment.data[name]
-            if (self.data_folder(data) / "dataset.json").exists():
-                rows.append([f"data {name}", "is there", "0"])
+        for each in data:
+            if (self.data_folder(each) / "dataset.json").exists():
+                rows.append([f"data {each.name}", "is there", "0"])
                 continue
-            wanted = sum(n in data.process for n in DATA_FILES)
+            wanted = sum(n in each.process for n in DATA_FILES)
             try:
-                lacking = len(self.raw_files(data)) < wanted
+                lacking = len(self.raw_files(each)) < wanted
                 how = "process"
                 if lacking:
-                    how = "generate" if data.sample is not None else "download"
+                    how = "generate" if each.sample is not None else "download"
             except FileNotFoundError as error:
                 how = f"cannot be made: {error}"
-            rows.append([f"data {name}", how, f"{data.minutes:.1f}"])
-        for run in chosen:
+            rows.append([f"data {each.name}", how, f"{each.minutes:.1f}"])
+        for step in steps:
+            try:
+                if self.made(step):
+                    rows.append([step.name, "is there", "0"])
+                    continue
+                how = "; ".join(shlex.join(line) for line in self.step_lines(step))
+            except FileNotFoundError as error:
+                how = f"cannot be made: {error}"
+            rows.append([step.name, how, f"{step.minutes:.1f}"])
+        for run in (row for row in chosen if isinstance(row, Run)):
             if run.of is not None:
                 rows.append([run.name, f"comes with {run.of}", "0"])
             elif self.made(run):
                 rows.append([run.name, "is there", "0"])
             else:
-                minutes = run.minutes * max(1, len(run.seeds))
+                minutes = self.experiment.minutes(run)
                 rows.append([run.name, shlex.join(self.line(run)), f"{minutes:.1f}"])
         total = sum(float(row[-1]) for row in rows)
         return [*rows, ["all", self.experiment.hardware, f"{total:.1f}"]]
+
+    def make(self, chosen: Sequence[Step | Run]) -> None:
+        """Make what rows lack; flags and raw files are checked before anything is run.
+
+        Raises:
+            FileNotFoundError, UserError: of `fetch`, `prepare`, `do` and `train`, or a flag.
+        """
+        for row in chosen:
+            if isinstance(row, Run) and row.of is None:
+                checked(row.command, self.line(row)[2:])
+        sets, raw, steps = self.experiment.needed(chosen)
+        lacking = [d for d in sets if not (self.data_folder(d) / "dataset.json").exists()]
+        for data in [*lacking, *raw]:
+            self.raw_files(data)
+        for data in sets:
+            self.prepare(data)
+        for data in raw:
+            self.fetch(data)
+        for step in steps:
+            self.do(step)
+        for row in chosen:
+            if isinstance(row, Run):
+                self.train(row)
+
+    def finished(self, chosen: Sequence[Step | Run]) -> list[Step | Run]:
+        """Rows that can be put into a table as they are."""
+        runs = {run.name: run for run in self.experiment.runs}
+        return [
+            row
+            for row in chosen
+            if self.made(runs[row.of] if isinstance(row, Run) and row.of else row)
+        ]
 
     def rows(self, chosen: Sequence[Run]) -> list[tuple[Run, Row]]:
         """Rows of the runs that are finished, in the order of the experiment."""
@@ -318,7 +296,24 @@ def verdict(run: Run, row: Row) -> str:
     return f"differs: {worst} {off[worst]:+.4f}"
 
 
-def report(reproduction: Reproduction, found: Sequence[tuple[Run, Row]]) -> dict[str, Any]:
+def step_record(step: Step, folder: Path) -> dict[str, Any]:
+    """What a table says of semantic ids, and whether that was expected."""
+    found = read_json(folder / "report.json")
+    values = {n: v[-1] if isinstance(v := found[n], list) else v for n in step.expected}
+    off = {name: values[name] / value - 1 for name, value in step.expected.items()}
+    worst = max(off, key=lambda name: abs(off[name]))
+    right = abs(off[worst]) <= step.tolerance + 1e-9
+    return (
+        {"name": step.name, "items": found["items"], "seconds": sum(found["seconds"].values())}
+        | {name: found[name] for name in CODES}
+        | {"expected": step.expected, "tolerance": step.tolerance}
+        | {"verdict": "reproduced" if right else f"differs: {worst} {off[worst]:+.1%}"}
+    )
+
+
+def report(
+    reproduction: Reproduction, found: Sequence[tuple[Run, Row]], steps: Sequence[Step] = ()
+) -> dict[str, Any]:
     """Content of reproduction.json: a record a row, tests within each data set, and versions."""
     records = []
     for name in dict.fromkeys(run.data for run, _ in found):
@@ -336,7 +331,9 @@ def report(reproduction: Reproduction, found: Sequence[tuple[Run, Row]]) -> dict
         "experiment": reproduction.experiment.name,
         "title": reproduction.experiment.title,
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in packages},
+        "steps": [step_record(step, reproduction.step_folder(step)) for step in steps],
         "rows": records,
     }
 
@@ -345,10 +342,14 @@ SLICES = ("cold target", "rare target", "frequent target")
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Tables of a `reproduction.json` for each data set: figures, and one metric by target."""
+    """Tables of a `reproduction.json`: semantic ids, and for each data set figures, best first, and
+    one metric by target."""
     text = f"{content['title']}\n"
+    if content.get("steps"):
+        text += f"\n{_codes_table(content['steps'])}"
     for name in dict.fromkeys(row["data"] for row in content["rows"]):
         rows = [row for row in content["rows"] if row["data"] == name]
+        rows.sort(key=lambda row: -row["figures"][METRICS[0]][0])
         rule, several = rows[0]["rule"], any(row["deviation"] for row in rows)
         text += (
             f"\n{name}: split {rule['split_hash'][:12]}, full ranking, ties {rule['ties']}, seen "
@@ -368,6 +369,27 @@ def markdown(content: Mapping[str, Any]) -> str:
         text += markdown_table(["", *METRICS, "p", "minutes", "expected"], cells)
         text += _by_target(rows)
     return text
+
+
+def _codes_table(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Semantic ids: what each level loses of the vectors, and how its codes are used."""
+    heads = ["", "items", "variance lost, level by level", "codes used", "entropy, bits"]
+    heads += ["items that share their codes", "at most", "minutes", "expected"]
+    cells = [
+        [
+            step["name"],
+            f"{step['items']:,}",
+            " ".join(f"{lost:.3f}" for lost in step["reconstruction_error"]),
+            " ".join(f"{used:.1%}" for used in step["usage"]),
+            " ".join(f"{bits:.2f}" for bits in step["entropy"]),
+            f"{step['colliding_items']:,}",
+            f"{step['largest_collision']:,}",
+            f"{step['seconds'] / 60:.1f}",
+            step["verdict"],
+        ]
+        for step in steps
+    ]
+    return markdown_table(heads, cells)
 
 
 def _by_target(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -403,16 +425,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="another value of a flag, e.g. sentence-transformers/all-MiniLM-L6-v2=FOLDER",
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be run, and stop")
+    parser.add_argument("--table", action="store_true", help="of finished rows; run nothing")
     args = parser.parse_args(argv)
     experiment = Experiment.load(args.experiment)
-    names = [run.name for run in experiment.runs]
+    names = [row.name for row in experiment.rows()]
     for name in args.only:
         if name not in names:
             raise UserError(f"--only {name}: expected of {', '.join(names)}")
     for text in args.replace:
         if "=" not in text:
             raise UserError(f"--replace {text}: expected VALUE=OTHER")
-    chosen = [run for run in experiment.runs if not args.only or run.name in args.only]
+    chosen = [row for row in experiment.rows() if not args.only or row.name in args.only]
     output_dir = args.output_dir or Path("reproduced") / experiment.name
     replaced = dict(text.split("=", 1) for text in args.replace)
     reproduction = Reproduction(experiment, output_dir, args.raw, replaced)
@@ -420,25 +443,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = reproduction.plan(chosen)
         print(markdown_table(["step", "what", "minutes"], plan), end="")
         return
-    for run in chosen:
-        if run.of is None:
-            checked(run.command, reproduction.line(run)[2:])
-    sets = [experiment.data[name] for name in dict.fromkeys(run.data for run in chosen)]
-    for data in sets:  # raw files are looked for before anything is run
-        if not (reproduction.data_folder(data) / "dataset.json").exists():
-            reproduction.raw_files(data)
-    for data in sets:
-        reproduction.prepare(data)
-    for run in chosen:
-        reproduction.train(run)
-    content = report(reproduction, reproduction.rows(chosen))
+    if args.table:
+        chosen = reproduction.finished(chosen)
+        if not chosen:
+            raise UserError(f"no row is finished in {output_dir}: without --table they are made")
+    else:
+        reproduction.make(chosen)
+    runs = [row for row in chosen if isinstance(row, Run)]
+    steps = [row for row in chosen if isinstance(row, Step)]
+    content = report(reproduction, reproduction.rows(runs), steps)
     text = markdown(content)
     print("\n" + text, end="")
     with atomic_write(output_dir / "reproduction.md") as handle:
         handle.write(text)
     write_json(output_dir / "reproduction.json", content, indent=1)
     print(f"written to {output_dir}: reproduction.md, reproduction.json")
-    different = [row["name"] for row in content["rows"] if row["verdict"] != "reproduced"]
+    records = [*content["steps"], *content["rows"]]
+    different = [record["name"] for record in records if record["verdict"] != "reproduced"]
     if different:
         raise UserError(f"not as expected: {', '.join(different)}")
 

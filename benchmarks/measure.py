@@ -218,6 +218,7 @@ def machine(threads: int) -> dict[str, Any]:
         cpu = fields.get("model name", cpu)
         flags = set(fields.get("flags", fields.get("Features", "")).split())
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu,
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "cores": os.cpu_count(),

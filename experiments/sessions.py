@@ -5,17 +5,20 @@ python experiments/sessions.py --output_dir DIR [--ml100k FOLDER] [--seeds 1 2 3
 Three data sets: the generated season; the same season with categories, brands and prices exchanged
 between products, where features must not help; and MovieLens-100K in weekly windows, where FOLDER
 holds RecBole's `ml-100k.inter` (or `.inter.gz`) and `ml-100k.item`. Each model is trained up to
-every window and judged on the next, with and without features, once a seed; `study.md` has means
-and deviations over seeds, and paired tests over sessions of each model with features against itself
-without. What is finished is not done again.
+every window and judged on the next, with and without features, once a seed; `study.md` and
+`study.json` have means and deviations over seeds, and paired tests over sessions of each model with
+features against itself without. What is finished is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RankedRun, RunResult
 from recformer.evaluation.seeds import mean_and_deviation
 from recformer.evaluation.statistics import holm, permutation_p
-from recformer.files import UserError, atomic_write
+from recformer.evaluation.table import markdown_table
+from recformer.files import UserError, atomic_write, write_json
 from recformer.preparation.sample_season import FILE, write_season
 
 METRICS = ("NDCG@20", "Recall@20")
@@ -156,58 +160,83 @@ def rows_of(runs: Path) -> dict[str, Row]:
     return rows
 
 
-def figures_table(title: str, rows: dict[str, Row]) -> list[str]:
-    """A line a row, best first."""
-    lines = [f"| {title} | {' | '.join(METRICS)} | new items | seeds | training |"]
-    lines.append("|---|" + "---|" * (len(METRICS) + 3))
-    for name, row in sorted(rows.items(), key=lambda pair: -pair[1].over_seeds(METRICS[0])[0]):
-        found = [row.over_seeds(metric) for metric in METRICS]
-        cells = [f"{mean:.4f} ± {off:.4f}" if off else f"{mean:.4f}" for mean, off in found]
-        new = np.mean([f["slices"].get("new target", {}).get("NDCG@20", 0) for f in row.figures])
-        cells += [f"{new:.4f}", str(len(row.figures)), f"{row.seconds:.0f} s"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+def figures_of(rows: dict[str, Row]) -> list[dict[str, Any]]:
+    """A record a row, best first; of a metric mean and standard deviation over seeds."""
+    records = []
+    for name, row in rows.items():
+        found = {metric: row.over_seeds(metric) for metric in METRICS}
+        new = [f["slices"].get("new target", {}).get("NDCG@20", 0) for f in row.figures]
+        records.append(
+            {"name": name, **found, "new items": float(np.mean(new))}
+            | {"seeds": len(row.figures), "seconds": row.seconds}
+        )
+    return sorted(records, key=lambda record: -record[METRICS[0]][0])
 
 
-def tests_table(title: str, pairs: dict[str, tuple[Row, Row]]) -> list[str]:
+def tests_of(title: str, pairs: dict[str, tuple[Row, Row]]) -> list[dict[str, Any]]:
     """Differences of pairs of rows over the same targets; permutation tests over sessions."""
-    if not pairs:
-        return []
     differences = {name: one.values - other.values for name, (one, other) in pairs.items()}
     p_values = holm(
         [permutation_p(by_sequence(d, pairs[n][0].sequences)[0]) for n, d in differences.items()]
     )
-    lines = [f"| {title} | NDCG@20 of all targets | p (Holm) |", "|---|---|---|"]
-    for (name, difference), p in zip(differences.items(), p_values, strict=True):
-        lines.append(f"| {name} | {difference.mean():+.4f} | {p:.4f} |")
-    return lines
+    rows = [
+        {"name": name, "difference": float(difference.mean()), "p": p}
+        for (name, difference), p in zip(differences.items(), p_values, strict=True)
+    ]
+    return [{"title": title, "rows": rows}] if rows else []
 
 
-def tabulate(output: Path, names: list[str]) -> str:
-    """All tables, and a picture a data set."""
+def study(output: Path, names: list[str]) -> dict[str, Any]:
+    """What was found so far, and a picture a data set.
+
+    Returns:
+        `figures`, a list of records for each data set, `tests`, a list of tables for each, and what
+        it was computed with.
+    """
     found = {name: rows_of(output / "runs" / name) for name in names}
-    parts: list[list[str]] = []
-    for name, rows in found.items():
-        if not rows:
-            continue
-        parts.append(figures_table(name, rows))
+    figures = {name: figures_of(rows) for name, rows in found.items() if rows}
+    tests: dict[str, list[dict[str, Any]]] = {}
+    for name in figures:
+        rows = found[name]
         without = found.get("season", {}) if name == "shuffled_season" else rows
         own = {
             n: (rows[f"{n} + features"], without[n])
             for n in TRAINED
             if f"{n} + features" in rows and n in without
         }
-        parts.append(tests_table(f"{name}: with features against without", own))
+        tests[name] = tests_of(f"{name}: with features against without", own)
         curves = {n: row.figures[0] for n, row in rows.items()}
         shown = {n: f for n, f in curves.items() if n in UNTRAINED or n.endswith("features")}
         draw_over_time(shown or curves, "NDCG@20", output / f"{name}.png")
-    if {"season", "shuffled_season"} <= set(
-        found
-    ):  # the same sessions: what the values themselves say
+    if {"season", "shuffled_season"} <= set(figures):  # the same sessions: what the values say
         one, other = found["season"], found["shuffled_season"]
         both = {n: (one[n], other[n]) for n in one if n.endswith("features") and n in other}
-        parts.append(tests_table("features of the products against those of others", both))
-    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+        title = "features of the products against those of others"
+        tests["shuffled_season"] += tests_of(title, both)
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {name: version(name) for name in ("recformer", "torch", "transformers")},
+        "figures": figures,
+        "tests": tests,
+    }
+
+
+def tables_of(content: dict[str, Any], name: str) -> list[str]:
+    """Tables of a data set, as Markdown, from what `study` returned."""
+    cells = []
+    for record in content["figures"][name]:
+        row = [record["name"]]
+        for metric in METRICS:
+            mean, deviation = record[metric]
+            row.append(f"{mean:.4f} ± {deviation:.4f}" if deviation else f"{mean:.4f}")
+        row += [f"{record['new items']:.4f}", str(record["seeds"]), f"{record['seconds']:.0f} s"]
+        cells.append(row)
+    tables = [markdown_table([name, *METRICS, "new items", "seeds", "training"], cells)]
+    for test in content["tests"][name]:
+        rows = [[r["name"], f"{r['difference']:+.4f}", f"{r['p']:.4f}"] for r in test["rows"]]
+        tables.append(markdown_table([test["title"], "NDCG@20 of all targets", "p (Holm)"], rows))
+    return tables
 
 
 def main() -> None:
@@ -225,14 +254,20 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="tabulate what is there, run nothing")
     args = parser.parse_args()
     keep_freed_memory()
-    names = ["season", "shuffled_season", *(["ml100k"] if args.ml100k else [])]
+    names = ["season", "shuffled_season"]
+    if args.ml100k or (args.output_dir / "runs" / "ml100k").is_dir():
+        names.append("ml100k")
     failed = 0
-    for name in names:
-        if not args.table and (not args.only or name in args.only):
+    for name in names if not args.table else ():
+        if (name != "ml100k" or args.ml100k) and (not args.only or name in args.only):
             data = args.output_dir / "data" / name
             prepare(name, data, args.ml100k)
             failed += run_all(data, args.output_dir / "runs" / name, args.seeds, args.models)
-    text = tabulate(args.output_dir, names)
+    content = study(args.output_dir, names)
+    if not content["figures"]:
+        raise UserError(f"no run is finished in {args.output_dir / 'runs'}")
+    text = "\n".join(table for name in content["figures"] for table in tables_of(content, name))
+    write_json(args.output_dir / "study.json", content, indent=1)
     with atomic_write(args.output_dir / "study.md") as handle:
         handle.write(text)
     print(text)

@@ -8,7 +8,7 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,8 @@ def pair_cells(pairs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     return ["pair", "difference", "95 % interval", "p", "corrected"], cells
 
 
-def captions(run: RankedRun, metric: str) -> tuple[str, str]:
-    """Text above both tables: the rules that all runs share with `run`, and the test."""
-    rule, users = run.rule, len(run.user_ids)
+def captions(rule: Mapping[str, Any], users: int, metric: str) -> tuple[str, str]:
+    """Text above both tables: the rules that all runs share, and the test."""
     seen = "filtered" if rule["filter_seen"] else "kept"
     return (
         f"Split {str(rule['split_hash'])[:12]}, {users:,} test users, full ranking, ties "
@@ -79,7 +78,7 @@ def markdown(
     sentences: bool = False,
 ) -> str:
     """Both tables; or the first, and pairs as sentences."""
-    above, between = captions(run, metric)
+    above, between = captions(run.rule, len(run.user_ids), metric)
     if sentences:
         below = "".join(f"- {verdict(pair, metric)}\n" for pair in pairs)
     else:
@@ -91,7 +90,7 @@ def latex(
     rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metric: str, run: RankedRun
 ) -> str:
     """Both tables, their captions as comments."""
-    above, between = captions(run, metric)
+    above, between = captions(run.rule, len(run.user_ids), metric)
     figures, differences = latex_table(*figure_cells(rows)), latex_table(*pair_cells(pairs))
     return f"% {above}\n{figures}% {between}\n{differences}"
 
@@ -164,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             with atomic_write(args.output_dir / name) as handle:
                 handle.write(content)
-        write_json(args.output_dir / "comparison.json", {"runs": rows, "pairs": pairs}, indent=1)
+        about = {"metric": args.metric, "users": len(runs[0].user_ids), "rule": runs[0].rule}
+        found = about | {"runs": rows, "pairs": pairs}
+        write_json(args.output_dir / "comparison.json", found, indent=1)
         plot(rows, args.metric, args.output_dir / "comparison.png")
         print(f"written to {args.output_dir}: comparison.md, .tex, .csv, .json, .png, "
               "differences.csv")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from baselines import reproduce
 from baselines.reproduce import FOLDER, Experiment, main
 from recformer.__main__ import COMMANDS
-from recformer.files import UserError, read_json
+from recformer.files import UserError, read_json, write_json
 
 CLICKS = "user,item,time\n" + "".join(
     f"u{user},i{(user + step) % 5},{step}\n" for user in range(6) for step in range(5)
@@ -52,8 +53,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tables = {name: entry[0] for group in COMMANDS.values() for name, entry in group.items()}
 
     def in_this_process(line: list[str]) -> int:
-        from importlib import import_module
-
         command, flags = line[line.index("recformer") + 1], line[line.index("recformer") + 2 :]
         ran.append(command)
         import_module(tables[command]).main(flags)
@@ -159,6 +158,82 @@ def test_files_of_another_form_are_refused(place, old, new, said):
         Experiment.load("shop.yaml")
 
 
+def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    process = "process --file_path {shop.file_path} --meta_file_path {shop.meta_file_path}"
+    content["steps"] = {
+        "first": {"commands": [f"{process} --output_path {{here}}/copy"], "minutes": 3},
+        "codes": {
+            "commands": ["semantic-ids --data_path {first}/copy --output_dir {here}"],
+            "expected": {"lost": 0.5, "colliding_items": 10},
+            "minutes": 4,
+        },
+        "other": {"commands": ["env"], "expected": {"colliding_items": 1}},
+    }
+    content["runs"]["popularity"]["flags"]["text_encoder"] = "{codes}/x"
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    ran = []
+
+    def run(line):
+        ran.append(line[line.index("recformer") + 1 :])
+        if ran[-1][0] == "semantic-ids":
+            figures = {"items": 5, "seconds": {"fit": 30.0}, "lost": [0.9, 0.53],
+                       "reconstruction_error": [0.25, 0.125], "usage": [1.0, 0.5],
+                       "entropy": [2, 1], "colliding_items": 9,
+                       "largest_collision": 2}  # fmt: skip
+            write_json(Path("out/steps/codes/report.json"), figures)
+        return 0
+
+    monkeypatch.setattr(reproduce, "run_command", run)
+    monkeypatch.setattr(reproduce, "checked", lambda command, words: None)
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "codes"]
+    with pytest.raises(UserError, match="no row is finished in out"):
+        main([*flags, "--table"])
+    main([*flags, "--dry_run"])
+    assert "|all|any|7.0|" in capsys.readouterr().out
+    main(flags)
+    raw = Path("raw files/deep")
+    assert ran == [
+        ["process", "--file_path", str(raw / "clicks.csv"), "--meta_file_path",
+         str(raw / "items.csv"), "--output_path", "out/steps/first/copy"],
+        ["semantic-ids", "--data_path", "out/steps/first/copy", "--output_dir", "out/steps/codes"],
+    ]  # fmt: skip
+    table = "|codes|5|0.250 0.125|100.0% 50.0%|2.00 1.00|9|2|0.5|reproduced|"  # 6 and 10 % off
+    assert table in capsys.readouterr().out
+    main([*flags[:-2], "--table"])  # of all rows the one that is there
+    assert table in capsys.readouterr().out
+    assert len(ran) == 2
+    # A run that reads a step's folder has it made, and has the folder in its flags.
+    experiment = Experiment.load("shop.yaml")
+    popularity = next(run for run in experiment.runs if run.name == "popularity")
+    data, raw_files, steps = experiment.needed([popularity])
+    assert [step.name for step in steps] == ["first", "codes"]
+    assert ([d.name for d in data], [d.name for d in raw_files]) == (["shop"], ["shop"])
+    there = reproduce.Reproduction(experiment, Path("out"), [], {})
+    assert "out/steps/codes/x" in there.line(popularity)
+    text = Path("shop.yaml").read_text().replace("lost: 0.5", "lost: 0.4")
+    Path("shop.yaml").write_text(text)
+    with pytest.raises(UserError, match="not as expected: codes"):
+        main([*flags, "--table"])
+    assert read_json("out/reproduction.json")["steps"][0]["verdict"] == "differs: lost +32.5%"
+
+
+@pytest.mark.parametrize("word", ["{later}", "{shop.other}", "{none}", "{none.file_path}"])
+def test_a_step_names_what_is_there(place, word):
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    content["steps"] = {
+        "now": {"commands": [f"x {word}"]},
+        "later": {"commands": ["y {now} {here}"]},
+    }
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=f"step now: {word} is no data, no raw file and no step"):
+        Experiment.load("shop.yaml")
+    content["steps"] = {"shop": {"commands": ["x"]}}
+    Path("shop.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="step shop: the name is taken"):
+        Experiment.load("shop.yaml")
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_of_the_package_has_flags_that_exist(path, capsys):
     from baselines.arguments import BaselineArguments
@@ -179,5 +254,12 @@ def test_every_experiment_of_the_package_has_flags_that_exist(path, capsys):
         raw = {data.process[name] for name in reproduce.DATA_FILES}
         assert data.sample is not None or set(data.sha256) == raw
         assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in data.sha256.values())
+    for step in experiment.steps.values():
+        for command, *words in step.commands:
+            module = import_module(next(g[command][0] for g in COMMANDS.values() if command in g))
+            with pytest.raises(SystemExit):
+                module.main(["--help"])
+            flags = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+            assert {word[2:] for word in words if word.startswith("--")} <= flags, step.name
     with pytest.raises(FileNotFoundError, match="no such experiment; there are .*sample"):
         Experiment.load("none")

@@ -1,30 +1,163 @@
-"""Tables of the page of results are those of the runs, not typed."""
+"""Tables of the pages are those of what was measured, not typed."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from baselines.experiment import FOLDER
+from benchmarks.measure import row
+from experiments.sessions import tables_of
+from recformer.files import UserError
 from scripts import results
 
-
-def test_the_page_holds_what_was_measured() -> None:
-    text = results.PAGE.read_text(encoding="utf-8")
-    names = [match[2] for match in results.TABLE.finditer(text)]
-    assert names
-    assert results.with_tables(text) == text, "run python scripts/results.py --write"
-    assert sorted(path.stem for path in results.FIGURES.glob("*.json")) == sorted(names)
+MACHINE = {
+    "date": "2026-01-02", "cpu": "A CPU", "isa": ["avx2", "amx_tile"], "cores": 2, "threads": 2,
+    "load_before": 0.1, "torch": "2", "transformers": "5",
+}  # fmt: skip
 
 
-def test_a_table_is_put_in_its_place(tmp_path: Path) -> None:
-    name = next(results.FIGURES.glob("*.json")).stem
-    content = json.loads((results.FIGURES / f"{name}.json").read_text())
+@pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
+def test_a_page_holds_what_was_measured(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert results.with_tables(text) == text, "run python -m scripts.results --write"
+
+
+def test_no_table_of_the_results_is_typed() -> None:
+    text = results.PAGES[0].read_text(encoding="utf-8")
+    typed = results.TABLE.sub("", text.partition("\n## Speed\n")[0])
+    assert not re.findall(r"^\|.*", typed, re.MULTILINE)
+    assert "<!-- end -->" not in typed
+
+
+def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
+    named = {"audits", "scale", "sessions", "stages"}
+    for page in results.PAGES:
+        found = results.TABLE.finditer(page.read_text(encoding="utf-8"))
+        named |= {match[3] for match in found if match[3]}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} <= named
+    kept = {path.stem for path in results.FIGURES.rglob("*.json")}
+    assert kept <= named
+
+
+def test_a_changed_figure_is_seen() -> None:
+    text = results.PAGES[0].read_text(encoding="utf-8")
+    figure = re.search(r"\|(0\.\d{4}) \[", text)
+    assert figure is not None
+    changed = text.replace(figure[1], "0.9999", 1)
+    assert results.with_tables(changed) == text
+
+
+def test_a_table_is_put_in_its_place_with_what_was_not_run(tmp_path: Path) -> None:
+    content = json.loads((results.FIGURES / "sample.json").read_text())
+    content["rows"] = content["rows"][1:]  # without the first of the experiment
     content["rows"][0]["name"] = "a new name"
-    (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    page = f"before\n<!-- reproduced: {name} -->\nto be replaced\n<!-- end -->\nafter\n"
+    (tmp_path / "sample.json").write_text(json.dumps(content))
+    page = "before\n<!-- reproduced: sample -->\nto be replaced\n<!-- end -->\nafter\n"
     made = results.with_tables(page, tmp_path)
-    assert made.startswith(f"before\n<!-- reproduced: {name} -->\n\n`recformer reproduce {name}`: ")
+    assert made.startswith("before\n<!-- reproduced: sample -->\n\n`recformer reproduce sample`: ")
     assert made.endswith("<!-- end -->\nafter\n")
     assert "|a new name|" in made
+    assert "|popularity|NDCG@10 0.0349|5e-05|0.2|" in made.split("|not run here|")[1]
     assert "to be replaced" not in made
     assert results.with_tables(made, tmp_path) == made
+    # Where nothing was run the page says so of every row.
+    (tmp_path / "sample.json").unlink()
+    assert results.with_tables(page, tmp_path).count("|5e-05|0.2|") == 3
+
+
+def speed(**others: Any) -> dict[str, Any]:
+    rows = [
+        {"benchmark": "one", **row("a", 0.5, "peer", 1.25, amount=100, unit="items", note="said")},
+        {"benchmark": "two", **row("c", 1234.5)},
+    ]
+    return {"machine": MACHINE | others, "rows": rows}
+
+
+def test_benchmarks_are_kept_and_shown(tmp_path: Path) -> None:
+    pieces = [tmp_path / "1.json", tmp_path / "2.json"]
+    pieces[0].write_text(json.dumps(speed()))
+    more = speed(load_before=0.9) | {"rows": [{"benchmark": "one", **row("b|", 2.0)}]}
+    pieces[1].write_text(json.dumps(more))
+    kept = results.take(pieces, tmp_path)
+    assert kept == [tmp_path / "speed" / "one.json", tmp_path / "speed" / "two.json"]
+    assert results.benchmark("one", tmp_path) == (
+        "`python -m benchmarks one`\n\n"
+        "| |ours s|a second|peer s|ratio||\n|---|---|---|---|---|---|\n"
+        "|a|0.5|200 items|1.25|2.50|said|\n|b\\||2|||||\n\n"
+        "A CPU, AMX, 2 threads, load before 0.9; torch 2, transformers 5; 2026-01-02\n"
+    )
+    assert "|c|1,234|" in results.benchmark("two", tmp_path)
+    assert "not measured" in results.benchmark("three", tmp_path)
+
+
+def test_threads_are_part_of_the_name_and_machines_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "1.json").write_text(json.dumps(speed(threads=1)))
+    kept = results.take([tmp_path / "1.json"], tmp_path)
+    assert [path.name for path in kept] == ["one_1.json", "two_1.json"]
+    assert "1 thread," in results.benchmark("one_1", tmp_path)
+    (tmp_path / "2.json").write_text(json.dumps(speed(threads=1, cpu="Another")))
+    with pytest.raises(UserError, match="pieces of one are of two machines"):
+        results.take([tmp_path / "1.json", tmp_path / "2.json"], tmp_path)
+    (tmp_path / "3.json").write_text("{}")
+    with pytest.raises(UserError, match="nothing that was measured"):
+        results.take([tmp_path / "3.json"], tmp_path)
+    with pytest.raises(UserError, match="no file, and no folder"):
+        results.take([tmp_path], tmp_path)
+
+
+def test_stages_are_shares_by_call(tmp_path: Path) -> None:
+    rows = [
+        row("x, items", 2.0), row("x, items: GELU", 0.5), row("x, items: products", 1.5),
+        row("x, items, training step", 4.0), row("x, items, training step: GELU", 4.0),
+    ]  # fmt: skip
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed" / "stages.json").write_text(json.dumps({"machine": MACHINE, "rows": rows}))
+    assert "| |x, items: 2 s|\n|---|---|\n|products|75.0%|\n|GELU|25.0%|\n" in results.stages(
+        "kernel", tmp_path
+    )
+    assert "|GELU|100.0%|" in results.stages("training", tmp_path)
+
+
+def test_an_audit_is_a_row_of_its_folders_name(tmp_path: Path) -> None:
+    share = {"count": 1, "share": 0.25}
+    test = {"evaluated": 4, "decided_by_ties": share, "cold": share, "in_history": share,
+            "nothing_before_the_part": share}  # fmt: skip
+    found: dict[str, Any] = {
+        "sizes": {"users": 4, "items": 1500, "interactions": 9, "train": 1},
+        "targets": {"test": test},
+        "texts": {"identical": {"test_targets": share}},
+        "tokens": None,
+        "times": {"synthetic": False, "mean_share_of_train_after_a_target": 0.5},
+    }
+    for name, content in (
+        ("first", found),
+        (
+            "second",
+            found | {"times": None, "tokens": {"identical": {"test_targets": {"share": 1.0}}}},
+        ),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "audit.json").write_text(json.dumps(content))
+        results.take([tmp_path / name / "audit.json"], tmp_path / "kept")
+    assert results.audits("", tmp_path / "kept").splitlines()[2:] == [
+        "|first|4|1,500|9|4|25.0%|25.0%|25.0%|25.0%|25.0%|50.0%|",
+        "|second|4|1,500|9|4||25.0%|25.0%|100.0%|25.0%||",
+    ]
+
+
+def test_tables_of_a_study() -> None:
+    record = {"name": "a", "NDCG@20": [0.25, 0.01], "Recall@20": [0.5, 0.0], "new items": 0.125,
+              "seeds": 2, "seconds": 12.4}  # fmt: skip
+    test = {"title": "with against without", "rows": [{"name": "a", "difference": 0.1, "p": 0.03}]}
+    content = {"figures": {"shop": [record]}, "tests": {"shop": [test]}}
+    assert tables_of(content, "shop") == [
+        "|shop|NDCG@20|Recall@20|new items|seeds|training|\n|---|---|---|---|---|---|\n"
+        "|a|0.2500 ± 0.0100|0.5000|0.1250|2|12 s|\n",
+        "|with against without|NDCG@20 of all targets|p (Holm)|\n|---|---|---|\n"
+        "|a|+0.1000|0.0300|\n",
+    ]

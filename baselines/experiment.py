@@ -1,0 +1,223 @@
+"""Files of experiments: data, what comes before a run, commands, seeds, what to expect.
+
+`recformer reproduce` carries them out; those of the package are in `recformer/experiments`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from baselines.command_lines import COMMANDS
+from recformer.evaluation.compare import METRICS
+from recformer.files import UserError, read_yaml, yaml_file
+
+FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
+DATA_FILES = ("file_path", "meta_file_path")
+PLACE = re.compile(r"\{([^{}]+)\}")  # a name in braces
+
+
+@dataclass(frozen=True)
+class Data:
+    """Recipe of a processed folder.
+
+    Attributes:
+        name: within the experiment.
+        process: flags of `recformer process`; those of `DATA_FILES` are names of raw files.
+        sha256: of raw files by name, where they must be these very ones.
+        download: what `recformer download` calls the raw files; None where it knows no address.
+        sample: seed of the generated sample, in place of raw files.
+        origin: where the raw files come from, in words.
+        split_hash: of the processed folder.
+        minutes: about how long it takes.
+    """
+
+    name: str
+    process: dict[str, Any]
+    sha256: dict[str, str] = field(default_factory=dict)
+    download: str | None = None
+    sample: int | None = None
+    origin: str = ""
+    split_hash: str | None = None
+    minutes: float = 0.5
+
+
+@dataclass(frozen=True)
+class Step:
+    """What comes before a run, once: codes of items, a pretrained encoder.
+
+    In its commands, and in the flags of runs, `{NAME}` stands for the folder of data or of a step;
+    in its commands also `{here}` for its own, and `{DATA.file_path}` for a raw file of some data.
+
+    Attributes:
+        name: within the experiment.
+        commands: words after `recformer`, one command after the other.
+        expected: figure of the step's `report.json` -> value (of a list the last one). A step that
+            has some is a row of its own; only semantic ids have such a report.
+        tolerance: by which share of the expected value a figure may differ.
+        minutes: about how long all its commands take.
+    """
+
+    name: str
+    commands: list[list[str]]
+    expected: dict[str, float] = field(default_factory=dict)
+    tolerance: float = 0.1
+    minutes: float = 1.0
+
+    def words(self) -> list[str]:
+        """Of all its commands."""
+        return [word for command in self.commands for word in command]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row: one command, once or once a seed.
+
+    Attributes:
+        name: of the row and its folder.
+        command: `baseline` or `finetune`.
+        data: name of its `Data`.
+        flags: of the command, as a mapping.
+        seeds: one run each; empty for the command's own.
+        evaluation: `zero_shot`; None for the run's last one.
+        expected: metric -> value on the test users, a mean over seeds.
+        tolerance: by which a metric may differ.
+        minutes: about how long a seed takes.
+        of: name of the run whose folder is read, where no run of its own is needed.
+    """
+
+    name: str
+    command: str
+    data: str
+    flags: dict[str, Any]
+    expected: dict[str, float]
+    tolerance: float
+    minutes: float
+    seeds: tuple[int, ...] = ()
+    evaluation: str | None = None
+    of: str | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A file of experiments: what it shows, on which hardware its figures were made, its rows."""
+
+    name: str
+    title: str
+    hardware: str
+    data: dict[str, Data]
+    runs: list[Run]
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name_or_file: str) -> Experiment:
+        """Read a file, or the file of that name in `recformer/experiments`.
+
+        Raises:
+            FileNotFoundError: there is none; names those that there are.
+            UserError: not of this form.
+        """
+        path = yaml_file(name_or_file, FOLDER, "experiment")
+        content = read_yaml(path)
+        try:
+            data = {name: Data(name=name, **facts) for name, facts in content["data"].items()}
+            shared = content.get("run", {})
+            runs = []
+            for name, facts in content["runs"].items():
+                facts = shared | facts
+                facts["seeds"] = tuple(facts.get("seeds", ()))
+                runs.append(Run(name=name, **{"flags": {}, "command": "", **facts}))
+            steps = {name: _step(name, facts) for name, facts in content.get("steps", {}).items()}
+            this = cls(path.stem, content["title"], content["hardware"], data, runs, steps)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise UserError(f"{path} is no experiment: {error}") from error
+        this.check(path)
+        return this
+
+    def check(self, path: Path) -> None:
+        """Refuse what names nothing.
+
+        Raises:
+            UserError: of a run that says which data, command, metric or other run it means.
+        """
+        names = {run.name for run in self.runs if run.of is None}
+        twice = self.steps.keys() & ({run.name for run in self.runs} | self.data.keys())
+        if twice or "here" in self.steps:
+            raise UserError(f"{path}, step {min(twice or ['here'])}: the name is taken")
+        before: list[str] = ["here"]
+        for step in self.steps.values():
+            self._check_places(f"{path}, step {step.name}", step.words(), before)
+            before.append(step.name)
+        for run in self.runs:
+            where = f"{path}, run {run.name}"
+            if run.data not in self.data:
+                raise UserError(f"{where}: no data {run.data!r}")
+            self._check_places(where, map(str, run.flags.values()), list(self.steps))
+            if run.of is not None and run.of not in names:
+                raise UserError(f"{where}: no run {run.of!r}")
+            if run.of is None and run.command not in COMMANDS:
+                raise UserError(f"{where}: command {run.command!r}, expected {', '.join(COMMANDS)}")
+            if run.evaluation not in (None, "zero_shot"):
+                raise UserError(
+                    f"{where}: evaluation {run.evaluation!r}, expected zero_shot or none"
+                )
+            unknown = [name for name in run.expected if name not in METRICS]
+            if unknown or not run.expected:
+                raise UserError(f"{where}: expected {unknown or 'nothing'}; of {METRICS}")
+
+    def _check_places(self, where: str, words: Iterable[str], known: Sequence[str]) -> None:
+        """Refuse a `{NAME}` that names no data, no step before, no raw file."""
+        for name in places_in(words):
+            data, _, flag = name.partition(".")
+            raw = data in self.data and flag in DATA_FILES and flag in self.data[data].process
+            if not (raw or name in self.data or name in known):
+                raise UserError(f"{where}: {{{name}}} is no data, no raw file and no step before")
+
+    def minutes(self, run: Run) -> float:
+        """About how long all seeds of a run take; 0 for a row that comes with another."""
+        return 0.0 if run.of is not None else run.minutes * max(1, len(run.seeds))
+
+    def needed(self, rows: Iterable[Step | Run]) -> tuple[list[Data], list[Data], list[Step]]:
+        """What rows need: data to process, data of which raw files are read, and steps, a step
+        after those that it needs."""
+        data: dict[str, Data] = {}
+        raw: dict[str, Data] = {}
+        steps: dict[str, Step] = {}
+
+        def add(words: Iterable[str]) -> None:
+            for name in places_in(words):
+                if name in self.steps:
+                    add_step(self.steps[name])
+                elif name in self.data:
+                    data[name] = self.data[name]
+                elif "." in name:
+                    raw[name.partition(".")[0]] = self.data[name.partition(".")[0]]
+
+        def add_step(step: Step) -> None:
+            add(step.words())
+            steps.setdefault(step.name, step)
+
+        for row in rows:
+            if isinstance(row, Step):
+                add_step(row)
+            else:
+                data[row.data] = self.data[row.data]
+                add(map(str, row.flags.values()))
+        return list(data.values()), list(raw.values()), list(steps.values())
+
+    def rows(self) -> list[Step | Run]:
+        """What has a row of a table: steps with something to expect, then runs."""
+        return [*(step for step in self.steps.values() if step.expected), *self.runs]
+
+
+def _step(name: str, facts: dict[str, Any]) -> Step:
+    return Step(name=name, **facts | {"commands": [shlex.split(c) for c in facts["commands"]]})
+
+
+def places_in(words: Iterable[str]) -> list[str]:
+    """Names in braces, each once."""
+    return list(dict.fromkeys(name for word in words for name in PLACE.findall(word)))
