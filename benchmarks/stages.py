@@ -23,7 +23,7 @@ from benchmarks.encoder import DTYPES, LENGTHS, build_ours, pack, step_of
 from benchmarks.measure import REPEATS, in_turns, row, seconds_of
 from recformer.models import kernel
 
-#: Of `kernel.cpp`, in its order.
+#: Of `cpp/stages.h`, in its order.
 STAGES = (
     "the rest",
     "embeddings",
@@ -51,7 +51,10 @@ OPERATORS = {
         "aten::native_dropout",
     ),
     # Its own functions, which draw the bits of its dropout.
-    "the rest of attention": ("_Band", "aten::clamp"),
+    "the rest of attention": ("_BandAttention", "aten::clamp"),
+    "attention in C++": ("_Band", "_Gather"),
+    "bias, dropout, residual and LayerNorm in C++": ("_ResidualNorm",),
+    "bias and GELU in C++": ("_BiasGelu",),
     "AdamW": ("aten::_fused_adamw", "aten::_foreach"),
     "copies": (
         "aten::copy_",

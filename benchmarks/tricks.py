@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.encoder import LENGTHS, build_ours, pack, step_of
 from benchmarks.measure import REPEATS, Work, in_turns, row, run_alone
+from recformer import PackedTokens, RecformerModel
 from recformer.cli import keep_freed_memory
 from recformer.models import attention, band, dropout, encoder, kernel
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention
@@ -186,24 +187,35 @@ def _training_rows(size: str) -> Iterator[dict[str, Any]]:
     items = pack(LENGTHS["items"], model.config.vocab_size)
     for dtype in ("float32", "bfloat16"):
         step = step_of(model, items, dtype)
-        for what, off in (
-            (
-                "own attention, forward and backward",
-                lambda: patch.object(attention, "band_attention", band.fused_band_attention),
-            ),
-            (
-                "attention in pieces of cache size",
-                lambda: patch.object(band, "SCORE_BYTES", 2**62),
-            ),
-            ("dropout from 16 random bits", _bernoulli),
-            (
-                "gradient of a gather as a gather",
-                lambda: patch.object(AttentionLayout, "gather_chunks", _gather_chunks),
-            ),
-        ):
-            yield _row(f"{size}, items, training, {dtype}: {what}", step, step, off)
-        plain = step_of(model, items, dtype, fused=False)
-        yield _row(f"{size}, items, training, {dtype}: fused AdamW", step, plain)
+        what = f"{size}, items, training, {dtype}"
+        if kernel.library() is not None:
+            yield _row(f"{what}: parts of the layers in C++", step, step, _without_kernel)
+        with _without_kernel():
+            yield from _training_tricks(what, model, items, dtype)
+
+
+def _training_tricks(
+    case: str, model: RecformerModel, items: PackedTokens, dtype: str
+) -> Iterator[dict[str, Any]]:
+    step = step_of(model, items, dtype)
+    for what, off in (
+        (
+            "own attention, forward and backward",
+            lambda: patch.object(attention, "band_attention", band.fused_band_attention),
+        ),
+        (
+            "attention in pieces of cache size",
+            lambda: patch.object(band, "SCORE_BYTES", 2**62),
+        ),
+        ("dropout from 16 random bits", _bernoulli),
+        (
+            "gradient of a gather as a gather",
+            lambda: patch.object(AttentionLayout, "gather_chunks", _gather_chunks),
+        ),
+    ):
+        yield _row(f"{case}: {what}", step, step, off)
+    plain = step_of(model, items, dtype, fused=False)
+    yield _row(f"{case}: fused AdamW", step, plain)
 
 
 @contextmanager

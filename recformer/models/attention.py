@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recformer.config import RecformerConfig
+from recformer.models import fused
 from recformer.models.band import Band, band_attention, build_band
 from recformer.models.dropout import dropout
 from recformer.packing import PackedTokens
@@ -38,16 +39,16 @@ class AttentionLayout:
     """Indices of a batch that every layer uses; see `build_layout`.
 
     Attributes:
-        first: (B,) int64 the token that is `<s>` of each sequence.
+        starts: (B + 1,) int64 where sequences begin, and the end of the last one.
         chunk_sequence: (C,) int64 sequence of each chunk.
         chunk_tokens: (C, S) int64 token of each place of a chunk; if C is B, all of sequence c.
         chunk_valid: (C, S) bool, False at places beyond the end of the sequence.
         token_places: (T,) int64 place of each token among the C * S.
         lengths: (B,) int64 tokens a sequence.
-        bands: by window size.
+        bands: by window size; of others the kernel attends (`fused.py`).
     """
 
-    first: Tensor
+    starts: Tensor
     chunk_sequence: Tensor
     chunk_tokens: Tensor
     chunk_valid: Tensor
@@ -56,8 +57,13 @@ class AttentionLayout:
     bands: dict[int, Band]
 
     @property
+    def first(self) -> Tensor:
+        """(B,) int64 the token that is `<s>` of each sequence."""
+        return self.starts[:-1]
+
+    @property
     def batch_size(self) -> int:
-        return self.first.numel()
+        return self.starts.numel() - 1
 
     def gather_chunks(self, values: Tensor) -> Tensor:
         """Per-token `values` (T, H) as (C, S, H); places that are not valid hold any token."""
@@ -97,7 +103,7 @@ def build_layout(
 
     Args:
         packed: the batch.
-        windows: window sizes of the layers, positive and even.
+        windows: window sizes of the layers that attend in torch, positive and even.
         dtype: floating type that scores are computed in.
         longest: tokens of the longest sequence, if that is known.
     """
@@ -121,7 +127,7 @@ def build_layout(
     places = chunk_starts[sequence_ids] * tokens_a_chunk + packed.offsets_in_sequence
 
     return AttentionLayout(
-        first=first,
+        starts=cu_seqlens,
         chunk_sequence=sequence,
         chunk_tokens=tokens,
         chunk_valid=valid,
@@ -208,6 +214,9 @@ class RecformerSelfAttention(nn.Module):
             torch.cat([layer.bias for layer in local]),
         )
         dropout_p = self.dropout_p if self.training else 0.0
+        if self.window not in layout.bands:
+            starts, heads = layout.starts, self.num_heads
+            return fused.band_attention(qkv, context, starts, heads, self.window, dropout_p)
         context_local = band_attention(qkv, layout.bands[self.window], self.num_heads, dropout_p)
         if torch.is_grad_enabled():
             return context_local.index_copy(0, layout.first, context)
@@ -221,8 +230,30 @@ class RecformerSelfAttention(nn.Module):
         # q . (W x + b) = (q W) . x + a constant of the sequence
         key_weight = self.key_global.weight.view(heads, dim, width)
         query = torch.matmul(query.view(-1, heads, dim).transpose(0, 1), key_weight)  # (A, B, H)
-        query = query.transpose(0, 1).index_select(0, layout.chunk_sequence)  # (C, A, H)
+        if self.window in layout.bands:
+            summed, mass = self._gather(query, hidden, layout)
+        else:
+            dropout_p = self.dropout_p if self.training else 0.0
+            summed, mass = fused.gather(query, hidden, layout.starts, dropout_p)
+        value_weight = self.value_global.weight.view(heads, dim, width)
+        context = torch.matmul(summed, value_weight.transpose(1, 2))  # (A, B, D)
+        # The weights add up to 1 unless some were dropped.
+        bias = self.value_global.bias.view(heads, 1, dim) * mass[:, :, None]
+        context = (context + bias).transpose(0, 1).reshape(-1, width).to(hidden.dtype)
+        return _ZeroGradient.apply(context, self.key_global.bias)
 
+    def _gather(
+        self, query: Tensor, hidden: Tensor, layout: AttentionLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of states (T, H) under the weights of each head, and sums of these.
+
+        Args:
+            query: (A, B, H) whose products with the states are the scores.
+
+        Returns:
+            (A, B, H) and (A, B).
+        """
+        query = query.transpose(0, 1).index_select(0, layout.chunk_sequence)  # (C, A, H)
         chunks = layout.gather_chunks(hidden)  # (C, S, H)
         scores = _exact(torch.matmul(query, chunks.transpose(1, 2)))  # (C, A, S)
         scores = scores.masked_fill(~layout.chunk_valid[:, None], float("-inf"))
@@ -235,10 +266,5 @@ class RecformerSelfAttention(nn.Module):
 
         summed = torch.matmul(weights.to(chunks.dtype), chunks)  # (C, A, H)
         summed = layout.sum_chunks(summed).to(hidden.dtype)  # (B, A, H)
-        value_weight = self.value_global.weight.view(heads, dim, width)
-        context = torch.matmul(summed.transpose(0, 1), value_weight.transpose(1, 2))  # (A, B, D)
-        # The weights add up to 1 unless some were dropped.
         mass = layout.sum_chunks(weights.sum(dim=2))  # (B, A)
-        bias = self.value_global.bias.view(heads, dim) * mass[:, :, None]
-        context = (context.transpose(0, 1) + bias).reshape(-1, width).to(hidden.dtype)
-        return _ZeroGradient.apply(context, self.key_global.bias)
+        return summed.transpose(0, 1), mass.transpose(0, 1)

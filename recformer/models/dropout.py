@@ -25,14 +25,14 @@ BITS = {
 }
 
 
-def _num_dropped(p: float) -> int:
+def num_dropped(p: float) -> int:
     """Number of the 2**16 values of a draw that mean "dropped"."""
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 
 def keep_scale(p: float) -> float:
     """Factor that the survivors of `drop` are multiplied by."""
-    return _LEVELS / (_LEVELS - _num_dropped(p))
+    return _LEVELS / (_LEVELS - num_dropped(p))
 
 
 def draw_keep(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
@@ -47,10 +47,10 @@ def draw_keep(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
         0, 1 << 64, size=-(-size // 4), dtype=np.uint64
     )
     keep = torch.from_numpy(draws.view(np.int16))[:size].view(shape)
-    if _num_dropped(p) == 0:
+    if num_dropped(p) == 0:
         keep.fill_(-1)
     else:
-        kept_from = _num_dropped(p) - _LEVELS // 2  # of -2**15 .. 2**15 - 1
+        kept_from = num_dropped(p) - _LEVELS // 2  # of -2**15 .. 2**15 - 1
         # kept_from - 1 where dropped and kept_from where kept, then 0 and -1
         keep.clamp_(kept_from - 1, kept_from).neg_().add_(kept_from - 1)
     return keep.to(BITS[dtype])

@@ -26,7 +26,7 @@ from transformers.utils import logging as bars
 
 from recformer.config import RecformerConfig
 from recformer.files import UserError, naming, refuse_pointer
-from recformer.models import kernel
+from recformer.models import fused, kernel
 from recformer.models.attention import AttentionLayout, RecformerSelfAttention, build_layout
 from recformer.models.dropout import add_dropout, dropout
 from recformer.packing import PackedTokens
@@ -48,6 +48,16 @@ PARTS_OF_OTHERS = (r"^lm_head\.", r"^item_embedding\.", r"^head\.")
 def _only_infers(module: nn.Module) -> bool:
     """Neither gradients nor dropout, which checkpointing draws once without and once with them."""
     return not (module.training or torch.is_grad_enabled())
+
+
+def _trains_in_cpp(module: nn.Module, hidden: Tensor, dense: nn.Linear) -> bool:
+    """Whether what follows a linear layer's product can be computed by `fused`."""
+    return (
+        not _only_infers(module)
+        and fused.usable(hidden)
+        and fused.plain(dense, nn.Linear)
+        and dense.out_features % kernel.PANEL == 0
+    )
 
 
 class RecformerEmbeddings(nn.Module):
@@ -125,6 +135,10 @@ class _ResidualOutput(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        if _trains_in_cpp(self, residual, self.dense) and fused.plain(self.LayerNorm, nn.LayerNorm):
+            hidden = F.linear(hidden, self.dense.weight)
+            dropout_p = self.dropout_p if self.training else 0.0
+            return fused.residual_norm(hidden, self.dense.bias, residual, self.LayerNorm, dropout_p)
         hidden = self.dense(hidden)
         if _only_infers(self) and hidden.device.type == "cpu":
             return self._normalise_sum(hidden, residual)
@@ -167,6 +181,9 @@ class RecformerIntermediate(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
+        exact_gelu = type(self.activation) is GELUActivation
+        if exact_gelu and _trains_in_cpp(self, hidden, self.dense):
+            return fused.bias_gelu(F.linear(hidden, self.dense.weight), self.dense.bias)
         hidden = self.dense(hidden)
         if isinstance(self.activation, GELUActivation) and _only_infers(self):
             return torch.ops.aten.gelu_(hidden)
@@ -363,7 +380,9 @@ class RecformerModel(RecformerPreTrainedModel):
             packed = packed.with_filler(CPU_TOKEN_MULTIPLE, longest)
         # Else the residuals would stay in float32 under autocast, cast around every product.
         hidden = self.embeddings(packed).to(dtype)
-        layout = build_layout(packed, self.encoder.windows, hidden.dtype, longest)
+        in_cpp = fused.attends(hidden, self.config.num_attention_heads)
+        windows = () if in_cpp else self.encoder.windows
+        layout = build_layout(packed, windows, hidden.dtype, longest)
         return self.encoder(hidden, layout, first_only), layout
 
     def pack(

@@ -1,11 +1,11 @@
-"""The encoder in C++ for CPUs with AVX-512 (`kernel.cpp`), compiled where it is first used.
+"""The encoder in C++ for CPUs with AVX-512 (`cpp/`), compiled where it is first used.
 
 It gives what the encoder in torch gives, but for rounding, in half the time and less: between the
 products nothing leaves the cache. With AMX a float32 number is the sum of three of bfloat16 and a
 product the sum of six, as exact as float32 and in half the time of AVX-512. It is used where nobody
 trains and all of this holds: Linux on x86-64 with AVX-512 (for bfloat16 AVX512_BF16; AMX if there),
 a C++ compiler, the encoder's own layers with GELU, no hooks on them, sizes in multiples of 32.
-Anywhere else torch computes.
+Anywhere else torch computes. Layers that train take parts of it (`fused.py`).
 
 The library is kept in `$XDG_CACHE_HOME/recformer` (`~/.cache/recformer`) by source, compiler and
 CPU. `RECFORMER_KERNEL=0` in the environment switches it off.
@@ -37,7 +37,7 @@ from recformer.packing import PackedTokens
 Encoder = Any
 Layer = Any
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 #: Flags of /proc/cpuinfo and what the compiler is told; the first five are needed.
 ISA = {
     "avx512f": "-mavx512f",
@@ -54,14 +54,31 @@ COMPILE = ("-std=c++20", "-O3", "-shared", "-fPIC", "-pthread", "-w")
 COMPILE_SECONDS = 300
 PANEL = 32  # outputs a panel of weights
 MOST_HEADS = 32
-# What products are of, see `kernel.cpp`; the last is float32 where there is AMX.
+# What products are of, see `cpp/kernel.cpp`; the last is float32 where there is AMX.
 FLOAT, BFLOAT16, THREE_BFLOAT16 = 0, 1, 2
 # Tokens of a chunk, whose states one thread keeps in its cache.
 CHUNK_TOKENS = {FLOAT: 192, BFLOAT16: 384, THREE_BFLOAT16: 384}
-# `pooling` of `kernel.cpp`, by `pooler_type`.
+# `pooling` of `cpp/model.h`, by `pooler_type`.
 POOLERS = {None: 0, "cls": 1, "avg": 2, "avg_published": 3}
 # Numbers of each weight that are looked at before every call, see `_Prepared.unchanged`.
 SAMPLES = 16
+#: Functions for `fused.py` with the types of all arguments but the first, an int.
+CODES = {
+    "n": ctypes.c_int64,
+    "p": ctypes.c_void_p,
+    "s": ctypes.c_uint64,  # a seed
+    "d": ctypes.c_double,
+}
+TRAINING = {
+    "recformer_norm": "nnpppppdsnpppn",
+    "recformer_norm_back": "nnppppsnpppn",
+    "recformer_gelu": "nnpppn",
+    "recformer_gelu_back": "nnpppppn",
+    "recformer_band": "npnnnpsnppn",
+    "recformer_band_back": "npnnnppppsnpn",
+    "recformer_gather": "npnnppsnpppn",
+    "recformer_gather_back": "npnnpppppsnppn",
+}
 LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, GELUActivation)
 # Modules of this package whose classes may hold them.
 HOLDERS = ("recformer.models.encoder", "recformer.models.attention")
@@ -164,6 +181,8 @@ def library() -> ctypes.CDLL | None:
         ctypes.c_int64,
         ctypes.c_int64,
     )
+    for name, codes in TRAINING.items():
+        getattr(built, name).argtypes = [ctypes.c_int, *(CODES[code] for code in codes)]
     built.recformer_use_amx(1)
     return built
 
@@ -182,7 +201,10 @@ def _compiled(flags: frozenset[str]) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS
     ).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(options).encode()).hexdigest()
+    digest = hashlib.sha256(version + " ".join(options).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(f"\0{source.name}\0".encode() + source.read_bytes())
+    key = digest.hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recformer"
     file = cache / f"kernel-{key[:24]}.so"
     if file.is_file():
@@ -192,7 +214,7 @@ def _compiled(flags: frozenset[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         part = Path(scratch, file.name)
         subprocess.run(
-            [compiler, *options, "-o", str(part), str(SOURCE)],
+            [compiler, *options, "-o", str(part), str(SOURCES / "kernel.cpp")],
             capture_output=True,
             check=True,
             text=True,
@@ -206,7 +228,7 @@ def _compiled(flags: frozenset[str]) -> Path:
 
 
 def panels(weight: Tensor, numbers: int) -> Tensor:
-    """A weight (…, N, K) in the order of `kernel.cpp`."""
+    """A weight (…, N, K) in the order of `cpp/kernel.cpp`."""
     *batch, outputs, inputs = weight.shape
     if numbers == FLOAT:
         return weight.float().reshape(*batch, outputs // PANEL, PANEL, inputs).mT.contiguous()

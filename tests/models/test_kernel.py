@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -321,6 +323,20 @@ def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_
     assert kernel.library.__wrapped__() is None
 
 
+def test_the_wheel_carries_the_sources() -> None:
+    root = Path(kernel.__file__).parents[2]
+    (listed,) = re.findall(
+        r"^recformer = \[(.*py\.typed.*)\]", (root / "pyproject.toml").read_text(), re.M
+    )
+    patterns = re.findall(r'"([^"]+)"', listed)
+    carried = {path for pattern in patterns for path in (root / "recformer").glob(pattern)}
+    sources = set(kernel.SOURCES.rglob("*"))
+    assert kernel.SOURCES / "kernel.cpp" in sources
+    assert sources <= carried
+    included = set(re.findall(r'#include "(.+)"', "".join(s.read_text() for s in sources)))
+    assert included == {s.name for s in sources if s.suffix == ".h"}
+
+
 def test_the_library_is_compiled_once_and_appears_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -339,4 +355,12 @@ def test_the_library_is_compiled_once_and_appears_whole(
     assert kernel._compiled(flags | {"avx512_bf16"}) != file
     options = [line.split() for line in calls.read_text().splitlines()]
     assert ["-mavx512bf16" in each for each in options] == [False, True]
+    other = shutil.copytree(kernel.SOURCES, tmp_path / "cpp")
+    monkeypatch.setattr(kernel, "SOURCES", other)
+    assert kernel._compiled(flags) == file
+    for source in other.iterdir():  # any of them makes another library
+        source.write_text(source.read_text() + "// changed")
+        changed = kernel._compiled(flags)
+        assert changed != file
+        file = changed
     assert {path.suffix for path in file.parent.iterdir()} == {".so"}
