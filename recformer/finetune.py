@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from recformer.data.histories import HistoryEvalCollator, NextItemCollator
 from recformer.data.items import TokenizedItems, cache_dir
 from recformer.data.processed import ProcessedFolder
 from recformer.data.texts import attribute_counts
+from recformer.data.token_batches import HistoryTokens
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
 from recformer.evaluation.runs import Figures, RunResult, StageResult
@@ -155,6 +157,11 @@ class FinetuneArguments(RunArguments, ModelArguments):
     finetune_negative_sample_size: int = flag(
         1000, "uniform negatives an example; 0 or less: softmax over all items"
     )
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "train on batches of at most so many tokens a process instead of --batch_size users, "
+        "histories of similar length together: memory is bounded by it, however long histories are",
+    )
     fix_word_embedding: bool = flag(False, "do not train the word embeddings")
     activation_checkpointing: bool = flag(False, ACTIVATION_CHECKPOINTING)
     preprocessing_num_workers: int = flag(8, "threads of the tokenizer")
@@ -177,7 +184,7 @@ class FinetuneArguments(RunArguments, ModelArguments):
                 raise UserError("--stages is a flag of --method published: head has one stage")
             if self.finetune_negative_sample_size > 0:
                 raise UserError("--method head trains on all items: leave out the sample size")
-            for name in ("fix_word_embedding", "activation_checkpointing"):
+            for name in ("fix_word_embedding", "activation_checkpointing", "max_tokens_per_batch"):
                 if getattr(self, name):
                     raise UserError(f"--method head trains no encoder: leave --{name} out")
             if self.temp is not None:
@@ -231,6 +238,12 @@ class Run:
         args = self.args = self._fitted(args)
         seed_everything(args.seed, verbose=False)
         self.model, self.tokenizer = self._load_model()
+        longest, budget = self.model.config.max_token_num, args.max_tokens_per_batch
+        if budget is not None and budget < longest:
+            raise UserError(
+                f"--max_tokens_per_batch {budget}: the longest history must fit, "
+                f"at least {longest} (--max_token_num)"
+            )
         most = self.model.config.max_attr_num
         unread = int((attribute_counts(self.folder.items) > most).sum())
         if unread:
@@ -251,6 +264,10 @@ class Run:
             args.eval_users,
             args.seed,
             args.test_users,
+            budget,
+            None
+            if budget is None
+            else partial(HistoryTokens, store=self.store, config=self.model.config),
         )
         self.best_model = args.ckpt.removesuffix(".bin")
         # A checkpoint's own, kept.

@@ -17,7 +17,7 @@ from recformer import RecformerForSeqRec, RecformerTokenizer
 from recformer import finetune as entry
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
-from recformer.finetune import FinetuneArguments, run
+from recformer.finetune import FinetuneArguments, Run, run
 from recformer.recommendation import CatalogueRecommender
 from recformer.tokenization import train_tokenizer
 from recformer.training.experiment import Experiment
@@ -310,6 +310,15 @@ def flat(figures: dict, prefix: str = "") -> dict[str, float]:
     return numbers
 
 
+def test_batches_by_tokens(data, tmp_path):
+    settings = {"stages": "1", "num_train_epochs": 1, "max_tokens_per_batch": 64}
+    this = Run(arguments(data, tmp_path / "out", **settings))
+    batches = list(this.data.train_dataloader())
+    assert max(batch.history.num_tokens for batch in batches) <= 64
+    assert sum(len(batch.labels) for batch in batches) == len(this.data.train_set)
+    assert len({len(batch.labels) for batch in batches}) > 1
+
+
 def test_sampled_negatives_stand_apart(data, finished, tmp_path, capsys):
     settings = {"zero_shot": True, "metric_ks": [1, 5]}
     with pytest.raises(UserError, match=r"--sampled_negatives 24: user \d+ has met all but"):
@@ -405,6 +414,7 @@ def test_another_run_in_the_folder_is_refused(data, finished, tmp_path):
         ({"config_overrides": "no_such_field=1"}, "no_such_field"),
         ({"config_overrides": "hidden_size=large"}, "hidden_size=large"),
         ({"device": [99]}, "--device 99"),
+        ({"max_tokens_per_batch": 47}, "--max_tokens_per_batch 47: .* at least 48"),
         ({"eval_users": 0}, "--eval_users 0"),
         ({"weight_decay": float("nan")}, "--weight_decay nan"),
         ({"learning_rate": float("nan")}, "--learning_rate nan"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import EvalExamples, ProcessedFolder, Sequences
+from recformer.data.token_batches import HistoryTokens, cut_by_tokens
 from recformer.files import UserError
 from recformer.processes import rank_and_world
 
@@ -67,33 +69,75 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     The order is drawn for the whole group of processes and each takes its part of every global
     batch, so that W processes x batch b see what one process x batch W*b sees; a last batch that
     does not divide by W loses the rest. Lightning calls `set_epoch`, also after a resume.
+
+    Args:
+        num_rows: rows to train on.
+        batch_size: rows a process and batch.
+        seed: of order and targets.
+        max_tokens: tokens a process and batch instead; histories of about the same length then go
+            together.
+        tokens: of rows (P,) with seeds (P,), for `max_tokens`.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        seed: int,
+        max_tokens: int | None = None,
+        tokens: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
+        self.max_tokens, self.tokens = max_tokens, tokens
         self.epoch = 0
+        self._num_batches: dict[int, int] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
+        """By tokens: counted on epoch 0, then the same for every epoch, although targets differ."""
         _, world = rank_and_world()
-        full, rest = divmod(self.num_rows, self.batch_size * world)
-        return full + (rest >= world)
+        if self.max_tokens is None:
+            full, rest = divmod(self.num_rows, self.batch_size * world)
+            return full + (rest >= world)
+        if world not in self._num_batches:
+            order, seeds = self._drawn(0)
+            self._num_batches[world] = sum(1 for _ in self._together(0, order, seeds, world))
+        return self._num_batches[world]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rank, world = rank_and_world()
-        generator = np.random.default_rng([self.seed, self.epoch])
+        order, seeds = self._drawn(self.epoch)
+        # An epoch that makes fewer batches begins again; Lightning would leave out its validation.
+        batches = cycle(self._together(self.epoch, order, seeds, world))
+        for rows in islice(batches, len(self)):
+            share = len(rows) // world
+            rows = rows[rank * share : (rank + 1) * share]
+            yield [(int(row), int(seeds[row])) for row in rows]
+
+    def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the rows, and by row, whatever the order, the seed of its target."""
+        generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(self.num_rows)
-        seeds = generator.integers(2**62, size=self.num_rows)  # by row: independent of the order
+        return order, generator.integers(2**62, size=self.num_rows)
+
+    def _together(
+        self, epoch: int, order: np.ndarray, seeds: np.ndarray, world: int
+    ) -> Iterator[np.ndarray]:
+        """Rows of each batch over all processes."""
+        if self.max_tokens is not None and self.tokens is not None:
+            tokens, budget = self.tokens(order, seeds[order]), self.max_tokens * world
+            draws = np.random.default_rng([self.seed, epoch, 2])
+            for places in cut_by_tokens(tokens, budget, world, draws):
+                yield order[places]
+            return
         for start in range(0, len(order), self.batch_size * world):
             rows = order[start : start + self.batch_size * world]
-            share = len(rows) // world
-            if share:
-                rows = rows[rank * share : (rank + 1) * share]
-                yield [(int(row), int(seeds[row])) for row in rows]
+            if len(rows) >= world:
+                yield rows
 
 
 class ShareSampler(Sampler[int]):
@@ -142,6 +186,8 @@ class SeqRecDataModule(LightningDataModule):
         seed: order of training, draws of targets, sample of validation users.
         test_users: size of a sample of test users, None for all; it depends on the data alone, so
             that runs over the same data judge the same users.
+        max_tokens: tokens a process and step instead of `batch_size` users.
+        tokens: of `max_tokens`; from sequences, and the rows to train on, to what counts tokens.
 
     Attributes:
         num_test_users: all of them, sampled or not.
@@ -160,6 +206,8 @@ class SeqRecDataModule(LightningDataModule):
         eval_users: int | None = None,
         seed: int = 42,
         test_users: int | None = None,
+        max_tokens: int | None = None,
+        tokens: Callable[[Sequences, np.ndarray], HistoryTokens] | None = None,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -169,7 +217,13 @@ class SeqRecDataModule(LightningDataModule):
         self.train_set = TrainDataset(
             folder.train, folder.train_users, folder.interaction_offsets()
         )
-        self.train_sampler = EpochBatchSampler(len(self.train_set), batch_size, seed)
+        self.train_sampler = EpochBatchSampler(
+            len(self.train_set),
+            batch_size,
+            seed,
+            max_tokens,
+            None if tokens is None else tokens(self.train_set.sequences, self.train_set.user_ids),
+        )
         validation, test = folder.eval_examples("val"), folder.eval_examples("test")
         self.val_set = EvalDataset(validation, _sample(len(validation), eval_users, seed))
         self.test_set = EvalDataset(test, _sample(len(test), test_users, TEST_SEED))

@@ -22,12 +22,9 @@ from recformer.data.items import TokenizedItems
 from recformer.data.masking import WholeWordMasker
 from recformer.data.pretraining import SPLITS, PretrainingData
 from recformer.data.processed import Sequences
+from recformer.data.token_batches import cut_by_tokens
 from recformer.packing import PackedTokens
 from recformer.processes import rank_and_world
-
-# Pairs that are sorted by length together, in batches' worth: enough to find equals in length,
-# few enough to leave the order random.
-GROUPED_BATCHES = 64
 
 # Streams of random numbers that belong to a sequence in an epoch.
 TARGET_STREAM = 0
@@ -166,43 +163,16 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         if self.shuffle:
             order = generator.permutation(order)
         if self.max_tokens is not None:
-            yield from self._cut_by_tokens(order, self.max_tokens * world, world, epoch)
+            draws = np.random.default_rng([self.seed, epoch, 2]) if self.shuffle else None
+            budget = self.max_tokens * world
+            for places in cut_by_tokens(self.tokens(order, epoch), budget, world, draws):
+                yield order[places]
             return
         for start in range(0, len(order), self.batch_size * world):
             rows = order[start : start + self.batch_size * world]
             rows = rows[: len(rows) // world * world]
             if len(rows):
                 yield rows
-
-    def _cut_by_tokens(
-        self, order: np.ndarray, budget: int, world: int, epoch: int
-    ) -> Iterator[np.ndarray]:
-        """Batches of at most `budget` tokens, from windows of `order` sorted by length."""
-        tokens = self.tokens(order, epoch)
-        window = max(1, int(GROUPED_BATCHES * budget / tokens.mean()))
-        generator = np.random.default_rng([self.seed, epoch, 2])
-        rest = np.empty(0, dtype=np.int64)  # places in `order` that did not fill a batch
-        for start in range(0, len(order), window):
-            places = np.concatenate([rest, np.arange(start, min(start + window, len(order)))])
-            places = places[np.argsort(tokens[places], kind="stable")]
-            ends = np.cumsum(tokens[places])
-            batches, begin = [], 0
-            while begin < len(places):
-                before = ends[begin - 1] if begin else 0
-                stop = int(np.searchsorted(ends, before + budget, side="right"))
-                stop = begin + max(world, (stop - begin) // world * world)
-                if stop >= len(places):
-                    break
-                batches.append(places[begin:stop])
-                begin = stop
-            rest = places[begin:]
-            for number in (
-                generator.permutation(len(batches)) if self.shuffle else range(len(batches))
-            ):
-                yield order[batches[number]]
-        rest = rest[: len(rest) // world * world]
-        if len(rest):
-            yield order[rest]
 
     def tokens(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Tokens of both sides of each pair, (P,)."""

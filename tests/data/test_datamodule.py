@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 
 from recformer.data import datamodule
-from recformer.data.datamodule import EpochBatchSampler, SeqRecDataModule, ShareSampler
+from recformer.data.collators import RecformerTrainCollator
+from recformer.data.datamodule import (
+    EpochBatchSampler,
+    SeqRecDataModule,
+    ShareSampler,
+    TrainDataset,
+)
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
+from recformer.data.token_batches import HistoryTokens
 from recformer.files import UserError
+from tests.data.test_collators import Store, config
 
 
 def batches(monkeypatch, world: int, rank: int, rows: int, size: int, epoch: int, seed: int = 1):
@@ -45,6 +53,42 @@ def test_two_processes_see_what_one_sees(monkeypatch, rows):
     for whole, parts in zip(one, joined, strict=False):
         assert whole[: len(parts)] == parts
     assert sum(map(len, joined)) == rows - rows % 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_by_tokens(monkeypatch, world):
+    draws = np.random.default_rng(0)
+    store = Store([[1] * count for count in draws.integers(0, 8, 30)])
+    lengths = np.append(draws.integers(0, 9, 99), 2)  # some rows are too short to train on
+    sequences = Sequences.from_rows(
+        np.repeat(np.arange(100), lengths), draws.integers(0, 30, lengths.sum()), 100
+    )
+    rows, cut = TrainDataset(sequences), config(max_item_embeddings=5, max_token_num=20)
+    tokens = HistoryTokens(sequences, rows.user_ids, store, cut)
+    collate = RecformerTrainCollator(store, cut)
+    epochs = []
+    for epoch in (0, 1, 0):
+        parts = []
+        for rank in range(world):
+            monkeypatch.setattr(datamodule, "rank_and_world", lambda rank=rank: (rank, world))
+            sampler = EpochBatchSampler(len(rows), 4, 1, 60, tokens)
+            sampler.set_epoch(epoch)
+            parts.append(list(sampler))
+            assert len(parts[-1]) == len(sampler)
+        epochs.append(parts)
+        found = []
+        for together in zip(*parts, strict=True):
+            assert len({len(keys) for keys in together}) == 1  # as many examples a process
+            sizes = [collate(rows[keys]).history.num_tokens for keys in together]
+            own = [tokens(*map(np.array, zip(*keys, strict=True))).sum() for keys in together]
+            assert sizes == own
+            assert sum(sizes) <= 60 * world
+            found.append(sum(sizes) / world)
+        assert np.mean(found) > 45
+        trained = [row for part in parts for keys in part for row, _ in keys]
+        if epoch == 0:
+            assert len(set(trained)) == len(trained) >= len(rows) - world + 1
+    assert epochs[0] == epochs[2] != epochs[1]
 
 
 def test_evaluation_shares_hold_every_row_once(monkeypatch):
