@@ -18,6 +18,7 @@
 
 #include "encoder.h"
 #include "training.h"
+#include "training_attention.h"
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
