@@ -14,7 +14,8 @@ tokens. The peer sorts by length and pads batches of 32, as it does by default.
 environment, if it is there.
 
 Both run in glibc as it is, and once more in one that keeps freed memory, as our programs do. The
-last rows set a training step beside one of transformers' `BertModel` on the same items, padded.
+last rows set a training step beside one of transformers' `BertModel`: on the same items, which it
+gets padded, and on as many of equal length, where neither side pads.
 """
 
 from __future__ import annotations
@@ -208,7 +209,9 @@ def rows_of(
     for size in sizes if onnx_python else ():
         yield from _beside_onnx(size, str(onnx_python))
     for size, dtype in cases:
-        yield _training(size, dtype)
+        yield _training(size, dtype, "items", LENGTHS["items"])
+        equal = [round(sum(LENGTHS["items"]) / len(LENGTHS["items"]))] * len(LENGTHS["items"])
+        yield _training(size, dtype, "items of equal length", equal)
 
 
 def _encoding(size: str, dtype: str, kept: bool) -> Iterator[dict[str, Any]]:
@@ -287,10 +290,9 @@ def _beside_onnx(size: str, python: str) -> Iterator[dict[str, Any]]:
                 )
 
 
-def _training(size: str, dtype: str) -> dict[str, Any]:
-    """A training step on 64 items beside one of BERT, which gets them padded."""
+def _training(size: str, dtype: str, what: str, lengths: list[int]) -> dict[str, Any]:
+    """A training step on sequences of these lengths beside one of BERT, which gets them padded."""
     gc.collect()
-    lengths = LENGTHS["items"]
     ours = build_ours(size)
     bert = BertModel(BertConfig(**SIZES[size]), add_pooling_layer=False)
     packed = pack(lengths, ours.config.vocab_size)
@@ -308,7 +310,7 @@ def _training(size: str, dtype: str) -> dict[str, Any]:
 
     seconds, peer_seconds = in_turns(REPEATS, step_of(ours, packed, dtype), step)
     return row(
-        f"{size}, items, training step, {dtype}",
+        f"{size}, {what}, training step, {dtype}",
         seconds,
         "transformers BertModel",
         peer_seconds,

@@ -1,7 +1,8 @@
 """Training of the id-based baselines against the usual ways of doing it, in one run.
 
     python -m benchmarks gsasrec
-    python -m benchmarks.sequence_models --data_path FOLDER --rectools_python PYTHON
+    python -m benchmarks.sequence_models --data_path FOLDER --rectools_python PYTHON \
+        --replay_python PYTHON
 
 The first: a training step at the size of MovieLens-1M (128 sequences of 200 items, 3,416 items, 256
 negatives a position, 128 dimensions, 2 blocks), forward, backward and AdamW, against the same
@@ -9,10 +10,12 @@ network whose loss gathers the 257 item vectors of every position, with the publ
 Same weights, same negatives; the losses are compared first. The two take turns; medians count.
 
 The second: an epoch of SASRec with full softmax (128 dimensions, 2 blocks, 50 items, batch 256) on
-a processed folder against `SASRecModel` of RecTools 0.19, one after the other. RecTools needs numpy
-below 2, so it runs as a subprocess in an environment of its own:
+a processed folder against `SASRecModel` of RecTools 0.19 and `SasRec` of RePlay 0.22, one after the
+other. RecTools needs numpy below 2, RePlay older pyarrow and scikit-learn, so each runs as a
+subprocess in an environment of its own:
 
     python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0" "numpy<2"
+    python -m venv replay && replay/bin/pip install "replay-rec[torch]==0.22.0"
 """
 
 from __future__ import annotations
@@ -61,6 +64,43 @@ for epochs in (1, 2):
     model.fit(dataset)
     times.append(time.perf_counter() - started)
 print(json.dumps(times[1] - times[0]))
+"""
+
+REPLAY = """
+import json, logging, sys, tempfile, time, warnings
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)
+import lightning, pandas as pd, torch
+from replay.data import FeatureHint, FeatureSource, FeatureType
+from replay.data.nn import ParquetModule, TensorFeatureInfo, TensorFeatureSource, TensorSchema
+from replay.nn.lightning import LightningModule
+from replay.nn.sequential import SasRec
+from replay.nn.transform.template import make_default_sasrec_transforms
+torch.set_num_threads(int(sys.argv[2]))
+sequences = [s for s in json.load(open(sys.argv[1])).values() if len(s) > 1]
+number = {item: n for n, item in enumerate(sorted({item for s in sequences for item in s}))}
+schema = TensorSchema(TensorFeatureInfo(
+    "item_id", FeatureType.CATEGORICAL, is_seq=True, feature_hint=FeatureHint.ITEM_ID,
+    feature_sources=[TensorFeatureSource(FeatureSource.INTERACTIONS, "item_id")],
+    cardinality=len(number), padding_value=len(number), embedding_dim=128))
+ends = []
+class Clock(lightning.Callback):
+    def on_train_epoch_end(self, trainer, module):
+        ends.append(time.perf_counter())
+with tempfile.TemporaryDirectory() as folder:
+    file = folder + "/train.parquet"
+    pd.DataFrame({"item_id": [[number[i] for i in s[-51:]] for s in sequences]}).to_parquet(file)
+    data = ParquetModule(
+        256, {"train": {"item_id": {"shape": 51, "padding": len(number)}}},
+        {"train": make_default_sasrec_transforms(schema)["train"]}, train_path=file)
+    model = SasRec.from_params(schema, embedding_dim=128, num_heads=2, num_blocks=2,
+                               max_sequence_length=50, dropout=0.2)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        callbacks=[Clock()])
+    trainer.fit(LightningModule(model), datamodule=data)
+print(json.dumps(ends[1] - ends[0]))
 """
 
 
@@ -129,11 +169,15 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
     )
 
 
-def sasrec_epoch(data_path: Path, python: str) -> dict[str, Any]:
-    """A row: seconds of an epoch, ours and RecTools'.
+def sasrec_epochs(data_path: Path, peers: dict[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Rows: seconds of an epoch, ours and of each peer.
+
+    Args:
+        data_path: processed folder.
+        peers: interpreter and program of each, by name.
 
     Raises:
-        UserError: the other environment cannot run RecTools.
+        UserError: an environment cannot run its peer.
     """
     from baselines.models import build
     from baselines.settings import settings_of
@@ -155,12 +199,25 @@ def sasrec_epoch(data_path: Path, python: str) -> dict[str, Any]:
             started = time.perf_counter()
             trainer.fit(module, data.train_dataloader())
             times.append(time.perf_counter() - started)
-    command = [python, "-c", RECTOOLS, str(data_path / "train.json"), str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for name, (python, program) in peers.items():
+        theirs = peer_epoch(name, python, program, data_path / "train.json")
+        yield row("SASRec epoch, full softmax", times[1] - times[0], name, theirs)
+
+
+def peer_epoch(name: str, python: str, program: str, train: Path) -> float:
+    """Seconds of an epoch of a peer, which its program prints last.
+
+    Raises:
+        UserError: the environment cannot run it.
+    """
+    command = [python, "-c", program, str(train), str(torch.get_num_threads())]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"{python} could not run {name}: {error}") from error
     if done.returncode != 0:
-        raise UserError(f"{python} could not run RecTools: {done.stderr.strip()[-300:]}")
-    theirs = json.loads(done.stdout.strip().splitlines()[-1])
-    return row("SASRec epoch, full softmax", times[1] - times[0], "RecTools 0.19", theirs)
+        raise UserError(f"{python} could not run {name}: {done.stderr.strip()[-300:]}")
+    return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -170,15 +227,23 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data_path", type=Path, required=True, help="processed folder")
-    parser.add_argument(
-        "--rectools_python", required=True, help="of an environment that has RecTools"
-    )
+    for peer in ("RecTools", "RePlay"):
+        parser.add_argument(
+            f"--{peer.lower()}_python", metavar="PYTHON", help=f"of an environment that has {peer}"
+        )
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     args = parser.parse_args(argv)
+    given = {
+        "RecTools 0.19": (args.rectools_python, RECTOOLS),
+        "RePlay 0.22": (args.replay_python, REPLAY),
+    }
+    peers = {name: peer for name, peer in given.items() if peer[0]}
+    if not peers:
+        parser.error("no peer: give --rectools_python, --replay_python or both")
     pin_threads(args.threads)
-    values = sasrec_epoch(args.data_path, args.rectools_python)
     print(header())
-    print(line(values))
+    for values in sasrec_epochs(args.data_path, peers):
+        print(line(values), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import encoder, measure, ranking, sentences, stages, tricks
+from benchmarks import encoder, measure, ranking, sentences, sequence_models, stages, tricks
 from benchmarks.measure import Work, in_turns, line, measure_case, row, run_alone
 from recformer import RecformerConfig
 from recformer.files import UserError
@@ -276,6 +276,21 @@ def test_the_onnx_peer_answers_each_call_or_ends_the_benchmark(tmp_path: Path) -
     peer()
     with pytest.raises((SystemExit, BrokenPipeError)):
         peer()
+
+
+def test_a_peer_prints_its_seconds_or_is_named(tmp_path: Path) -> None:
+    train = tmp_path / "train.json"
+    train.write_text("3.5")
+    program = (
+        "import sys; print('noise'); print(float(open(sys.argv[1]).read()) * int(sys.argv[2]))"
+    )
+    seconds = sequence_models.peer_epoch("Peer 1", sys.executable, program, train)
+    assert seconds == 3.5 * torch.get_num_threads()
+    for python, said in ((sys.executable, "no replay"), (str(tmp_path / "nowhere"), "nowhere")):
+        with pytest.raises(UserError, match=rf"could not run Peer 1.*{said}"):
+            sequence_models.peer_epoch("Peer 1", python, "raise SystemExit('no replay')", train)
+    for program in (sequence_models.RECTOOLS, sequence_models.REPLAY):
+        compile(program, "peer", "exec")
 
 
 def test_operators_of_a_step_are_sorted_by_what_they_do() -> None:
