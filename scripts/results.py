@@ -67,9 +67,9 @@ def reproduced(name: str, figures: Path) -> str:
         return text
     rows = []
     for row in lacking:
-        expected = ", ".join(f"{metric} {value:g}" for metric, value in row.expected.items())
+        form, share = (".4f", "") if isinstance(row, Run) else ("g", " of it")
+        expected = ", ".join(f"{metric} {value:{form}}" for metric, value in row.expected.items())
         minutes = experiment.minutes(row) if isinstance(row, Run) else row.minutes
-        share = "" if isinstance(row, Run) else " of it"
         off = f"{row.tolerance:g}{share}"
         rows.append([row.name, expected, off, f"{minutes:g}" if minutes else ""])
     heads = ["not run here", "expected", "may differ by", "minutes on two cores"]
