@@ -23,25 +23,36 @@ from lightning import Callback, seed_everything
 from safetensors.torch import save
 
 from baselines.arguments import BaselineArguments, BaselineRunArguments, read_config
-from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
-from baselines.models import GENERATE, Built, build
+from baselines.generative.accuracy import (
+    CodeAccuracy,
+    format_code_accuracy,
+    format_code_losses,
+)
+from baselines.generative.entropy import CodeEntropies
+from baselines.generative.recommender import CodeRecommender
+from baselines.models import Built, build
 from baselines.sequence.collators import CausalCollator
 from baselines.settings import GenerativeSettings, Settings
 from baselines.windows import PICTURE, TABLE, go_on_from, run_windows, weights_checksum
 from recformer.cli import exit_with_message, fill, flags_parser, keep_freed_memory
 from recformer.data.datamodule import SeqRecDataModule
+from recformer.data.overfit import OverfitView
 from recformer.data.processed import ProcessedFolder
 from recformer.data.windows import Windows, WindowView
 from recformer.evaluation.over_time import format_over_time
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
 from recformer.evaluation.runs import RunResult, StageResult
-from recformer.files import atomic_folder, write_checksums, write_json
+from recformer.files import UserError, atomic_folder, write_checksums, write_json
 from recformer.processes import is_first, say
 from recformer.training.experiment import Experiment
 from recformer.training.history import plot_history
 from recformer.training.seeds import run_seeds, summarize
 from recformer.training.trainer import Compute
+
+#: Flags that later versions brought, at the value that stands for what was before: left out of
+#: run.json, so that earlier runs go on.
+SINCE = {"schedule": "constant", "optimizer": "adamw"}
 
 
 def run(args: BaselineRunArguments, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -77,6 +88,11 @@ def run(args: BaselineRunArguments, callbacks: Sequence[Callback] = ()) -> dict[
         f"split {folder.split_hash[:12]}"
     )
     windows = Windows.of(folder)
+    if args.overfit_users is not None:
+        if windows is not None:
+            raise UserError(f"--overfit_users: {args.data_path} is split by windows, leave it out")
+        folder = OverfitView.of(folder, args.overfit_users, args.seed)
+        say(f"{args.overfit_users:,} users are trained on, and judged on what they are trained on")
     if windows is None:
         return run_one(args, settings, folder, started=started, callbacks=callbacks).as_dict()
 
@@ -132,24 +148,28 @@ def run_one(
         args.eval_users,
         args.seed,
         args.test_users,
+        built.every_prefix,
     )
-    flags = asdict(args)
+    flags = asdict(args) | settings.as_dict()
     if not of_window:
         del flags["windows"]  # means nothing here
+    for name, value in SINCE.items():
+        if flags.get(name) == value:
+            del flags[name]
     experiment = Experiment(
         args,
         compute,
         built.model,
         data,
         flags
-        | settings.as_dict()
         | of_window
         | {"split_hash": folder.split_hash, "semantic_ids_hash": built.semantic_ids_hash}
         | ({} if built.content_hash is None else {"content_hash": built.content_hash}),
         ["training"],
         ("best_model", "curves.png"),
         project=args.model,
-        schedule="constant",
+        schedule=args.schedule,
+        optimizer=args.optimizer,
     )
     trains = built.train_collator is not None and not args.evaluate_only
     leaves = ("curves.png", "best_model") if trains else ()
@@ -164,6 +184,8 @@ def run_one(
         print(report({args.model: result.test}, args.metric))
         if generative:
             print(format_code_accuracy(result.test["code_accuracy"]))
+            if "code_loss" in result.test:  # not in runs of before
+                print(format_code_losses(result.test["code_loss"], result.test["code_entropy"]))
         written = ", ".join(("metrics.json", "ranks", *leaves))
         print(f"written to {experiment.output_dir}: {written}")
     return result
@@ -181,12 +203,16 @@ def train_and_evaluate(
     """Do what is left of `run`, which began at `started` by the monotonic clock."""
     trains = built.train_collator is not None and not args.evaluate_only
     stages: dict[str, StageResult] = {}
+    model = built.model
+    around: list[Callback] = []
+    if isinstance(model, CodeRecommender):
+        codes = model.item_tokens.cpu().numpy()
+        around = [CodeAccuracy(CodeEntropies.of_training(codes, folder.train))]
     name = "published" if args.evaluate_only else "untrained"
     if trains:
         name = "trained"
-        stages["training"] = experiment.train("training", args.patience, callbacks)
-    around = [CodeAccuracy] if args.model in GENERATE else []
-    evaluations = {name: experiment.evaluate(name, lambda: [make() for make in around])}
+        stages["training"] = experiment.train("training", args.patience, [*around, *callbacks])
+    evaluations = {name: experiment.evaluate(name, lambda: around)}
     weights = [p for p in built.model.parameters() if p.requires_grad]
     result = experiment.result(
         evaluations,

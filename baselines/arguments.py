@@ -28,8 +28,22 @@ class BaselineRunArguments(RunArguments):
     num_train_epochs: int = flag(200, "epochs at most")
     batch_size: int = flag(128, "users a process and step")
     gradient_accumulation_steps: int = flag(1, "batches an optimizer step")
-    learning_rate: float = flag(1e-3, "learning rate of AdamW, constant")
+    learning_rate: float | None = flag(  # type: ignore[assignment]
+        None, "learning rate after the warm-up; unset: 0.001, or 0.01 of adafactor"
+    )
     warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
+    schedule: str = flag(
+        "constant",
+        "learning rate after the warm-up: constant, or inverse_sqrt of the step",
+        choices=["constant", "inverse_sqrt"],
+    )
+    optimizer: str | None = flag(
+        None,
+        "adamw; or adafactor, whose learning rate is relative to the size of each tensor's "
+        "weights and never above 1 / sqrt(step), as T5 and TIGER were trained; unset: adafactor "
+        "for tiger, adamw for the others",
+        choices=["adamw", "adafactor"],
+    )
     max_grad_norm: float = flag(0.0, "gradients are clipped to this norm; 0 for no clipping")
     verbose: int = flag(1, "epochs between validations; the last epoch is always validated")
     patience: int = flag(10, "validations without gain before training ends")
@@ -39,7 +53,18 @@ class BaselineRunArguments(RunArguments):
         "train on what the last one brought; or scratch, on all before it",
         choices=["incremental", "scratch"],
     )
+    overfit_users: int | None = flag(
+        None,
+        "train on a seeded sample of so many users alone, and judge them on the last item of their "
+        "training sequences: Recall@10 near 1 says that the model can learn at all",
+    )
     evaluate_only: bool = flag(False, "rank with the weights of --from_published, do not train")
+
+    def __post_init__(self) -> None:
+        if self.optimizer is None:
+            self.optimizer = "adafactor" if self.model == "tiger" else "adamw"
+        if self.learning_rate is None:
+            self.learning_rate = 0.01 if self.optimizer == "adafactor" else 1e-3
 
     def check(self) -> None:
         """Refuse values that would only fail later, those of the model's settings too.
@@ -51,6 +76,8 @@ class BaselineRunArguments(RunArguments):
             raise UserError(f"--patience {self.patience}: must be at least 1")
         if self.evaluate_only and not self.own().get("from_published"):
             raise UserError("--evaluate_only goes with --from_published: else nothing was trained")
+        if self.overfit_users is not None and self.overfit_users < 1:
+            raise UserError(f"--overfit_users {self.overfit_users}: must be at least 1")
         self.settings()
         super().check()
 

@@ -82,6 +82,7 @@ class Built:
         semantic_ids_hash: of the items' codes and the sizes of their codebooks; None without codes.
         content_hash: of what else it reads beside item ids: texts or their vectors, features,
             published weights; None where it reads nothing of these.
+        every_prefix: `train_collator` wants every beginning of a training sequence.
     """
 
     model: nn.Module
@@ -89,6 +90,7 @@ class Built:
     eval_collator: Callable
     semantic_ids_hash: str | None = None
     content_hash: str | None = None
+    every_prefix: bool = False
 
 
 def build(model: str, settings: Settings, folder: ProcessedFolder) -> Built:
@@ -240,7 +242,9 @@ def _build_generative(settings: GenerativeSettings, folder: ProcessedFolder) -> 
     network: CodeRecommender
     if isinstance(settings, TigerSettings):
         network = Tiger(ids.codes, ids.codebook_size, settings)
-        return Built(network, TigerTrainCollator(length), collator, _hash(ids))
+        every = settings.targets == "all"
+        train_collator = TigerTrainCollator(length, last=every)
+        return Built(network, train_collator, collator, _hash(ids), every_prefix=every)
     network = Gpt2Codes(ids.codes, ids.codebook_size, settings)
     return Built(network, Gpt2CodesTrainCollator(length), collator, _hash(ids))
 

@@ -18,6 +18,7 @@ from recformer.training.arguments import flag
 
 LOSSES = ("softmax", "sampled_softmax", "bce", "gbce", "bpr_max", "top1_max", "in_batch")
 SOFTMAXES = ("softmax", "sampled_softmax", "in_batch")
+TARGETS = ("one", "all")
 WEIGHTINGS = ("tfidf", "bm25")
 
 
@@ -120,7 +121,7 @@ class NetworkSettings(Settings):
 class AttentionSettings(NetworkSettings):
     """Settings of models with attention."""
 
-    num_heads: int = flag(2, "attention heads; of tiger 64 wide each")
+    num_heads: int = flag(2, "attention heads; of tiger --head_size wide each")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -344,6 +345,19 @@ class GenerativeSettings(AttentionSettings):
 @dataclass(frozen=True)
 class TigerSettings(GenerativeSettings):
     """Settings of TIGER; sizes are the paper's (section 4)."""
+
+    head_size: int = flag(64, "width of an attention head")
+    feed_forward_size: int = flag(1024, "")
+    targets: str = flag(
+        "one",
+        "of each training sequence and epoch: one item at random, or all, every item but the first "
+        "after those before it",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "head_size", "feed_forward_size")
+        _one_of(self, "targets", TARGETS)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,17 @@ from baselines.generative.recommender import (
     START,
     CodeRecommender,
     Read,
+    by_length,
+    code_loss,
     join_heads,
     pad_items,
     split_heads,
+    without_padding,
 )
 from baselines.settings import GenerativeSettings, Gpt2CodesSettings
-from recformer.data.batches import NO_LABEL, LabelledBatch
+from recformer.data.batches import LabelledBatch
 from recformer.data.collators import TrainExample
+from recformer.models.dropout import with_fast_dropout
 from recformer.models.losses import mean_over_processes
 
 
@@ -89,21 +93,27 @@ class Gpt2Codes(CodeRecommender):
                 eos_token_id=None,
             )
         )
+        with_fast_dropout(self.gpt2)
 
     def input_ids(self, items: Tensor) -> Tensor:
         """START and the codes of padded items, int64 (B, n) -> (B, 1 + n * L)."""
         return F.pad(self.history_tokens(items), (1, 0), value=START)
 
-    def training_loss(self, batch: LabelledBatch) -> Tensor:
+    def training_loss(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """Mean cross-entropy of all codes of all items, each after everything before it.
 
-        With several processes, of the codes of all their batches.
+        With several processes `loss` is of the codes of all their batches; see `losses_of`.
         """
-        tokens = self.input_ids(batch.labels)
-        # Padding is at the end, where no code of an item can look: it needs no mask.
-        labels = tokens.masked_fill(tokens == START, NO_LABEL)
-        loss = self.gpt2(input_ids=tokens, labels=labels).loss
-        return mean_over_processes(loss, int((labels != NO_LABEL).sum()))
+        losses = []
+        for rows in by_length(batch.labels):
+            tokens = self.input_ids(without_padding(batch.labels[rows]))  # (G, P)
+            # Padding is at the end, where no code of an item can look: it needs no mask.
+            hidden = self.gpt2.transformer(input_ids=tokens[:, :-1], use_cache=False)[0]
+            real = tokens[:, 1:] != START
+            losses.append(code_loss(self.gpt2.lm_head(hidden[real]), tokens[:, 1:][real]))
+        codes = torch.cat(losses).view(-1, self.trie.num_levels)  # of every item
+        found = self.losses_of(codes)
+        return found | {"loss": mean_over_processes(found["loss"], codes.numel())}
 
     def start(self, history: Tensor) -> tuple[Tensor, Gpt2Read]:
         """Read each history once; logits of the first code, (B, 1, V)."""

@@ -24,8 +24,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from baselines.generative.trie import CodeTrie
+from baselines.sequence.padding import row_groups
 from baselines.settings import GenerativeSettings
 from recformer.data.batches import EvalBatch
 from recformer.data.collators import EvalExample, eval_batch
@@ -37,6 +39,9 @@ from recformer.files import UserError
 START = 0  # token that an item is written after, and padding; codes have tokens from 1 on
 NO_ITEM = -1  # pads histories, and lists of generated items that have come to an end
 ITEMS_AT_ONCE = 128  # of `score_items`, for each user of the batch
+# What a further call of the network costs, in items of padding.
+CALL_COST = {"cpu": 128}
+CALL_COST_ELSEWHERE = 4096
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,17 @@ class CodeUsers:
 
 @dataclass(frozen=True)
 class CodeRanks(TargetRanks):
-    """Ranks of the targets, and how far the codes of the best item agree with the target's.
+    """Ranks of the targets, and what the model says of their codes.
 
     Attributes:
-        codes_right: int64 (B,), 0 .. L: the first `codes_right` codes are the same.
+        codes_right: int64 (B,), 0 .. L: the first `codes_right` codes of the best item are the
+            target's.
+        code_losses: float32 (B, L), cross-entropy of each code of the target after those before it,
+            in nats.
     """
 
     codes_right: NDArray[np.int64]
+    code_losses: NDArray[np.float32]
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
@@ -177,6 +186,18 @@ class CodeRecommender(nn.Module, Recommender[Tensor, CodeUsers]):
             parents: int64 (B, W), the beam of the step before that each continues.
             tokens: int64 (B, W), what each adds.
         """
+
+    def losses_of(self, codes: Tensor) -> dict[str, Tensor]:
+        """What `training_loss` returns.
+
+        Args:
+            codes: cross-entropy of codes, (P, L) of P items.
+
+        Returns:
+            `loss`, the mean of all, and `code_loss@1` .. `code_loss@L`, those of the levels; nats.
+        """
+        levels = enumerate(codes.detach().mean(0).unbind(), start=1)
+        return {"loss": codes.mean()} | {f"code_loss@{level}": loss for level, loss in levels}
 
     def history_tokens(self, items: Tensor) -> Tensor:
         """Tokens of padded items, int64 (B, n) -> (B, n * L); START where there is no item."""
@@ -254,6 +275,22 @@ class CodeRecommender(nn.Module, Recommender[Tensor, CodeUsers]):
         return scores
 
     @torch.no_grad()
+    def code_losses(self, users: CodeUsers, items: Tensor) -> Tensor:
+        """Cross-entropy of the codes of one item (B,) a user, each after those before it.
+
+        Returns:
+            float32 (B, L), nats; the sum of a row is less the item's log-probability.
+        """
+        tokens, logits, read = self.item_tokens[items], users.logits, users.read
+        same = torch.zeros_like(tokens[:, :1])
+        losses = []
+        for level in range(self.trie.num_levels):
+            losses.append(code_loss(logits[:, 0], tokens[:, level]))
+            if level < self.trie.num_levels - 1:
+                logits, read = self.step(read, same, tokens[:, level : level + 1])
+        return torch.stack(losses, dim=1)
+
+    @torch.no_grad()
     def read(self, history: Tensor, seen: Pairs) -> CodeUsers:
         rows, items = (torch.as_tensor(side, device=history.device) for side in seen)
         return CodeUsers(*self.start(history), (rows, items))
@@ -283,7 +320,8 @@ class CodeRecommender(nn.Module, Recommender[Tensor, CodeUsers]):
         agree = self.item_tokens[best] == self.item_tokens[targets]  # (B, L)
         agree &= (best != NO_ITEM)[:, None]
         codes_right = agree.cumprod(1).sum(1).cpu().numpy()
-        return CodeRanks(ranks.above, ranks.tied, ranks.num_candidates, codes_right)
+        losses = self.code_losses(users, targets).cpu().numpy()
+        return CodeRanks(ranks.above, ranks.tied, ranks.num_candidates, codes_right, losses)
 
     @torch.no_grad()
     def rank_among(
@@ -353,6 +391,26 @@ def ranks_among(generated: Generated, targets: Tensor, num_candidates: Tensor) -
     above = torch.where(found, (generated.log_probs > score).sum(1), num_candidates - 1)
     tied = torch.where(found, (generated.log_probs == score).sum(1) - 1, 0)
     return TargetRanks(above.cpu().numpy(), tied.cpu().numpy(), num_candidates.cpu().numpy())
+
+
+def code_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy (P,) of tokens (P,) under logits (P, V), float32, in nats."""
+    return F.cross_entropy(logits.float(), tokens, reduction="none")
+
+
+def by_length(items: Tensor) -> list[Tensor]:
+    """Padded items (B, n) in groups of similar lengths: rows of each, int64, the shortest first.
+
+    The host waits once for a device, for the lengths.
+    """
+    lengths = (items != NO_ITEM).sum(1).cpu().numpy()
+    cost = CALL_COST.get(items.device.type, CALL_COST_ELSEWHERE)
+    return [torch.from_numpy(rows).to(items.device) for rows in row_groups(lengths, cost)]
+
+
+def without_padding(items: Tensor) -> Tensor:
+    """Padded items (B, n) up to the end of the longest row, (B, m)."""
+    return items[:, : int((items != NO_ITEM).any(0).sum())]
 
 
 def pad_items(sequences: Sequence[np.ndarray], max_items: int) -> Tensor:

@@ -26,23 +26,36 @@ from baselines.generative.recommender import (
     START,
     CodeRecommender,
     Read,
+    by_length,
+    code_loss,
     join_heads,
     pad_items,
     split_heads,
+    without_padding,
 )
 from baselines.settings import TigerSettings
 from recformer.data.batches import TrainBatch
 from recformer.data.collators import TrainExample, target_position
+from recformer.models.dropout import with_fast_dropout
 
 
 class TigerTrainCollator:
-    """Training batches: the history before a random position, and the item at it as the label."""
+    """Training batches: the history before a random position, and the item at it as the label.
 
-    def __init__(self, max_items: int) -> None:
+    Args:
+        max_items: newest items of a history.
+        last: the position is the last one, not a random one.
+    """
+
+    def __init__(self, max_items: int, last: bool = False) -> None:
         self.max_items = max_items
+        self.last = last
 
     def __call__(self, examples: Sequence[TrainExample]) -> TrainBatch[Tensor]:
-        positions = [target_position(len(e.items), e.seed) for e in examples]
+        if self.last:
+            positions = [len(e.items) - 1 for e in examples]
+        else:
+            positions = [target_position(len(e.items), e.seed) for e in examples]
         histories = [e.items[:p] for e, p in zip(examples, positions, strict=True)]
         labels = [int(e.items[p]) for e, p in zip(examples, positions, strict=True)]
         return TrainBatch(torch.tensor(labels), pad_items(histories, self.max_items))
@@ -70,7 +83,6 @@ class Tiger(CodeRecommender):
     Args:
         codes, codebook_size: as in `CodeRecommender`.
         settings: sizes of encoder and decoder alike, dropout, and how items are generated.
-        head_size, intermediate_size: of encoder and decoder alike, as in the paper.
     """
 
     def __init__(
@@ -78,8 +90,6 @@ class Tiger(CodeRecommender):
         codes: ArrayLike,
         codebook_size: Sequence[int],
         settings: TigerSettings | None = None,
-        head_size: int = 64,
-        intermediate_size: int = 1024,
     ) -> None:
         settings = settings or TigerSettings()
         super().__init__(codes, codebook_size, settings.num_beams, settings.exact_rank)
@@ -87,8 +97,8 @@ class Tiger(CodeRecommender):
             T5Config(
                 vocab_size=self.num_tokens,
                 d_model=settings.hidden_size,
-                d_kv=head_size,
-                d_ff=intermediate_size,
+                d_kv=settings.head_size,
+                d_ff=settings.feed_forward_size,
                 num_layers=settings.num_layers,
                 num_heads=settings.num_heads,
                 dropout_rate=settings.dropout,
@@ -97,6 +107,7 @@ class Tiger(CodeRecommender):
                 eos_token_id=None,
             )
         )
+        with_fast_dropout(self.t5)
 
     def encoder_inputs(self, history: Tensor) -> dict[str, Tensor]:
         """Tokens of histories (B, n), and 0 where they are none: two (B, S)."""
@@ -106,10 +117,16 @@ class Tiger(CodeRecommender):
             "attention_mask": real.repeat_interleave(self.trie.num_levels, dim=1).long(),
         }
 
-    def training_loss(self, batch: TrainBatch[Tensor]) -> Tensor:
-        """Mean cross-entropy of the target's codes, each after the ones before."""
-        labels = self.item_tokens[batch.labels]
-        return self.t5(**self.encoder_inputs(batch.history), labels=labels).loss
+    def training_loss(self, batch: TrainBatch[Tensor]) -> dict[str, Tensor]:
+        """Mean cross-entropy of the target's codes, each after the ones before; see `losses_of`."""
+        losses = []
+        for rows in by_length(batch.history):
+            tokens = self.item_tokens[batch.labels[rows]]  # (G, L)
+            inputs = self.encoder_inputs(without_padding(batch.history[rows]))
+            written = F.pad(tokens[:, :-1], (1, 0), value=START)
+            logits = self.t5(**inputs, decoder_input_ids=written, use_cache=False).logits
+            losses.append(code_loss(logits.flatten(0, 1), tokens.flatten()))
+        return self.losses_of(torch.cat(losses).view(-1, self.trie.num_levels))
 
     def start(self, history: Tensor) -> tuple[Tensor, TigerRead]:
         """Encode each user once; logits of the first code, (B, 1, V)."""

@@ -23,26 +23,40 @@ EVAL_BATCH_SIZE = 64  # users; memory only, no figure depends on it
 
 
 class TrainDataset(Dataset):
-    """Training sequences of at least two items, fetched a batch at a time by (row, seed) pairs."""
+    """Training sequences of at least two items, fetched a batch at a time by (row, seed) pairs.
+
+    Args:
+        sequences: one a user.
+        user_ids: rows to train on, None for all of two items or more.
+        starts: where each sequence begins among the folder's interactions.
+        every_prefix: an example is a sequence up to one of its items, each but the first.
+    """
 
     def __init__(
         self,
         sequences: Sequences,
         user_ids: np.ndarray | None = None,
         starts: np.ndarray | None = None,
+        every_prefix: bool = False,
     ) -> None:
         self.sequences = sequences
         self.starts = sequences.offsets if starts is None else starts
         self.user_ids = np.flatnonzero(sequences.lengths >= 2) if user_ids is None else user_ids
+        self.lengths = sequences.lengths[self.user_ids]
+        if every_prefix:
+            counts = self.lengths - 1  # of targets
+            self.user_ids = np.repeat(self.user_ids, counts)
+            place = np.arange(len(self.user_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+            self.lengths = place + 2
 
     def __len__(self) -> int:
         return len(self.user_ids)
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> list[TrainExample]:
-        users = [(int(self.user_ids[row]), seed) for row, seed in keys]
+        rows = [(int(self.user_ids[row]), int(self.lengths[row]), seed) for row, seed in keys]
         return [
-            TrainExample(user, self.sequences[user], seed, int(self.starts[user]))
-            for user, seed in users
+            TrainExample(user, self.sequences[user][:length], seed, int(self.starts[user]))
+            for user, length, seed in rows
         ]
 
 
@@ -188,6 +202,7 @@ class SeqRecDataModule(LightningDataModule):
             that runs over the same data judge the same users.
         max_tokens: tokens a process and step instead of `batch_size` users.
         tokens: of `max_tokens`; from sequences, and the rows to train on, to what counts tokens.
+        every_prefix: an epoch has every beginning of a training sequence, see `TrainDataset`.
 
     Attributes:
         num_test_users: all of them, sampled or not.
@@ -208,6 +223,7 @@ class SeqRecDataModule(LightningDataModule):
         test_users: int | None = None,
         max_tokens: int | None = None,
         tokens: Callable[[Sequences, np.ndarray], HistoryTokens] | None = None,
+        every_prefix: bool = False,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -215,7 +231,7 @@ class SeqRecDataModule(LightningDataModule):
         self.eval_collator = eval_collator
         self.num_workers = num_workers
         self.train_set = TrainDataset(
-            folder.train, folder.train_users, folder.interaction_offsets()
+            folder.train, folder.train_users, folder.interaction_offsets(), every_prefix
         )
         self.train_sampler = EpochBatchSampler(
             len(self.train_set),

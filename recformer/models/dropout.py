@@ -95,3 +95,18 @@ def add_dropout(residual: Tensor, x: Tensor, p: float, training: bool) -> Tensor
     if x.device.type != "cpu":
         return residual + torch.nn.functional.dropout(x, p)
     return torch.add(residual, drop(x, p), alpha=keep_scale(p))
+
+
+class Dropout(torch.nn.Dropout):
+    """`torch.nn.Dropout` by `dropout`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout(input, self.p, self.training)
+
+
+def with_fast_dropout(module: torch.nn.Module) -> None:
+    """Put a `Dropout` in place of every `torch.nn.Dropout` within a module."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is torch.nn.Dropout:
+                setattr(parent, name, Dropout(child.p))

@@ -48,7 +48,7 @@ class Experiment:
         stages: names of the stages that this kind of run may have.
         written: names of further files and folders that it leaves there.
         project: name of the project in W&B.
-        schedule: of the learning rate, see `LitWrapper`.
+        schedule, optimizer: see `LitTraining`.
 
     Attributes:
         folder: the output folder.
@@ -71,13 +71,14 @@ class Experiment:
         written: Sequence[str],
         project: str = "recformer",
         schedule: str = "linear",
+        optimizer: str = "adamw",
     ) -> None:
         if args.protocol is not None:
             Protocol.load(args.protocol).check_folder(data.folder.path, data.folder.dataset)
         if args.sampled_negatives is not None:
             check_sampled_negatives(data.folder, args.sampled_negatives)
         self.args, self.compute, self.model, self.data = args, compute, model, data
-        self.schedule = schedule
+        self.schedule, self.optimizer = schedule, optimizer
         settings = {name: value for name, value in settings.items() if name != "data_path"}
         self.folder = RunFolder.claim(
             args.output_dir,
@@ -101,6 +102,7 @@ class Experiment:
             weight_decay=args.weight_decay,
             warmup_steps=args.warmup_steps,
             schedule=self.schedule,
+            optimizer=self.optimizer,
             metric_ks=tuple(args.metric_ks),
             ties=args.ties,
             filter_seen=args.filter_seen,

@@ -56,6 +56,11 @@ class History(Callback):
         row: dict[str, Any] = {"stage": self.stage, "epoch": trainer.current_epoch + 1}
         row["step"] = trainer.global_step
         row["train/loss"] = metrics["train/loss_epoch"]
+        row |= {
+            name.removesuffix("_epoch"): value
+            for name, value in metrics.items()
+            if name.startswith("train/") and name.endswith("_epoch")
+        }
         row["seconds"] = round(time.monotonic() - self._started, 2)
         interval = trainer.check_val_every_n_epoch
         validated = interval is None or row["epoch"] % interval == 0

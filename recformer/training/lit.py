@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
     get_linear_schedule_with_warmup,
 )
 
@@ -87,12 +88,15 @@ def parameter_groups(
 class LitTraining(lightning.LightningModule):
     """A model with its optimizer and schedule; subclasses add validation.
 
-    AdamW, its learning rate warmed up over `warmup_steps` optimizer steps.
+    The learning rate is warmed up over `warmup_steps` optimizer steps.
 
     Args:
         model: a `Trainable`, or a model that is never trained.
-        learning_rate, weight_decay, warmup_steps: of AdamW and its schedule.
-        schedule: `linear` or `cosine` (down to 0 at the last step) or `constant` after the warm-up.
+        learning_rate, weight_decay, warmup_steps: of the optimizer and its schedule.
+        schedule: `linear` or `cosine` (down to 0 at the last step), `constant` after the warm-up,
+            or `inverse_sqrt`, in proportion to 1 / sqrt(step) after it.
+        optimizer: `adamw`; or `adafactor` (Shazeer and Stern, 2018), whose learning rate is
+            relative to the size of each tensor's weights and never above 1 / sqrt(step).
         seed: dropout of each step depends on it, epoch, step and process alone, so that a resumed
             run goes on as the uninterrupted one would have.
     """
@@ -104,6 +108,7 @@ class LitTraining(lightning.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         schedule: str = "linear",
+        optimizer: str = "adamw",
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -112,16 +117,23 @@ class LitTraining(lightning.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule = schedule
+        self.optimizer = optimizer
         self.seed = seed
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.weight_decay, self.learning_rate)
-        # With float16 gradients are unscaled and clipped before the step; the fused kernel would
-        # unscale them itself, too late for that.
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adafactor":
+            optimizer = torch.optim.Adafactor(groups, lr=self.learning_rate)
+        else:
+            # With float16 gradients are unscaled and clipped before the step; the fused kernel
+            # would unscale them itself, too late for that.
+            fused = self.trainer.precision != "16-mixed"
+            optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
         if self.schedule == "constant":
             schedule = get_constant_schedule_with_warmup(optimizer, self.warmup_steps)
+        elif self.schedule == "inverse_sqrt":
+            schedule = get_inverse_sqrt_schedule(optimizer, self.warmup_steps)
         else:
             shape = get_cosine_schedule_with_warmup
             if self.schedule == "linear":
@@ -167,7 +179,7 @@ class LitTraining(lightning.LightningModule):
         # Of this process: with several, the log shows the first one's share of each batch.
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=size, prog_bar=True)
         for name, part in parts.items():
-            self.log(f"train/{name}", part.detach(), on_step=True, on_epoch=False)
+            self.log(f"train/{name}", part.detach(), on_step=True, on_epoch=True, batch_size=size)
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0], on_step=True, on_epoch=False)
         return loss
 
@@ -189,7 +201,7 @@ class LitWrapper(LitTraining):
         num_items: size of the catalogue, for coverage, Gini and sampled negatives.
         sampled_negatives: rank the targets of a test also among so many sampled items.
         options: of the optimizer and its schedule: `learning_rate`, `weight_decay`, `warmup_steps`,
-            `schedule` and `seed`, see `LitTraining`.
+            `schedule`, `optimizer` and `seed`, see `LitTraining`.
     """
 
     def __init__(

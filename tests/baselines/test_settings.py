@@ -47,7 +47,8 @@ def test_defaults_are_the_published_and_the_saved_ones() -> None:
         "gru4rec": sequence | {"num_layers": 1},
         "bert4rec": sequence | transformer | {"arch": "bert", "objective": "mlm"},
         "transformer": sequence | transformer,
-        "tiger": generative,
+        "tiger": generative
+        | {"head_size": 64, "feed_forward_size": 1024, "targets": "one"},
         "gpt2_codes": generative | {"num_heads": 4},
     }  # fmt: skip
     given = {"tiger": {"semantic_ids": "f"}, "gpt2_codes": {"semantic_ids": "f"}}
@@ -122,3 +123,15 @@ def test_settings_that_make_no_sense_are_refused(model, given, message) -> None:
 def test_earlier_names_of_objectives_mean_the_same() -> None:
     assert settings_of("bert4rec", {"objective": "masked"}) == settings_of("bert4rec", {})
     assert settings_of("transformer", {"objective": "causal"}) == settings_of("transformer", {})
+
+
+def test_optimizer_and_rate_of_each_model() -> None:
+    def chosen(**flags: object) -> tuple[str | None, float | None]:
+        args = BaselineArguments(**flags)
+        return args.optimizer, args.learning_rate
+
+    assert chosen(model="sasrec") == ("adamw", 1e-3)
+    assert chosen(model="gpt2_codes") == ("adamw", 1e-3)
+    assert chosen(model="tiger") == ("adafactor", 1e-2)
+    assert chosen(model="tiger", optimizer="adamw") == ("adamw", 1e-3)
+    assert chosen(model="sasrec", optimizer="adafactor", learning_rate=0.5) == ("adafactor", 0.5)

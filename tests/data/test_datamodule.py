@@ -139,6 +139,17 @@ def test_loaders_of_a_small_folder(folder):
     assert [e.items.tolist() for e in validation] == [[0, 1, 2], [3, 0], [1, 3], [0, 1, 2, 3]]
 
 
+def test_every_beginning_of_a_sequence_by_hand():
+    sequences = Sequences.from_lists([[1, 2, 3], [4], [5, 6], []])
+    whole = TrainDataset(sequences)
+    assert [e.items.tolist() for e in whole[[(0, 7), (1, 8)]]] == [[1, 2, 3], [5, 6]]
+    every = TrainDataset(sequences, every_prefix=True)
+    assert len(every) == 3
+    found = every[[(2, 1), (0, 2), (1, 3)]]
+    assert [e.items.tolist() for e in found] == [[5, 6], [1, 2], [1, 2, 3]]
+    assert [(e.user_id, e.start, e.seed) for e in found] == [(2, 4, 1), (0, 0, 2), (0, 0, 3)]
+
+
 def test_workers_change_nothing(folder):
     def draws(workers: int) -> list:
         loader = module(folder, num_workers=workers).train_dataloader()

@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from baselines.generative import gpt2_codes
-from baselines.generative.accuracy import CodeAccuracy, format_code_accuracy
+from baselines.generative.accuracy import (
+    CodeAccuracy,
+    format_code_accuracy,
+    format_code_losses,
+)
+from baselines.generative.entropy import CodeEntropies
 from baselines.generative.gpt2_codes import Gpt2Codes, Gpt2CodesTrainCollator
 from baselines.generative.recommender import (
     NO_ITEM,
@@ -32,6 +37,7 @@ from baselines.sequence.item_table import CodeItemEmbedding
 from baselines.settings import Gpt2CodesSettings, TigerSettings
 from recformer.data.batches import EvalBatch, TrainBatch
 from recformer.data.collators import EvalExample, TrainExample
+from recformer.data.sequences import Sequences
 from recformer.files import UserError
 from recformer.training.lit import LitWrapper
 
@@ -41,7 +47,8 @@ SIZES = [4, 4, 5]  # one code more at the last level than any item has
 
 def tiger(codes: np.ndarray, **options: Any) -> Tiger:
     sizes = {"hidden_size": 16, "num_heads": 2, "num_layers": 2}
-    return Tiger(codes, SIZES, TigerSettings(**sizes | options), head_size=8, intermediate_size=32)
+    sizes |= {"head_size": 8, "feed_forward_size": 32}
+    return Tiger(codes, SIZES, TigerSettings(**sizes | options))
 
 
 def gpt2(codes: np.ndarray, **options: Any) -> Gpt2Codes:
@@ -197,6 +204,62 @@ def test_code_accuracy_in_words() -> None:
     assert format_code_accuracy({"1": 0.5, "2": 0.25}) == (
         "codes of the best item that are right, no figures of items: first 1 0.5000, first 2 0.2500"
     )
+
+
+def test_losses_of_codes_by_hand() -> None:
+    # Item 1 is (0, 1): .6, then .5 after it; item 2 is (1, 0): .4, then .9.
+    model = TwoLevels()
+    history = torch.tensor([[2, 1], [0, 1]])
+    users = model.read(history, (torch.tensor([0, 1]), torch.tensor([2, 0])))
+    losses = model.code_losses(users, torch.tensor([1, 2])).neg().exp()
+    torch.testing.assert_close(losses, torch.tensor([[0.6, 0.5], [0.4, 0.9]]))
+    ranks = model.rank(users, torch.tensor([1, 2]), filter_seen=False)
+    np.testing.assert_allclose(np.exp(-ranks.code_losses), [[0.6, 0.5], [0.4, 0.9]], rtol=1e-6)
+
+
+def test_entropies_by_hand() -> None:
+    # First codes 0, 0, 1, 1; second codes 0, 0, 0, 1: the second is known after 0.
+    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    found = CodeEntropies.of(codes, np.array([0, 0, 2, 3]))
+    quarter = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert found.alone == [pytest.approx(np.log(2)), pytest.approx(quarter)]
+    assert found.given_before == [pytest.approx(np.log(2)), pytest.approx(np.log(2) / 2)]
+    one = CodeEntropies.of(codes, np.array([1, 1]))
+    assert (one.alone, one.given_before) == ([0, 0], [0, 0])
+
+
+def test_entropies_leave_out_items_that_nothing_stands_before() -> None:
+    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    train = Sequences.from_lists([[3, 0, 0], [2, 2], [], [1], [3, 3], []])
+    expected = CodeEntropies.of(codes, np.array([0, 0, 2, 3]))
+    assert CodeEntropies.of_training(codes, train) == expected
+
+
+def test_losses_in_words() -> None:
+    entropies = {"alone": [2.5, 1.5], "given_before": [2.5, 0.75]}
+    assert format_code_losses({"1": 2.125, "2": 0.5}, entropies) == (
+        "loss of the target's codes in nats (their entropy in training after the codes before, and "
+        "alone): code 1 2.125 (2.500, 2.500), code 2 0.500 (0.750, 1.500)"
+    )
+
+
+@MODELS
+def test_training_loss_is_that_of_its_codes(make: Make, codes: np.ndarray) -> None:
+    """And of one padded batch as of the groups of similar lengths that it is cut into."""
+    model = randomised(make(codes))
+    draw = np.random.default_rng(3)
+    rows = [draw.integers(0, 40, 2 + place % 4) for place in range(60)]
+    collator: Any = {tiger: TigerTrainCollator, gpt2: Gpt2CodesTrainCollator}[make](MAX_ITEMS)
+    whole = model.training_loss(collator([TrainExample(u, row, u) for u, row in enumerate(rows)]))
+    parts = [whole[f"code_loss@{level}"].item() for level in (1, 2, 3)]
+    assert whole["loss"].item() == pytest.approx(np.mean(parts), rel=1e-6)
+    sums, count = np.zeros(3), 0
+    for user, row in enumerate(rows):
+        one = model.training_loss(collator([TrainExample(user, row, user)]))
+        number = 1 if make is tiger else len(row)
+        sums += [number * one[f"code_loss@{level}"].item() for level in (1, 2, 3)]
+        count += number
+    np.testing.assert_allclose(parts, sums / count, rtol=1e-5)
 
 
 def test_ranks_among_generated_items() -> None:
@@ -372,7 +435,15 @@ def test_gpt2_learns_every_code_of_every_item(codes: np.ndarray) -> None:
             history = torch.tensor([items[:place]], dtype=torch.int64)
             scores = model.score_items(history)
             total += scores[0, item].item()
-    assert model.training_loss(batch).item() == pytest.approx(-total / (7 * 3), rel=1e-5)
+    assert model.training_loss(batch)["loss"].item() == pytest.approx(-total / (7 * 3), rel=1e-5)
+
+
+def test_tiger_may_ask_for_the_last_item_alone() -> None:
+    items = np.array([5, 6, 7, 8, 9, 4])
+    examples = [TrainExample(0, items[:length], seed=length) for length in (2, 3, 6)]
+    batch = TigerTrainCollator(MAX_ITEMS, last=True)(examples)
+    assert batch.labels.tolist() == [6, 7, 4]
+    assert batch.history.tolist() == [[5, *[NO_ITEM] * 3], [5, 6, NO_ITEM, NO_ITEM], [6, 7, 8, 9]]
 
 
 def test_tiger_learns_the_codes_of_the_target(codes: np.ndarray) -> None:
@@ -380,7 +451,7 @@ def test_tiger_learns_the_codes_of_the_target(codes: np.ndarray) -> None:
     batch = TrainBatch(torch.tensor([6, 7]), torch.tensor([[1, 2, NO_ITEM], [3, 4, 5]]))
     scores = model.score_items(batch.history)
     expected = -(scores[0, 6] + scores[1, 7]).item() / (2 * 3)
-    assert model.training_loss(batch).item() == pytest.approx(expected, rel=1e-5)
+    assert model.training_loss(batch)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @MODELS
@@ -393,7 +464,7 @@ def test_a_toy_grammar_is_learned(make: Make, codes: np.ndarray) -> None:
     model.train()
     for epoch in range(160):
         batch = collator([TrainExample(0, items, epoch) for items in sequences])
-        loss = model.training_loss(batch)
+        loss = model.training_loss(batch)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -445,9 +516,10 @@ def test_processes_count_by_their_codes(codes: np.ndarray, monkeypatch: pytest.M
     rows = [np.array([3, 1]), np.array([2, 5, 7]), np.arange(9)]
     examples = [TrainExample(0, row, 0) for row in rows]
     batch = Gpt2CodesTrainCollator(MAX_ITEMS)(examples)
-    loss = model.training_loss(batch).item()
+    loss = model.training_loss(batch)["loss"].item()
     assert seen == [3 * (2 + 3 + MAX_ITEMS + 1)]
-    alone = [model.training_loss(Gpt2CodesTrainCollator(MAX_ITEMS)([e])).item() for e in examples]
+    collator = Gpt2CodesTrainCollator(MAX_ITEMS)
+    alone = [model.training_loss(collator([e]))["loss"].item() for e in examples]
     parts = zip(seen[1:], alone, strict=True)
     assert loss == pytest.approx(sum(n * x for n, x in parts) / seen[0], rel=1e-5)
 
@@ -471,13 +543,21 @@ def test_code_accuracy_is_logged_beside_the_figures_of_items(codes: np.ndarray) 
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[CodeAccuracy()],
+        callbacks=[CodeAccuracy(CodeEntropies.of(codes, np.arange(40)))],
     )
     loader = DataLoader(users, batch_size=4, collate_fn=CodeHistoryCollator(MAX_ITEMS))
     (figures,) = trainer.test(LitWrapper(model, num_items=len(codes)), loader, verbose=False)
     for level in (1, 2, 3):
         expected = sum(right >= level for right in ranks.codes_right.tolist()) / 10
         assert figures[f"test/codes_right@{level}"] == pytest.approx(expected)
+    expected_losses = model.code_losses(
+        CodeUsers(*model.start(pad_items([e.items for e in users], MAX_ITEMS)), SEEN),
+        torch.tensor([e.target for e in users]),
+    ).mean(0)
+    for level in (1, 2, 3):
+        assert figures[f"test/code_loss@{level}"] == pytest.approx(
+            expected_losses[level - 1].item(), rel=1e-5
+        )
     assert figures["test/codes_right@2"] > 0.65 > figures["test/codes_right@3"] > 0.25
     assert figures["test/Recall@10"] > 0.25
 
