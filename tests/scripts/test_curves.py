@@ -8,7 +8,7 @@ import pytest
 
 from recformer.evaluation.runs import RunResult, StageResult
 from recformer.files import UserError
-from scripts.curves import main, points
+from scripts.curves import load, main, points
 
 
 def run_with(figure: str) -> RunResult:
@@ -25,6 +25,19 @@ def test_points_stand_at_the_seconds_trained_so_far() -> None:
     assert points(run_with("NDCG@10"), "NDCG@10") == [(0, 0.125), (5, 0.25), (9.5, 0.5)]
     untrained = RunResult(evaluations={"untrained": {"val": {"NDCG@10": 0.1}}}, stages={})
     assert points(untrained, "NDCG@10") == []
+
+
+def test_unfinished_runs_are_read_from_their_histories(tmp_path: Path) -> None:
+    stage = tmp_path / "training"
+    stage.mkdir()
+    (stage / "history.csv").write_text(
+        "stage,epoch,seconds,val/NDCG@10\ntraining,1,2.0,\ntraining,2,3.0,0.25\n"
+    )
+    assert points(load(tmp_path), "NDCG@10") == [(5, 0.25)]
+    run_with("NDCG@10").save(tmp_path)  # finished
+    assert points(load(tmp_path), "NDCG@10") == [(0, 0.125), (5, 0.25), (9.5, 0.5)]
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing")
 
 
 def test_a_picture_of_named_runs(tmp_path: Path) -> None:

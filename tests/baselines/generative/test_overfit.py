@@ -53,7 +53,7 @@ def semantic_ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "own",
     [
-        {"model": "tiger", "num_train_epochs": 120},
+        {"model": "tiger", "num_train_epochs": 120, "head_size": 32, "feed_forward_size": 128},
         {"model": "gpt2_codes", "num_train_epochs": 60, "learning_rate": 3e-3},
     ],
     ids=["tiger", "gpt2_codes"],
@@ -82,10 +82,10 @@ def test_twenty_users_are_learned_by_heart(
     assert test["num_users"] == 20
     assert test["Recall@10"] == 1
     # Far below what can be known of the codes without knowing them by heart.
-    assert all(loss < 0.5 for loss in test["code_loss"].values())
+    assert sum(test["code_loss"].values()) < 0.4 * ENTROPY
     assert sum(test["code_entropy"]["given_before"]) == pytest.approx(ENTROPY, abs=0.01)
     rows = result["stages"]["training"]["rows"]
-    assert rows[-1]["train/code_loss@1"] < 1 < rows[0]["train/code_loss@1"]
+    assert rows[-1]["train/code_loss@1"] < 1.5 < rows[0]["train/code_loss@1"]
     assert rows[-1]["val/code_loss@3"] == pytest.approx(test["code_loss"]["3"], rel=1e-4)
 
 
