@@ -5,7 +5,7 @@ and decoder are transformers' T5; sizes are the paper's by default (section 4).
 
 Deviations, for the sake of one pipe for all models: a user's token is not put before the history,
 so that users may be new; and each epoch draws one target from each training sequence, as the other
-models here do, in place of every position at once.
+models here do, unless `targets` asks for every item.
 
 Shapes: B users, S tokens of the longest history, W beams, V tokens, L codes of an item, D hidden.
 """
