@@ -148,7 +148,7 @@ def run_one(
         args.eval_users,
         args.seed,
         args.test_users,
-        built.every_prefix,
+        every_prefix=built.every_prefix,
     )
     flags = asdict(args) | settings.as_dict()
     if not of_window:
@@ -169,7 +169,7 @@ def run_one(
         ("best_model", "curves.png"),
         project=args.model,
         schedule=args.schedule,
-        optimizer=args.optimizer,
+        optimizer=args.optimizer or "adamw",  # `__post_init__` left none unset
     )
     trains = built.train_collator is not None and not args.evaluate_only
     leaves = ("curves.png", "best_model") if trains else ()
