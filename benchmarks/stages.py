@@ -52,11 +52,11 @@ OPERATORS = {
     ),
     # Its own functions, which draw the bits of its dropout.
     "the rest of attention": ("_BandAttention", "aten::clamp"),
-    "attention in C++": ("_Band", "_Gather"),
     "bias, dropout, residual and LayerNorm in C++": ("_ResidualNorm",),
     "bias and GELU in C++": ("_BiasGelu",),
     "AdamW": ("aten::_fused_adamw", "aten::_foreach"),
     "copies": (
+        "_GatherChunks",
         "aten::copy_",
         "aten::cat",
         "aten::index",
@@ -66,6 +66,7 @@ OPERATORS = {
         "aten::select",
         "aten::slice",
     ),
+    "attention in C++": ("_Band", "_Gather"),
     "memory": ("aten::empty", "aten::zero", "aten::fill_", "aten::resize_"),
     "sums and other arithmetic": (
         "aten::add",

@@ -112,7 +112,11 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """By tokens: counted on epoch 0, then the same for every epoch, although targets differ."""
+        """Batches an epoch.
+
+        By tokens: counted on epoch 0, then the same for every epoch, although targets differ; one
+        that makes more leaves some of its last window out.
+        """
         _, world = rank_and_world()
         if self.max_tokens is None:
             full, rest = divmod(self.num_rows, self.batch_size * world)
@@ -129,7 +133,10 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         batches = cycle(self._together(self.epoch, order, seeds, world))
         for rows in islice(batches, len(self)):
             share = len(rows) // world
-            rows = rows[rank * share : (rank + 1) * share]
+            if self.max_tokens is None:
+                rows = rows[rank * share : (rank + 1) * share]
+            else:
+                rows = rows[rank::world]
             yield [(int(row), int(seeds[row])) for row in rows]
 
     def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,9 +150,9 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     ) -> Iterator[np.ndarray]:
         """Rows of each batch over all processes."""
         if self.max_tokens is not None and self.tokens is not None:
-            tokens, budget = self.tokens(order, seeds[order]), self.max_tokens * world
+            tokens = self.tokens(order, seeds[order])
             draws = np.random.default_rng([self.seed, epoch, 2])
-            for places in cut_by_tokens(tokens, budget, world, draws):
+            for places in cut_by_tokens(tokens, self.max_tokens, world, draws):
                 yield order[places]
             return
         for start in range(0, len(order), self.batch_size * world):

@@ -164,8 +164,8 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
             order = generator.permutation(order)
         if self.max_tokens is not None:
             draws = np.random.default_rng([self.seed, epoch, 2]) if self.shuffle else None
-            budget = self.max_tokens * world
-            for places in cut_by_tokens(self.tokens(order, epoch), budget, world, draws):
+            tokens = self.tokens(order, epoch)
+            for places in cut_by_tokens(tokens, self.max_tokens, world, draws):
                 yield order[places]
             return
         for start in range(0, len(order), self.batch_size * world):

@@ -122,6 +122,10 @@ class HistoryRows(Sequences):
         pieces = [piece for piece in (*before, last[:-1]) if len(piece)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def between(self, start: int, stop: int) -> HistoryRows:
+        """Rows `start` to `stop`, a view."""
+        return HistoryRows(self.parts, self.users[start:stop])
+
     @property
     def lengths(self) -> np.ndarray:
         """Items a row, int64 (E,)."""

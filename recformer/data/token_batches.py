@@ -22,41 +22,41 @@ GROUPED_BATCHES = 64
 def cut_by_tokens(
     tokens: np.ndarray, budget: int, world: int, generator: np.random.Generator | None
 ) -> Iterator[np.ndarray]:
-    """Batches of at most `budget` tokens, of examples of similar length.
+    """Batches of examples of similar length, of at most `budget` tokens for each of the processes.
 
-    An example of more tokens than that is a batch of its own.
+    Process r takes every `world`-th example from r on. An example of more tokens than the budget is
+    alone in its share.
 
     Args:
         tokens: (P,) of the examples, in the order in which they are to be trained on.
-        budget: tokens of a batch.
-        world: every batch has a multiple of so many examples; some of the last ones are left out.
+        budget: tokens of a batch's share of a process.
+        world: processes; every batch has a multiple of so many examples, some of the last ones are
+            left out.
         generator: of the order of batches; None: as they come.
 
     Yields:
-        Places in `tokens`, int64.
+        Places in `tokens`, int64, shortest first.
     """
-    window = max(1, int(GROUPED_BATCHES * budget / tokens.mean()))
+    window = max(world, int(GROUPED_BATCHES * budget * world / tokens.mean()))
     rest = np.empty(0, dtype=np.int64)  # places that did not fill a batch
     for start in range(0, len(tokens), window):
         places = np.concatenate([rest, np.arange(start, min(start + window, len(tokens)))])
         places = places[np.argsort(tokens[places], kind="stable")]
-        ends = np.cumsum(tokens[places])
+        # The last process has the longest of every `world` neighbours.
+        ends = np.cumsum(tokens[places[world - 1 :: world]])
         batches, begin = [], 0
-        while begin < len(places):
+        while begin < len(ends):
             before = ends[begin - 1] if begin else 0
-            stop = int(np.searchsorted(ends, before + budget, side="right"))
-            stop = begin + max(world, (stop - begin) // world * world)
-            if stop >= len(places):
+            stop = max(begin + 1, int(np.searchsorted(ends, before + budget, side="right")))
+            is_last = start + window >= len(tokens)
+            if stop >= len(ends) and not is_last:
                 break
-            batches.append(places[begin:stop])
+            batches.append(places[begin * world : stop * world])
             begin = stop
-        rest = places[begin:]
+        rest = places[begin * world :]
         numbers = range(len(batches)) if generator is None else generator.permutation(len(batches))
         for number in numbers:
             yield batches[number]
-    rest = rest[: len(rest) // world * world]
-    if len(rest):
-        yield rest
 
 
 class HistoryTokens:

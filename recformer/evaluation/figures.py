@@ -31,6 +31,7 @@ FREQUENT = 5
 #: Most items of a history in each slice by length; the last slice has longer ones. Recformer reads
 #: the newest 50 items, so the last slice is what it does not see whole.
 LENGTHS = (5, 10, 20, 50)
+USERS_AT_ONCE = 65_536  # whose histories are laid out
 
 #: Bootstrap resamples per interval. An end is then uncertain by a twelfth of a standard error;
 #: `recformer.evaluation.compare` draws ten times as many.
@@ -156,8 +157,11 @@ def slices(
         found[f"history {least}-{most}"] = (lengths >= least) & (lengths <= most)
         least = most + 1
     found[f"history {least}+"] = lengths >= least
-    of_row = examples.histories.rows
-    same = examples.histories.items == examples.targets[of_row]
-    repeat = np.bincount(of_row[same], minlength=len(examples))[rows] > 0
+    repeat = np.zeros(len(examples), bool)
+    for start in range(0, len(examples), USERS_AT_ONCE):
+        own = examples.histories.between(start, start + USERS_AT_ONCE)
+        of_row = own.rows + start
+        repeat[of_row[own.items == examples.targets[of_row]]] = True
+    repeat = repeat[rows]
     found |= {"first-time target": ~repeat, "repeat target": repeat}
     return {name: chosen for name, chosen in found.items() if chosen.any()}

@@ -181,7 +181,7 @@ class RecformerIntermediate(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        exact_gelu = type(self.activation) is GELUActivation
+        exact_gelu = fused.plain(self.activation, GELUActivation)
         if exact_gelu and _trains_in_cpp(self, hidden, self.dense):
             return fused.bias_gelu(F.linear(hidden, self.dense.weight), self.dense.bias)
         hidden = self.dense(hidden)

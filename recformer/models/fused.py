@@ -80,6 +80,23 @@ def _numbers(parameter: Tensor) -> Tensor:
     return parameter.detach().float().contiguous()
 
 
+def _floats(*shape: int) -> Tensor:
+    """Room for float32, whatever the default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _checked(starts: Tensor, num_tokens: int) -> Tensor:
+    """Borders as the kernel reads them.
+
+    Raises:
+        ValueError: they are not those of so many tokens.
+    """
+    starts = starts.long().contiguous()
+    if starts[0] != 0 or starts[-1] != num_tokens or (starts.diff() < 1).any():
+        raise ValueError(f"sequences begin at {starts.tolist()} of {num_tokens} tokens")
+    return starts
+
+
 # --- bias, dropout, residual and LayerNorm; bias and GELU -----------------------------------------
 
 
@@ -105,7 +122,7 @@ class _ResidualNorm(torch.autograd.Function):
         x, residual = x.contiguous(), residual.contiguous()
         rows, hidden = x.shape
         ctx.dropout = _seed(dropout_p), num_dropped(dropout_p)
-        sums, y, stats = torch.empty_like(x), torch.empty_like(x), torch.empty(rows, 2)
+        sums, y, stats = torch.empty_like(x), torch.empty_like(x), _floats(rows, 2)
         small = (_numbers(bias), residual, _numbers(weight), _numbers(shift))
         _call("norm", x, rows, hidden, x, *small, eps, *ctx.dropout, sums, y, stats)
         ctx.save_for_backward(sums, stats, weight)
@@ -121,7 +138,7 @@ class _ResidualNorm(torch.autograd.Function):
         residual = torch.empty_like(sums)
         x = torch.empty_like(sums) if ctx.dropout[1] else residual
         sizes = (rows, hidden, grad, sums, stats, _numbers(weight))
-        grads = torch.empty(3, hidden)
+        grads = _floats(3, hidden)
         _call("norm_back", sums, *sizes, *ctx.dropout, residual, x, grads)
         of_weight, of_shift, of_bias = (each.to(ctx.dtype) for each in grads)
         return x, of_bias, residual, of_weight, of_shift, None, None
@@ -145,7 +162,7 @@ class _BiasGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, bias = ctx.saved_tensors
-        grad_x, grad_bias = torch.empty_like(x), torch.empty(x.shape[1])
+        grad_x, grad_bias = torch.empty_like(x), _floats(x.shape[1])
         _call("gelu_back", x, *x.shape, x, _numbers(bias), grad.contiguous(), grad_x, grad_bias)
         return grad_x, grad_bias.to(bias.dtype)
 
@@ -188,9 +205,10 @@ class _Band(torch.autograd.Function):
     ) -> Tensor:
         qkv = qkv.contiguous()
         num_tokens, hidden = qkv.shape[0], qkv.shape[1] // 3
+        starts = _checked(starts, num_tokens)
         ctx.sizes = len(starts) - 1, starts, hidden, num_heads, half
         ctx.dropout = _seed(dropout_p), num_dropped(dropout_p)
-        context, levels = qkv.new_empty((num_tokens, hidden)), torch.empty(num_tokens, num_heads)
+        context, levels = qkv.new_empty((num_tokens, hidden)), _floats(num_tokens, num_heads)
         _call("band", qkv, *ctx.sizes, qkv, *ctx.dropout, context, levels)
         context.index_copy_(0, starts[:-1], first_context)
         ctx.save_for_backward(qkv, context, levels)
@@ -229,10 +247,11 @@ class _Gather(torch.autograd.Function):
         ctx: Any, asked: Tensor, states: Tensor, starts: Tensor, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
         asked, states = asked.contiguous(), states.contiguous()
+        starts = _checked(starts, len(states))
         ctx.sizes = asked.shape[1], starts, asked.shape[2], asked.shape[0]
         ctx.dropout = _seed(dropout_p), num_dropped(dropout_p)
-        weights = torch.empty(len(states), LANES)
-        summed, mass = torch.empty_like(asked), torch.empty(asked.shape[:2])
+        weights = _floats(len(states), LANES)
+        summed, mass = torch.empty_like(asked), _floats(*asked.shape[:2])
         out = (weights, summed, mass)
         _call("gather", states, *ctx.sizes, asked, states, *ctx.dropout, *out)
         ctx.save_for_backward(asked, states, weights)

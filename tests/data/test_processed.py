@@ -171,6 +171,7 @@ def test_evaluation_examples_by_a_plain_loop(users: list[tuple[list[int], ...]])
             own = getattr(examples.histories, name)
             assert own.dtype == getattr(plain, name).dtype
             assert own.tolist() == getattr(plain, name).tolist()
+        assert rows(examples.histories.between(1, 9)) == rows(plain)[1:9]
         with_target = sum(bool(parts[held_out]) for parts in users)
         assert examples.num_without_history == with_target - len(expected)
 

@@ -272,18 +272,59 @@ def test_checkpointed_layers_drop_the_same() -> None:
         torch.testing.assert_close(checkpointed[name], expected, msg=name)
 
 
+def test_the_default_dtype_does_not_matter() -> None:
+    starts, norm = starts_of(LENGTHS), nn.LayerNorm(HIDDEN)
+    tokens, bias = numbers(sum(LENGTHS), HIDDEN), numbers(HIDDEN)
+    qkv, asked = numbers(len(tokens), 3 * HIDDEN), numbers(HEADS, len(LENGTHS), HIDDEN)
+    first = numbers(len(LENGTHS), HIDDEN)
+    inputs = [each.requires_grad_() for each in (tokens, bias, qkv, asked, first)]
+
+    def found() -> list[Tensor]:
+        y = fused.residual_norm(fused.bias_gelu(tokens, bias), bias, tokens, norm, 0.0)
+        y = y + fused.band_attention(qkv, first, starts, HEADS, 16, 0.0)
+        summed, mass = fused.gather(asked, y, starts, 0.0)
+        loss = (summed.square().sum() + mass.sin().sum()).square()
+        return list(torch.autograd.grad(loss, [*inputs, norm.weight]))
+
+    expected = found()
+    for default in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            grads = found()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for grad, own in zip(grads, expected, strict=True):
+            assert torch.equal(grad, own)
+
+
+def test_borders_of_other_tokens_are_refused() -> None:
+    qkv, context = numbers(6, 3 * 64), numbers(2, 64)
+    for starts in ([0, 3, 6], [0, 3, 5], [0, 0, 6]):
+        borders = torch.tensor(starts, dtype=torch.int32)
+        if starts == [0, 3, 6]:
+            given = fused.band_attention(qkv, context, borders, 2, 4, 0.0)
+            same = fused.band_attention(qkv, context, borders.long(), 2, 4, 0.0)
+            assert torch.equal(given, same)
+            continue
+        with pytest.raises(ValueError, match="of 6 tokens"):
+            fused.band_attention(qkv, context, borders, 2, 4, 0.0)
+
+
 def test_layers_with_hooks_or_adapters_are_called() -> None:
     model = make()
     expected = gradients(model)
     seen: list[str] = []
     layer = model.encoder.layer[0]
     layer.intermediate.dense.register_forward_hook(lambda *_: seen.append("inner"))
+    model.encoder.layer[1].intermediate.activation.register_forward_hook(
+        lambda *_: seen.append("gelu")
+    )
     layer.output.LayerNorm.register_forward_hook(lambda *_: seen.append("norm"))
     wrapped = layer.attention.output.dense
     forward = wrapped.forward
     wrapped.forward = lambda hidden: seen.append("out") or forward(hidden)
     found = gradients(model)
-    assert seen == ["out", "inner", "norm"]
+    assert seen == ["out", "inner", "norm", "gelu"]
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, atol=1e-4, rtol=1e-4, msg=name)
 

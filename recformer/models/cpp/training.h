@@ -14,8 +14,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <exception>
 #include <memory>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -92,10 +92,11 @@ void share_out(int64_t count, int64_t threads, const Room &shape, Work work) {
         for (int64_t n; (n = next++) < count;) work(n, room);
     };
     std::vector<std::thread> others;
+    others.reserve(rooms.size());
     try {
         for (size_t n = 1; n < rooms.size(); ++n)
             others.emplace_back([&run, &room = rooms[n]] { run(room); });
-    } catch (const std::system_error &) {  // no more threads to be had
+    } catch (const std::exception &) {  // no more threads to be had: those that run do the work
     }
     run(rooms[0]);
     for (auto &other : others) other.join();
