@@ -69,7 +69,9 @@ class Reproduction:
         def place(match: re.Match[str]) -> str:
             name, _, flag = match[1].partition(".")
             if flag:
-                return str(self.raw_files(self.experiment.data[name])[flag])
+                data = self.experiment.data[name]
+                to_come = self.output_dir / "raw" / name / str(data.process[flag])
+                return str(self.raw_files(data).get(flag, to_come))
             if name == "here" and here is not None:
                 return str(here)
             if name in self.experiment.data:
@@ -91,13 +93,21 @@ class Reproduction:
         line += ["--output_dir", str(self.folder(run))]
         return line + (["--seeds", *map(str, run.seeds)] if run.seeds else [])
 
+    def commands(self, row: Run | Step) -> list[Any] | dict[str, Any]:
+        """All that a run or a step comes from: its own commands, and those of the steps before."""
+        own = self.line(row) if isinstance(row, Run) else self.step_lines(row)
+        _, _, steps = self.experiment.needed([row])
+        before = {step.name: self.step_lines(step) for step in steps if step is not row}
+        return {"own": own, "steps": before} if before else own
+
     def made(self, row: Run | Step) -> bool:
-        """Whether a run or a step was finished by just these commands."""
-        if isinstance(row, Run):
-            path = self.folder(row) / DONE
-            return path.exists() and read_json(path) == self.line(row)
-        path = self.step_folder(row) / DONE
-        return path.exists() and read_json(path) == self.step_lines(row)
+        """Whether a run or a step was finished by just these commands, which cannot be said where
+        raw files that they read are not found."""
+        path = (self.folder(row) if isinstance(row, Run) else self.step_folder(row)) / DONE
+        try:
+            return path.exists() and read_json(path) == self.commands(row)
+        except FileNotFoundError:
+            return False
 
     def raw_files(self, data: Data) -> dict[str, Path]:
         """Raw files of data by the flag that takes them; found, or to be downloaded.
@@ -187,7 +197,7 @@ class Reproduction:
             lines = self.step_lines(step)
             for line in lines:
                 self._run(line)
-            write_json(self.step_folder(step) / DONE, lines)
+            write_json(self.step_folder(step) / DONE, self.commands(step))
 
     def train(self, run: Run) -> None:
         """Run what is missing of a row.
@@ -197,11 +207,11 @@ class Reproduction:
         """
         if run.of is None and not self.made(run):
             self._run(self.line(run))
-            write_json(self.folder(run) / DONE, self.line(run))
+            write_json(self.folder(run) / DONE, self.commands(run))
 
     def plan(self, chosen: Sequence[Step | Run]) -> list[list[str]]:
         """Rows of step, what is to do, minutes; also where raw files are missing."""
-        data, _, steps = self.experiment.needed(chosen)
+        data, raw, steps = self.experiment.needed(chosen)
         rows = []
         for each in data:
             if (self.data_folder(each) / "dataset.json").exists():
@@ -216,6 +226,12 @@ class Reproduction:
             except FileNotFoundError as error:
                 how = f"cannot be made: {error}"
             rows.append([f"data {each.name}", how, f"{each.minutes:.1f}"])
+        for each in raw:
+            try:
+                if len(self.raw_files(each)) < sum(n in each.process for n in DATA_FILES):
+                    rows.append([f"raw files of {each.name}", "download", "0"])
+            except FileNotFoundError as error:
+                rows.append([f"raw files of {each.name}", f"cannot be had: {error}", "0"])
         for step in steps:
             try:
                 if self.made(step):
@@ -228,11 +244,12 @@ class Reproduction:
         for run in (row for row in chosen if isinstance(row, Run)):
             if run.of is not None:
                 rows.append([run.name, f"comes with {run.of}", "0"])
-            elif self.made(run):
+                continue
+            if self.made(run):
                 rows.append([run.name, "is there", "0"])
-            else:
-                minutes = self.experiment.minutes(run)
-                rows.append([run.name, shlex.join(self.line(run)), f"{minutes:.1f}"])
+                continue
+            minutes = self.experiment.minutes(run)
+            rows.append([run.name, shlex.join(self.line(run)), f"{minutes:.1f}"])
         total = sum(float(row[-1]) for row in rows)
         return [*rows, ["all", self.experiment.hardware, f"{total:.1f}"]]
 

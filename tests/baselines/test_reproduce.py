@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -211,6 +212,21 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
     assert ([d.name for d in data], [d.name for d in raw_files]) == (["shop"], ["shop"])
     there = reproduce.Reproduction(experiment, Path("out"), [], {})
     assert "out/steps/codes/x" in there.line(popularity)
+    # With other commands of a step that comes before it a run is another one.
+    there = reproduce.Reproduction(experiment, Path("out"), [Path("raw files")], {})
+    there.folder(popularity).mkdir(parents=True)
+    write_json(there.folder(popularity) / reproduce.DONE, there.commands(popularity))
+    assert there.made(popularity)
+    changed = {"{first}/copy": "elsewhere"}
+    assert not reproduce.Reproduction(experiment, Path("out"), there.raw, changed).made(popularity)
+    without = reproduce.Reproduction(experiment, Path("out"), [], {})
+    assert not without.made(popularity)
+    assert "cannot be had" in str(without.plan([popularity]))
+    # What will be downloaded has its place in the plan.
+    experiment.data["shop"] = replace(experiment.data["shop"], download="there")
+    plan = without.plan([popularity])
+    assert ["raw files of shop", "download", "0"] in plan
+    assert "--file_path out/raw/shop/clicks.csv" in str(plan)
     text = Path("shop.yaml").read_text().replace("lost: 0.5", "lost: 0.4")
     Path("shop.yaml").write_text(text)
     with pytest.raises(UserError, match="not as expected: codes"):
