@@ -1,7 +1,7 @@
 """The tables of the documents, from what was measured.
 
-python -m scripts.results --take PATH …    keeps what was measured in docs/results
-python -m scripts.results --write          puts the tables into the pages
+python -m scripts.results --take PATH … [--write]    keeps what was measured in docs/results
+python -m scripts.results --write                    puts the tables into the pages
 
 A PATH is a folder that `recformer reproduce`, `recformer compare` or `experiments/sessions.py`
 wrote, a file that `python -m benchmarks --json FILE` or `benchmarks.scale` wrote, or an audit.json,
@@ -33,6 +33,7 @@ SPEED, COMPARED = "speed", "compared"  # folders within it
 NAMES = ("results.md", "method.md", "performance.md", "scale.md")
 PAGES = tuple(ROOT / "docs" / name for name in NAMES)
 AUDITS = "audits.json"
+TAG = re.compile("`?<s>`?")  # in the name of a row, which Markdown would take for HTML
 NOT_YET = "not measured on this state of the repository\n"
 TABLE = re.compile(r"(<!-- (\w+)(?:: ([\w ]+))? -->\n)((?:(?!<!-- ).)*?)(<!-- end -->)", re.DOTALL)
 
@@ -134,20 +135,25 @@ def benchmark(name: str, figures: Path) -> str:
         ("", lambda row: row["note"]),
     ]
     used = [(head, cell) for head, cell in columns if any(map(cell, rows))]
-    cells = [[row["what"], *(cell(row) for _, cell in used)] for row in rows]
+    cells = [[TAG.sub("`<s>`", row["what"]), *(cell(row) for _, cell in used)] for row in rows]
     table = markdown_table(["", *(head for head, _ in used)], cells)
-    return f"`python -m benchmarks {content['benchmark']}`\n\n{table}\n{_machine(content)}\n"
+    command = f"python -m benchmarks {content['benchmark']}"
+    if content["machine"]["threads"] < content["machine"]["cores"]:
+        command += f" --threads {content['machine']['threads']}"
+    return f"`{command}`\n\n{table}\n{_machine(content)}\n"
 
 
 def _machine(content: dict[str, Any]) -> str:
     found = content["machine"]
     amx = ", AMX" if "amx_tile" in found["isa"] else ""
     threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    load = "" if found["load_before"] is None else f", load before {found['load_before']}"
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers"))
-    return (
-        f"{found['cpu']}{amx}, {threads}, load before {found['load_before']}; {versions}; "
-        f"{found.get('date', 'day not noted')}"
+    day = f"; {found['date']}" if "date" in found else ""
+    state = (
+        f"; figures of an earlier state of the repository: {s}" if (s := found.get("state")) else ""
     )
+    return f"{found['cpu']}{amx}, {threads}{load}; {versions}{day}{state}"
 
 
 def _number(value: float | None) -> str:
@@ -168,28 +174,6 @@ def _rate(row: dict[str, Any]) -> str:
 
 def _share(row: dict[str, Any]) -> str:
     return "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}"
-
-
-def stages(name: str, figures: Path) -> str:
-    """Shares of time of `python -m benchmarks stages`: kinds of work by rows, calls by columns."""
-    content = read_json(figures / SPEED / "stages.json")
-    calls: dict[str, float] = {}
-    shares: dict[str, dict[str, float]] = {}
-    for row in content["rows"]:
-        call, _, kind = row["what"].partition(": ")
-        if ("training" in call) != (name == "training"):
-            continue
-        if not kind:
-            calls[call] = row["ours_seconds"]
-        else:
-            shares.setdefault(kind, {})[call] = row["ours_seconds"] / calls[call]
-    order = sorted(shares, key=lambda kind: -shares[kind].get(next(iter(calls)), 0))
-    heads = [f"{call}: {_number(seconds)} s" for call, seconds in calls.items()]
-    cells = [[kind, *(f"{shares[kind].get(call, 0):.1%}" for call in calls)] for kind in order]
-    return (
-        f"`python -m benchmarks stages`\n\n{markdown_table(['', *heads], cells)}\n"
-        f"{_machine(content)}\n"
-    )
 
 
 def scale(_: str, figures: Path) -> str:
@@ -256,7 +240,6 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "compared": compared,
     "sessions": sessions,
     "benchmark": benchmark,
-    "stages": stages,
     "scale": scale,
     "audits": audits,
 }
@@ -326,7 +309,8 @@ def _take_benchmarks(content: dict[str, Any], figures: Path, kept: dict[Path, An
         table = kept.setdefault(place, {"benchmark": name, "machine": dict(machine), "rows": []})
         for key, value in machine.items():
             if key in ("load_before", "date"):
-                table["machine"][key] = max(table["machine"][key], value)
+                known = [each for each in (table["machine"][key], value) if each is not None]
+                table["machine"][key] = max(known, default=None)
             elif table["machine"][key] != value:
                 both = f"{table['machine'][key]} and {value}"
                 raise UserError(f"pieces of {name} are of two machines: {key} {both}")
@@ -335,14 +319,15 @@ def _take_benchmarks(content: dict[str, Any], figures: Path, kept: dict[Path, An
 
 def main(words: list[str]) -> None:
     """Take, write or say how."""
-    if words[:1] == ["--take"] and len(words) > 1:
-        for path in take([Path(word) for word in words[1:]]):
+    paths = words[1:-1] if words[-1:] == ["--write"] else words[1:]
+    if words[:1] == ["--take"] and paths:
+        for path in take([Path(word) for word in paths]):
             print(path.relative_to(ROOT))
-    elif words == ["--write"]:
+    elif words != ["--write"]:
+        raise SystemExit(__doc__)
+    if words[-1:] == ["--write"]:
         for page in PAGES:
             page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        raise SystemExit(__doc__)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ def test_a_page_holds_what_was_measured(page: Path) -> None:
 
 def test_no_table_of_the_results_is_typed() -> None:
     text = results.PAGES[0].read_text(encoding="utf-8")
-    typed = results.TABLE.sub("", text.partition("\n## Speed\n")[0])
+    typed = results.TABLE.sub("", text)
     assert not re.findall(r"^\|.*", typed, re.MULTILINE)
     assert "<!-- end -->" not in typed
 
 
 def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
-    named = {"audits", "scale", "sessions", "stages"}
+    named = {"audits", "scale", "sessions"}
     for page in results.PAGES:
         found = results.TABLE.finditer(page.read_text(encoding="utf-8"))
         named |= {match[3] for match in found if match[3]}
@@ -81,25 +81,33 @@ def speed(**others: Any) -> dict[str, Any]:
 def test_benchmarks_are_kept_and_shown(tmp_path: Path) -> None:
     pieces = [tmp_path / "1.json", tmp_path / "2.json"]
     pieces[0].write_text(json.dumps(speed()))
-    more = speed(load_before=0.9) | {"rows": [{"benchmark": "one", **row("b|", 2.0)}]}
+    more = speed(load_before=0.9) | {"rows": [{"benchmark": "one", **row("b|<s>", 2.0)}]}
     pieces[1].write_text(json.dumps(more))
     kept = results.take(pieces, tmp_path)
     assert kept == [tmp_path / "speed" / "one.json", tmp_path / "speed" / "two.json"]
     assert results.benchmark("one", tmp_path) == (
         "`python -m benchmarks one`\n\n"
         "| |ours s|a second|peer s|ratio||\n|---|---|---|---|---|---|\n"
-        "|a|0.5|200 items|1.25|2.50|said|\n|b\\||2|||||\n\n"
+        "|a|0.5|200 items|1.25|2.50|said|\n|b\\|`<s>`|2|||||\n\n"
         "A CPU, AMX, 2 threads, load before 0.9; torch 2, transformers 5; 2026-01-02\n"
     )
     assert "|c|1,234|" in results.benchmark("two", tmp_path)
     assert "not measured" in results.benchmark("three", tmp_path)
+    (tmp_path / "3.json").write_text(json.dumps(speed(load_before=None, state="in torch")))
+    results.take([tmp_path / "3.json"], tmp_path)
+    assert results.benchmark("two", tmp_path).endswith(
+        "\nA CPU, AMX, 2 threads; torch 2, transformers 5; 2026-01-02; figures of an earlier state "
+        "of the repository: in torch\n"
+    )
 
 
 def test_threads_are_part_of_the_name_and_machines_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "1.json").write_text(json.dumps(speed(threads=1)))
     kept = results.take([tmp_path / "1.json"], tmp_path)
     assert [path.name for path in kept] == ["one_1.json", "two_1.json"]
-    assert "1 thread," in results.benchmark("one_1", tmp_path)
+    shown = results.benchmark("one_1", tmp_path)
+    assert shown.startswith("`python -m benchmarks one --threads 1`\n")
+    assert "1 thread," in shown
     (tmp_path / "2.json").write_text(json.dumps(speed(threads=1, cpu="Another")))
     with pytest.raises(UserError, match="pieces of one are of two machines"):
         results.take([tmp_path / "1.json", tmp_path / "2.json"], tmp_path)
@@ -108,19 +116,6 @@ def test_threads_are_part_of_the_name_and_machines_are_not_mixed(tmp_path: Path)
         results.take([tmp_path / "3.json"], tmp_path)
     with pytest.raises(UserError, match="no file, and no folder"):
         results.take([tmp_path], tmp_path)
-
-
-def test_stages_are_shares_by_call(tmp_path: Path) -> None:
-    rows = [
-        row("x, items", 2.0), row("x, items: GELU", 0.5), row("x, items: products", 1.5),
-        row("x, items, training step", 4.0), row("x, items, training step: GELU", 4.0),
-    ]  # fmt: skip
-    (tmp_path / "speed").mkdir()
-    (tmp_path / "speed" / "stages.json").write_text(json.dumps({"machine": MACHINE, "rows": rows}))
-    assert "| |x, items: 2 s|\n|---|---|\n|products|75.0%|\n|GELU|25.0%|\n" in results.stages(
-        "kernel", tmp_path
-    )
-    assert "|GELU|100.0%|" in results.stages("training", tmp_path)
 
 
 def test_an_audit_is_a_row_of_its_folders_name(tmp_path: Path) -> None:
