@@ -309,7 +309,7 @@ def _take_benchmarks(content: dict[str, Any], figures: Path, kept: dict[Path, An
         table = kept.setdefault(place, {"benchmark": name, "machine": dict(machine), "rows": []})
         for key, value in machine.items():
             if key in ("load_before", "date"):
-                known = [each for each in (table["machine"][key], value) if each is not None]
+                known = [each for each in (table["machine"].get(key), value) if each is not None]
                 table["machine"][key] = max(known, default=None)
             elif table["machine"][key] != value:
                 both = f"{table['machine'][key]} and {value}"
