@@ -235,6 +235,10 @@ def test_baselines_train_there(
     data, encoder, semantic_ids, tmp_path, trained_there, monkeypatch, name
 ) -> None:
     def trained(place: str, device: int, **more: Any) -> dict[str, Any]:
+        if name == "tiger":
+            # Adafactor makes steps of gradients that are zero but for rounding: after twelve of
+            # them losses differ by percents where gradients differed by 1e-9.
+            more["optimizer"] = "adamw"
         own = sequences.arguments(
             data, tmp_path / place, name, encoder, semantic_ids, num_train_epochs=3, **more
         )
