@@ -238,15 +238,19 @@ def _build_generative(settings: GenerativeSettings, folder: ProcessedFolder) -> 
     assert settings.semantic_ids is not None  # `settings_of` refused it
     ids = SemanticIds.load(settings.semantic_ids, folder.asins)
     length = settings.max_length
-    collator = CodeHistoryCollator(length)
-    network: CodeRecommender
     if isinstance(settings, TigerSettings):
-        network = Tiger(ids.codes, ids.codebook_size, settings)
-        every = settings.targets == "all"
-        train_collator = TigerTrainCollator(length, last=every)
-        return Built(network, train_collator, collator, _hash(ids), every_prefix=every)
+        users, every = settings.user_tokens, settings.targets == "all"
+        if users and isinstance(folder, WindowView):
+            raise UserError("--user_tokens: the sequences of windows are no users, leave it out")
+        return Built(
+            Tiger(ids.codes, ids.codebook_size, settings),
+            TigerTrainCollator(length, last=every, user_tokens=users),
+            CodeHistoryCollator(length, users),
+            _hash(ids),
+            every_prefix=every,
+        )
     network = Gpt2Codes(ids.codes, ids.codebook_size, settings)
-    return Built(network, Gpt2CodesTrainCollator(length), collator, _hash(ids))
+    return Built(network, Gpt2CodesTrainCollator(length), CodeHistoryCollator(length), _hash(ids))
 
 
 def _hash(ids: SemanticIds) -> str:

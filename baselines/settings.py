@@ -353,10 +353,16 @@ class TigerSettings(GenerativeSettings):
         "of each training sequence and epoch: one item at random, or all, every item but the first "
         "after those before it",
     )
+    user_tokens: int = flag(
+        0,
+        "so many tokens that users share by their ids, one before each history (the paper has "
+        "2000); 0: none, and users may be new",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "head_size", "feed_forward_size")
+        _at_least(self, 0, "user_tokens")
         _one_of(self, "targets", TARGETS)
 
 

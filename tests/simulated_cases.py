@@ -238,7 +238,7 @@ def test_baselines_train_there(
         if name == "tiger":
             # Adafactor makes steps of gradients that are zero but for rounding: after twelve of
             # them losses differ by percents where gradients differed by 1e-9.
-            more["optimizer"] = "adamw"
+            more |= {"optimizer": "adamw", "user_tokens": 7}
         own = sequences.arguments(
             data, tmp_path / place, name, encoder, semantic_ids, num_train_epochs=3, **more
         )

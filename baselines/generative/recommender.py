@@ -38,6 +38,7 @@ from recformer.files import UserError
 
 START = 0  # token that an item is written after, and padding; codes have tokens from 1 on
 NO_ITEM = -1  # pads histories, and lists of generated items that have come to an end
+FIRST_USER = -2  # before a history, the user of token 0; that of token 1 is -3, and so on
 ITEMS_AT_ONCE = 128  # of `score_items`, for each user of the batch
 # What a further call of the network costs, in items of padding.
 CALL_COST = {"cpu": 128}
@@ -419,12 +420,33 @@ def pad_items(sequences: Sequence[np.ndarray], max_items: int) -> Tensor:
     return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=NO_ITEM)
 
 
-class CodeHistoryCollator:
-    """Evaluation batches of models over codes: the newest `max_items` of each history."""
+def with_users(history: Tensor, user_ids: Sequence[int], user_tokens: int) -> Tensor:
+    """Histories (B, n) with the user's token before them, (B, 1 + n); as they are without tokens.
 
-    def __init__(self, max_items: int) -> None:
+    Args:
+        history: padded items.
+        user_ids: B of them.
+        user_tokens: so many tokens are shared by all users, each has that of its id modulo them.
+    """
+    if not user_tokens:
+        return history
+    users = FIRST_USER - torch.tensor(user_ids).remainder(user_tokens)
+    return torch.cat([users[:, None], history], dim=1)
+
+
+class CodeHistoryCollator:
+    """Evaluation batches of models over codes: the newest `max_items` of each history.
+
+    Args:
+        max_items: see above.
+        user_tokens: see `with_users`.
+    """
+
+    def __init__(self, max_items: int, user_tokens: int = 0) -> None:
         self.max_items = max_items
+        self.user_tokens = user_tokens
 
     def __call__(self, examples: Sequence[EvalExample]) -> EvalBatch[Tensor]:
         history = pad_items([example.items for example in examples], self.max_items)
-        return eval_batch(examples, history)
+        users = [example.user_id for example in examples]
+        return eval_batch(examples, with_users(history, users, self.user_tokens))

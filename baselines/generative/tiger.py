@@ -3,9 +3,9 @@
 "Recommender Systems with Generative Retrieval", Rajput et al., 2023 (arXiv 2305.05065). Encoder
 and decoder are transformers' T5; sizes are the paper's by default (section 4).
 
-Deviations, for the sake of one pipe for all models: a user's token is not put before the history,
-so that users may be new; and each epoch draws one target from each training sequence, as the other
-models here do, unless `targets` asks for every item.
+Deviations, for the sake of one pipe for all models, unless settings ask for the published way: no
+token of the user stands before the history, so that users may be new (`user_tokens`); and an epoch
+draws one target from each training sequence, as for the other models here (`targets`).
 
 Shapes: B users, S tokens of the longest history, W beams, V tokens, L codes of an item, D hidden.
 """
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
 from baselines.generative.recommender import (
+    FIRST_USER,
     NO_ITEM,
     START,
     CodeRecommender,
@@ -31,6 +32,7 @@ from baselines.generative.recommender import (
     join_heads,
     pad_items,
     split_heads,
+    with_users,
     without_padding,
 )
 from baselines.settings import TigerSettings
@@ -45,11 +47,13 @@ class TigerTrainCollator:
     Args:
         max_items: newest items of a history.
         last: the position is the last one, not a random one.
+        user_tokens: see `with_users`.
     """
 
-    def __init__(self, max_items: int, last: bool = False) -> None:
+    def __init__(self, max_items: int, last: bool = False, user_tokens: int = 0) -> None:
         self.max_items = max_items
         self.last = last
+        self.user_tokens = user_tokens
 
     def __call__(self, examples: Sequence[TrainExample]) -> TrainBatch[Tensor]:
         if self.last:
@@ -58,7 +62,9 @@ class TigerTrainCollator:
             positions = [target_position(len(e.items), e.seed) for e in examples]
         histories = [e.items[:p] for e, p in zip(examples, positions, strict=True)]
         labels = [int(e.items[p]) for e, p in zip(examples, positions, strict=True)]
-        return TrainBatch(torch.tensor(labels), pad_items(histories, self.max_items))
+        users = [e.user_id for e in examples]
+        history = with_users(pad_items(histories, self.max_items), users, self.user_tokens)
+        return TrainBatch(torch.tensor(labels), history)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class TigerRead(Read):
 
 
 class Tiger(CodeRecommender):
-    """T5 over code tokens.
+    """T5 over code tokens, and users' tokens behind them, if any.
 
     Args:
         codes, codebook_size: as in `CodeRecommender`.
@@ -93,9 +99,10 @@ class Tiger(CodeRecommender):
     ) -> None:
         settings = settings or TigerSettings()
         super().__init__(codes, codebook_size, settings.num_beams, settings.exact_rank)
+        self.user_tokens = settings.user_tokens
         self.t5 = T5ForConditionalGeneration(
             T5Config(
-                vocab_size=self.num_tokens,
+                vocab_size=self.num_tokens + settings.user_tokens,
                 d_model=settings.hidden_size,
                 d_kv=settings.head_size,
                 d_ff=settings.feed_forward_size,
@@ -111,10 +118,13 @@ class Tiger(CodeRecommender):
 
     def encoder_inputs(self, history: Tensor) -> dict[str, Tensor]:
         """Tokens of histories (B, n), and 0 where they are none: two (B, S)."""
-        real = history != NO_ITEM  # (B, n)
+        users = history[:, : bool(self.user_tokens)]  # (B, 1), or none
+        items = history[:, users.shape[1] :]
+        tokens = self.num_tokens + FIRST_USER - users
+        real = (items != NO_ITEM).repeat_interleave(self.trie.num_levels, dim=1)
         return {
-            "input_ids": self.history_tokens(history),
-            "attention_mask": real.repeat_interleave(self.trie.num_levels, dim=1).long(),
+            "input_ids": torch.cat([tokens, self.history_tokens(items)], dim=1),
+            "attention_mask": F.pad(real.long(), (users.shape[1], 0), value=1),
         }
 
     def training_loss(self, batch: TrainBatch[Tensor]) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def test_defaults_are_the_published_and_the_saved_ones() -> None:
         "bert4rec": sequence | transformer | {"arch": "bert", "objective": "mlm"},
         "transformer": sequence | transformer,
         "tiger": generative
-        | {"head_size": 64, "feed_forward_size": 1024, "targets": "one"},
+        | {"head_size": 64, "feed_forward_size": 1024, "targets": "one", "user_tokens": 0},
         "gpt2_codes": generative | {"num_heads": 4},
     }  # fmt: skip
     given = {"tiger": {"semantic_ids": "f"}, "gpt2_codes": {"semantic_ids": "f"}}

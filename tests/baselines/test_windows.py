@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import baselines.__main__ as entry
 from baselines.__main__ import main
 from baselines.models import build
+from baselines.semantic_ids.ids import SemanticIds
 from baselines.settings import settings_of
 from baselines.windows import go_on_from
 from recformer.data.windows import Windows
@@ -117,6 +118,18 @@ def test_weights_go_on_and_tables_grow(data: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="has shape|another model"):
         go_on_from(build("sasrec", settings, second).model, tmp_path / "windows/001/best_model")
+
+
+def test_windows_have_no_users_for_tokens(data: Path, tmp_path: Path) -> None:
+    folder = entry.ProcessedFolder.load(data)
+    windows = Windows.of(folder)
+    assert windows is not None
+    codes = np.stack(np.unravel_index(np.arange(folder.num_items), (64, 64)), axis=1)
+    path = tmp_path / "semantic_ids.json"
+    SemanticIds(folder.asins, codes, 2, [64, 64], "test", "none").save(path)
+    settings = settings_of("tiger", {"semantic_ids": str(path), "user_tokens": 8})
+    with pytest.raises(UserError, match="--user_tokens: the sequences of windows are no users"):
+        build("tiger", settings, windows.view(1))
 
 
 def test_items_nobody_met_are_no_negatives(data: Path) -> None:

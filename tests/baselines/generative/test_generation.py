@@ -454,6 +454,64 @@ def test_tiger_learns_the_codes_of_the_target(codes: np.ndarray) -> None:
     assert model.training_loss(batch)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_users_have_tokens_before_their_history(codes: np.ndarray) -> None:
+    model = randomised(tiger(codes, user_tokens=3, num_beams=8))
+    assert model.t5.config.vocab_size == 1 + sum(SIZES) + 3
+    items = [np.array([5]), np.array([7, 8])]
+    batch = CodeHistoryCollator(MAX_ITEMS, 3)(
+        [EvalExample(user, row, 0) for user, row in zip((1, 5), items)]
+    )
+    assert batch.history.tolist() == [[-3, 5, NO_ITEM], [-4, 7, 8]]
+    first = 1 + sum(SIZES)
+    inputs = model.encoder_inputs(batch.history)
+    tokens = model.item_tokens.tolist()
+    assert inputs["input_ids"].tolist() == [
+        [first + 1, *tokens[5], 0, 0, 0],
+        [first + 2, *tokens[7], *tokens[8]],
+    ]
+    assert inputs["attention_mask"].tolist() == [[1] * 4 + [0] * 3, [1] * 7]
+    trained = TigerTrainCollator(MAX_ITEMS, last=True, user_tokens=3)(
+        [TrainExample(4, np.array([5, 6]), 0), TrainExample(2, np.array([5, 7, 6]), 0)]
+    )
+    assert trained.history.tolist() == [[-3, 5, NO_ITEM], [-4, 5, 7]]
+
+    # Neither the batch nor its padding moves a user; transformers' own forward gives the scores.
+    users = examples(len(codes))
+    collator = CodeHistoryCollator(MAX_ITEMS, 3)
+    scores = model.score_items(collator(users).history)
+    for row, user in enumerate(users):
+        inputs = model.encoder_inputs(collator([user]).history)
+        own = inputs["input_ids"].expand(len(codes), -1)
+        with torch.no_grad():
+            logits = model.t5(input_ids=own, labels=model.item_tokens).logits
+        expected = logits.log_softmax(-1).gather(2, model.item_tokens[..., None]).sum((1, 2))
+        torch.testing.assert_close(scores[row], expected)
+    one, same, other = (
+        model.score_items(collator([replace(users[3], user_id=user_id)]).history)
+        for user_id in (0, 6, 7)
+    )
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
+
+
+def test_what_only_the_user_tells_is_learned_by_its_token(codes: np.ndarray) -> None:
+    """Four users met item 1; what each met next differs."""
+    rows = [TrainExample(user, np.array([1, 10 + user]), 0) for user in range(4)]
+    found = {}
+    for user_tokens in (0, 4):
+        torch.manual_seed(0)
+        model = tiger(codes, user_tokens=user_tokens, dropout=0.0)
+        batch = TigerTrainCollator(MAX_ITEMS, user_tokens=user_tokens)(rows)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(60):
+            model.training_loss(batch)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[user_tokens] = model.eval().generate(batch.history).items[:, 0].tolist()
+    assert found[4] == [10, 11, 12, 13]
+    assert len(set(found[0])) == 1
+
+
 @MODELS
 def test_a_toy_grammar_is_learned(make: Make, codes: np.ndarray) -> None:
     """The next of 12 items is the one 5 places on."""
