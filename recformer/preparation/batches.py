@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
+from functools import cached_property
 
 import polars as pl
 
@@ -68,7 +69,6 @@ class Batches:
         if owner is not None:
             self._others["owner"] = owner
         self._bad_before = deepcopy(bad_lines)
-        self._known_names: pl.Enum | None = None  # `known` as a table in native code
         self._exponent: int | None = None  # of the times' unit, where some do not fit it
         self._begin()
 
@@ -78,6 +78,11 @@ class Batches:
         file = self.source.file
         is_list = self.source.columns.item in file.lists
         return file.kind == "json" and not is_list and self.source.before is None
+
+    @cached_property
+    def known_names(self) -> pl.Enum:
+        """`known` as a table in native code, in its order."""
+        return pl.Enum(pl.Series(list(self.known or ()), dtype=pl.String))
 
     def _begin(self) -> None:
         self.counts: dict[str, int] = {}
@@ -271,9 +276,7 @@ class Batches:
     def _is_known(self, items: pl.Series) -> pl.Series:
         if self.known is None:
             return pl.repeat(True, len(items), eager=True)
-        if self._known_names is None:
-            self._known_names = pl.Enum(pl.Series(list(self.known), dtype=pl.String))
-        is_known = items.cast(self._known_names, strict=False).is_not_null()
+        is_known = items.cast(self.known_names, strict=False).is_not_null()
         if self.first_unknown is None and not is_known.all():
             self.first_unknown = items.filter(~is_known)[0]
         return is_known

@@ -204,7 +204,6 @@ def _judge(
     """What Spark does with the rows of a file: those that count, and last what is to be said."""
 
     def judge(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        codes = {name: code for code, name in enumerate(names.value)}
         bad_lines = BadLines(skip=skip)
         first_place = -1
 
@@ -223,13 +222,14 @@ def _judge(
                         frame = frame.with_columns(pl.col(name).str.replace(r"\.0+$", ""))
                 yield frame
 
-        own = Batches(source, codes, bad_lines, min_rating, events, extra=["place"], frames=frames)
+        known = names.value
+        own = Batches(source, known, bad_lines, min_rating, events, extra=["place"], frames=frames)
         for frame in own:
-            items = [codes[name] for name in frame["item"].to_list()]
+            items = frame["item"].cast(own.known_names).to_physical()
             yield from _batches(
                 frame.select(
                     "user",
-                    pl.Series("item", items, dtype=pl.Int32),
+                    items.cast(pl.Int32),
                     "whole",
                     "billionths",
                     pl.col(f"{EXTRA}place").alias("place"),
