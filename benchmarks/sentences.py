@@ -7,7 +7,8 @@ Both sides get the same made-up items (title, brand and category, 45 tokens on a
 ("items") or ten to a text ("histories"), tokenise and encode them with the weights of one BERT of
 random numbers, and give the mean of the tokens' states; ours also the vector of `<s>`, by which a
 pretrained Recformer is read. Ours reads a history with window 64, the peer with attention among all
-tokens. The peer sorts by length and pads batches of 32, as it does by default.
+tokens. The peer sorts by length and pads batches of 32, as it does by default. "Histories of known
+items" are histories as training and recommending read them: of items whose tokens are stored.
 
 `--onnx_python` names the interpreter of an environment with `sentence-transformers[onnx]`, whose
 8-bit ONNX backend then takes turns, too, in a process of its own; without it that of this
@@ -107,13 +108,18 @@ class Ours:
         self.model.eval().to(getattr(torch, dtype))
 
     def lengths(self, sequences: list[list[Item]]) -> list[int]:
-        store = ItemsInMemory.of([item for each in sequences for item in each], self.tokenizer)
+        store = self.tokenised(sequences)
         borders = np.cumsum([0, *map(len, sequences)])
         return [1 + int(store.lengths[a:b].sum()) for a, b in pairwise(borders)]
 
-    @torch.no_grad()
+    def tokenised(self, sequences: list[list[Item]]) -> ItemsInMemory:
+        return ItemsInMemory.of([item for each in sequences for item in each], self.tokenizer)
+
     def encode(self, sequences: list[list[Item]]) -> Tensor:
-        store = ItemsInMemory.of([item for each in sequences for item in each], self.tokenizer)
+        return self.encode_stored(self.tokenised(sequences), sequences)
+
+    @torch.no_grad()
+    def encode_stored(self, store: ItemsInMemory, sequences: list[list[Item]]) -> Tensor:
         if len(store) == len(sequences):
             return encode_items(self.model, store, nullcontext(), progress=False)
         borders = np.cumsum([0, *map(len, sequences)])
@@ -243,26 +249,31 @@ def _compare(
     config = sides["avg"].model.config
     lengths = sides["avg"].lengths(sequences)
     product, product_operations = products(config, min(sum(lengths), TOKENS), getattr(torch, dtype))
+    calls = {(what, pooler): partial(ours.encode, sequences) for pooler, ours in sides.items()}
+    if what == "histories":
+        store = sides["avg"].tokenised(sequences)
+        for pooler, ours in sides.items():
+            calls["histories of known items", pooler] = partial(
+                ours.encode_stored, store, sequences
+            )
     *seconds, peer_seconds, product_seconds = in_turns(
-        REPEATS,
-        *(lambda ours=ours: ours.encode(sequences) for ours in sides.values()),
-        lambda: peer(sequences),
-        product,
+        REPEATS, *calls.values(), lambda: peer(sequences), product
     )
-    for pooler, ours_seconds in zip(sides, seconds):
+    for (name, pooler), ours_seconds in zip(calls, seconds):
         needed = operations(config, lengths, pooled=pooler == "cls")
         share = needed / ours_seconds / (product_operations / product_seconds)
+        first = (name, pooler) == (what, "avg")
         yield row(
-            f"{size}, {what}, {'mean' if pooler == 'avg' else '<s>'}, {dtype}",
+            f"{size}, {name}, {'mean' if pooler == 'avg' else '<s>'}, {dtype}",
             ours_seconds,
             PEER,
             peer_seconds,
             amount=len(sequences),
             unit=what,
             share_of_ceiling=share,
-            peak_memory_mb=memory["avg", what] if pooler == "avg" else None,
-            peer_peak_memory_mb=memory["peer", what] if pooler == "avg" else None,
-            note=f"{sum(lengths):,} tokens; {setting}" if pooler == "avg" else "",
+            peak_memory_mb=memory["avg", what] if first else None,
+            peer_peak_memory_mb=memory["peer", what] if first else None,
+            note=f"{sum(lengths):,} tokens; {setting}" if first else "",
         )
 
 
