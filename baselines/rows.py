@@ -131,7 +131,9 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
         for slice_name, part in figures.get("slices", {}).items()
         if METRICS[0] in part  # --metric_ks may have been others
     }
-    if not parts and folder is not None and run.rule["split_hash"] == folder.split_hash:
+    of_users = run.sequences is None  # not of windows, whose examples are no users of the folder
+    same = folder is not None and run.rule["split_hash"] == folder.split_hash
+    if not parts and folder is not None and same and of_users:
         for name, chosen in slices(folder, "test", run.user_ids, run.targets).items():
             parts[name] = [int(chosen.sum()), float(values[METRICS[0]][chosen].mean())]
     settings = path / RUN_FILE

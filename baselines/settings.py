@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from baselines.sequence.features import AGGREGATIONS
 from baselines.sequence.item_table import KINDS
-from baselines.sequence.objectives import check_goes_with, objective_named
+from baselines.sequence.objectives import OBJECTIVES_OF, check_goes_with, objective_named
 from recformer.files import UserError
 from recformer.training.arguments import flag
 
@@ -181,9 +181,11 @@ class SequenceSettings(NetworkSettings):
         "join the features of the folder (recformer process --features) with the items: concat, "
         "sum or product",
     )
-    feature_dropout: float = flag(0.0, "features: each of an item is left out so often in training")
+    feature_dropout: float = flag(
+        0.0, "features: each of an item or interaction is left out so often in training"
+    )
     swap_noise: float = flag(
-        0.0, "features: each of an item is that of another one so often in training"
+        0.0, "features: each of an item or interaction is that of another so often in training"
     )
     soft_one_hot: int = flag(
         0, "features: numbers as a soft one-hot over so many learned vectors, 0 for a projection"
@@ -283,7 +285,8 @@ class TransformerSettings(AttentionSettings, SequenceSettings):
     arch: str = flag("gpt2", "model type of transformers")
     objective: str = flag(
         "clm",
-        "clm (causal), mlm (masked), plm (permuted: XLNet) or rtd (replaced items: ELECTRA)",
+        "clm (causal), mlm (masked), plm (permuted: XLNet) or rtd (replaced items: ELECTRA); "
+        + "; ".join(f"{arch}: {', '.join(own)}" for arch, own in OBJECTIVES_OF.items()),
     )
     mask_probability: float = flag(0.2, "mlm, plm and rtd: share of hidden items")
     max_span: int = flag(5, "plm: items of a span that is hidden, at most")

@@ -2,11 +2,14 @@
 
     dataset.json            "features": a list of `Feature`
     interactions.parquet    a column "feature NAME" for every feature of interactions
-    item_features.parquet   a column "feature NAME" for every feature of items, a row an item id
+    item_features.parquet   a column "feature NAME" for every feature of items, a row an item id;
+                            "told NAME" beside what the log told: in which window it first did,
+                            or by which part (0 training, 1 validation, 2 the test, 3 none)
 
 Values stand there as they were read: numbers float64, categories and lists of categories as text,
 null where there is none. What a model makes of them (`Encoded`) is fitted to what it may know: a
-category that training did not meet is unknown, and means and deviations are training's.
+category that training did not meet is unknown, and means and deviations are training's. What the
+log told of an item only after training is missing, unless the item itself is new.
 
 Shapes: V values (interactions of the folder, or items), C categories.
 """
@@ -30,6 +33,9 @@ from recformer.files import UserError
 
 KINDS = ("float", "cat", "list")
 MISSING, UNKNOWN = 0, 1  # rows of a table of categories; the known ones follow
+
+# Standard deviations from the mean: a number that lies farther off is taken to lie there.
+FARTHEST = 1e4
 
 Of = Literal["item", "interaction"]
 
@@ -56,6 +62,11 @@ class Feature:
     def column(self) -> str:
         """Its column in the file."""
         return f"feature {self.name}"
+
+    @property
+    def told_column(self) -> str:
+        """Column beside it that says when the log told an item's value."""
+        return f"told {self.name}"
 
     def as_dict(self) -> dict[str, Any]:
         """As dataset.json has it."""
@@ -123,13 +134,28 @@ def encode_features(folder: ProcessedFolder) -> dict[Of, list[Encoded]]:
             found["interaction"].append(_encode(feature, columns[feature.column], known, when))
     own = [feature for feature in features if feature.of == "item"]
     if own:
-        table = _item_columns(whole, [feature.column for feature in own])
+        table = _item_columns(whole, own)
         met = np.zeros(folder.num_items, dtype=bool)
         met[folder.train.items] = True
+        now = folder.window if isinstance(folder, WindowView) else 1
         for feature in own:
             column = table[feature.column].slice(0, folder.num_items)
-            found["item"].append(_encode(feature, column, met, np.zeros(len(met), np.int64)))
+            known = met
+            if feature.told_column in table.column_names:  # it is the log that told it
+                told = table[feature.told_column].slice(0, folder.num_items).fill_null(0).to_numpy()
+                column = _without(column, met & (told >= now))
+                known = met & (told < now)
+            found["item"].append(_encode(feature, column, known, np.zeros(len(met), np.int64)))
     return found
+
+
+def _without(column: Any, hidden: np.ndarray) -> Any:
+    """A column of pyarrow whose values at some places, bool (V,), are missing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+    return pc.if_else(pa.array(hidden), pa.scalar(None, column.type), column)
 
 
 def _trained(folder: ProcessedFolder) -> np.ndarray:
@@ -140,7 +166,8 @@ def _trained(folder: ProcessedFolder) -> np.ndarray:
     return within < np.repeat(folder.train.lengths, lengths)
 
 
-def _item_columns(whole: ProcessedFolder, names: Sequence[str]) -> Any:
+def _item_columns(whole: ProcessedFolder, features: Sequence[Feature]) -> Any:
+    """The table of some features of items."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
@@ -148,7 +175,10 @@ def _item_columns(whole: ProcessedFolder, names: Sequence[str]) -> Any:
     if path.is_file():
         check_table(path, whole.dataset)
     try:
-        table = pq.read_table(path, columns=list(names), page_checksum_verification=True)
+        there = set(pq.read_schema(path).names)  # earlier folders do not say when a log told what
+        names = [one.column for one in features]
+        names += [one.told_column for one in features if one.told_column in there]
+        table = pq.read_table(path, columns=names, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): process the data again") from error
     if table.num_rows != whole.num_items or table.num_columns != len(names):
@@ -165,6 +195,7 @@ def _encode(feature: Feature, column: Any, known: np.ndarray, when: np.ndarray) 
         seen = values[present & known]
         mean, deviation = (float(seen.mean()), float(seen.std())) if len(seen) else (0.0, 1.0)
         scaled = np.where(present, (values - mean) / (deviation or 1.0), 0.0)
+        scaled = scaled.clip(-FARTHEST, FARTHEST)
         return Encoded(feature, scaled.astype(np.float32), present)
     if feature.kind == "cat":
         rows, count = _rows(column, known, when)

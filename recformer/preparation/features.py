@@ -20,8 +20,9 @@ import polars as pl
 from recformer.data.features import KINDS, Feature, Of
 from recformer.files import UserError
 from recformer.preparation.histories import split_list
-from recformer.preparation.splits import Histories
+from recformer.preparation.splits import DROPPED, Histories, Split
 from recformer.preparation.times import units_a_second
+from recformer.preparation.windows import Windowed
 
 # Features of the time of an interaction and what they are.
 OF_TIME = {"hour": "cat", "weekday": "cat", "since_last": "float", "item_age": "float"}
@@ -29,6 +30,8 @@ OFS: tuple[Of, ...] = ("item", "interaction")
 
 # A column with more different values holds ids: a table of them would be learned by heart.
 MOST_CATEGORIES = 100_000
+# Larger numbers are mistakes, and no model can compute with them.
+LARGEST = 1e15
 _DAY = 86_400
 
 
@@ -74,11 +77,14 @@ class FeatureColumns:
         features: in the order in which they were asked for.
         interactions: column in interactions.parquet -> M values.
         items: column in item_features.parquet -> N values.
+        present: feature of a column of the interactions -> int8 (M,), 1 where an interaction has a
+            value, 0 where it has none, -1 where it does not matter: the item was met before.
     """
 
     features: list[Feature]
     interactions: dict[str, pl.Series]
     items: dict[str, pl.Series]
+    present: dict[str, np.ndarray]
 
 
 def make_features(
@@ -86,6 +92,7 @@ def make_features(
     histories: Histories,
     item_columns: Mapping[str, Mapping[str, Any]],
     *,
+    moments: np.ndarray | None = None,
     skip_bad: bool = False,
 ) -> FeatureColumns:
     """The features that were asked for.
@@ -94,6 +101,8 @@ def make_features(
         asked: which; columns of the interactions stand in `histories.extra`.
         histories: as they are split.
         item_columns: column -> {item: value}, of those that the items have.
+        moments: int (M,), which interactions are known before others, see `moments_of`; None: all
+            are known at once.
         skip_bad: take what is no number as missing where numbers are asked for.
 
     Raises:
@@ -102,6 +111,10 @@ def make_features(
     features: list[Feature] = []
     interactions: dict[str, pl.Series] = {}
     items: dict[str, pl.Series] = {}
+    present: dict[str, np.ndarray] = {}
+    if moments is None:
+        moments = np.zeros(len(histories.sequences.items), dtype=np.int32)
+    first_met = _when_first_met(histories.sequences.items, moments)
     for one in asked:
         of: Of = "interaction"
         if one.name in item_columns:
@@ -114,8 +127,12 @@ def make_features(
             raw = of_time(one.name, histories)
         kind = one.kind or OF_TIME.get(one.name) or _kind(raw)
         values = _typed(raw, kind, one.name, skip_bad)
-        if of == "interaction" and one.name not in OF_TIME:
-            of, values = _whose(one, values, histories)
+        told = None
+        if of == "interaction":
+            own = values.is_not_null().to_numpy().astype(np.int8)
+            if one.name not in OF_TIME:
+                of, values, told = _whose(one, values, histories, moments)
+            present[one.name] = own if of == "interaction" else np.where(first_met, own, -1)
         members = values.explode() if kind == "list" else values
         distinct = members.drop_nulls().n_unique()
         if kind != "float" and distinct > MOST_CATEGORIES:
@@ -130,11 +147,28 @@ def make_features(
         feature = Feature(one.name, kind, of, distinct, missing)
         features.append(feature)
         (items if of == "item" else interactions)[feature.column] = values
-    return FeatureColumns(features, interactions, items)
+        if told is not None:
+            items[feature.told_column] = told
+    return FeatureColumns(features, interactions, items, present)
+
+
+def moments_of(split: Split) -> np.ndarray:
+    """When each interaction is known, int32 (M,): its window; or 0 of training, 1 of validation,
+    2 of the test, 3 of what is in no part."""
+    if isinstance(split, Windowed):
+        return split.windows.astype(np.int32)
+    return np.where(split.parts == DROPPED, 3, split.parts).astype(np.int32)
+
+
+def _when_first_met(items: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Which interactions are of the moment in which their item was first met, bool (M,)."""
+    first = np.full(int(items.max(initial=-1)) + 1, np.iinfo(np.int32).max, dtype=np.int32)
+    np.minimum.at(first, items, moments)
+    return moments == first[items]
 
 
 def check_everywhere(columns: FeatureColumns, parts: Mapping[str, np.ndarray]) -> None:
-    """Refuse a feature of interactions that a part of the data lacks altogether, and not by chance.
+    """Refuse a column of interactions that a part of the data lacks altogether, and not by chance.
 
     Args:
         columns: the features.
@@ -143,18 +177,16 @@ def check_everywhere(columns: FeatureColumns, parts: Mapping[str, np.ndarray]) -
     Raises:
         UserError: names the feature and the part.
     """
-    for feature in columns.features:
-        if feature.of == "item":
-            continue
-        present = columns.interactions[feature.column].is_not_null().to_numpy()
+    for name, present in columns.present.items():
+        what = "interactions" if (present >= 0).all() else "interactions with new items"
         for part, chosen in parts.items():
-            others = present[~chosen].mean() if (~chosen).any() else 0.0
-            if not present[chosen].any() and (1 - others) ** chosen.sum() < 0.01:
+            inside, outside = (present[mask & (present >= 0)] for mask in (chosen, ~chosen))
+            others = (outside.sum() + 0.5) / (len(outside) + 1)  # of few, none is certain
+            if len(outside) and not inside.any() and (1 - others) ** len(inside) < 0.01:
                 raise UserError(
-                    f"--features {feature.name}: none of the {int(chosen.sum()):,} interactions of "
-                    f"{part} has a value, {others:.0%} of the others have one: a model would be "
-                    f"judged without what it was trained with; leave the feature out, or complete "
-                    f"the data"
+                    f"--features {name}: none of the {len(inside):,} {what} of {part} has a value, "
+                    f"{others:.0%} of the others have one: a model would be judged without what it "
+                    f"was trained with; leave the feature out, or complete the data"
                 )
 
 
@@ -219,7 +251,7 @@ def _typed(raw: pl.Series, kind: str, name: str, skip_bad: bool) -> pl.Series:
     if kind == "float":
         texts = raw.str.strip_chars() if raw.dtype == pl.String else raw
         numbers = texts.cast(pl.Float64, strict=False)
-        numbers = numbers.set(~numbers.is_finite().fill_null(True), None)
+        numbers = numbers.set(~(numbers.abs() <= LARGEST).fill_null(True), None)
         wrong = numbers.is_null() & texts.is_not_null()
         if raw.dtype == pl.String:
             wrong &= texts != ""
@@ -227,8 +259,9 @@ def _typed(raw: pl.Series, kind: str, name: str, skip_bad: bool) -> pl.Series:
             wrong &= texts.is_not_nan()
         if wrong.any() and not skip_bad:
             raise UserError(
-                f"--features {name}:float: {texts.filter(wrong)[0]!r} is no number: mend it, take "
-                f"what is none as missing with --skip_bad_lines, or ask for {name}:cat"
+                f"--features {name}:float: {texts.filter(wrong)[0]!r} is no number up to "
+                f"{LARGEST:.0e}: mend it, take what is none as missing with --skip_bad_lines, or "
+                f"ask for {name}:cat"
             )
         return numbers
     texts = raw.cast(pl.String).str.strip_chars()
@@ -257,22 +290,28 @@ def _lists(raw: pl.Series, name: str) -> pl.Series:
     return values.set(values.list.len() == 0, None)
 
 
-def _whose(one: Asked, values: pl.Series, histories: Histories) -> tuple[Of, pl.Series]:
+def _whose(
+    one: Asked, values: pl.Series, histories: Histories, moments: np.ndarray
+) -> tuple[Of, pl.Series, pl.Series | None]:
     """A column of the interactions is the item's if every item has one value, or the user says so;
-    then it is the first one that anybody met."""
+    then it is the first one that anybody met.
+
+    Returns:
+        Whose it is, the values, and of an item's the moment of the interaction that told it.
+    """
     if one.of == "interaction":
-        return "interaction", values
+        return "interaction", values, None
     items = histories.sequences.items
-    order: np.ndarray = np.arange(len(items))
-    if histories.times is not None:
-        order = np.argsort(histories.times, kind="stable")
-    frame = pl.DataFrame({"item": items, "value": values})[order].filter(
+    keys = (moments,) if histories.times is None else (histories.times, moments)
+    order = np.lexsort(keys)  # what is known first, by time
+    frame = pl.DataFrame({"item": items, "value": values, "told": moments})[order].filter(
         pl.col("value").is_not_null()
     )
     if one.of is None:
         several = frame.group_by("item").agg(pl.col("value").n_unique() > 1)["value"]
         if several.any():
-            return "interaction", values
+            return "interaction", values, None
     first = frame.unique("item", keep="first", maintain_order=True)
     every = pl.DataFrame({"item": np.arange(len(histories.item_names), dtype=np.int32)})
-    return "item", every.join(first, on="item", how="left", maintain_order="left")["value"]
+    every = every.join(first, on="item", how="left", maintain_order="left")
+    return "item", every["value"], every["told"]

@@ -15,7 +15,13 @@ from recformer.data.processed_store import Content, keep
 from recformer.files import UserError
 from recformer.preparation.bad_lines import BadLines
 from recformer.preparation.catalogues import text_of_log
-from recformer.preparation.features import OF_TIME, Asked, check_everywhere, make_features
+from recformer.preparation.features import (
+    OF_TIME,
+    Asked,
+    check_everywhere,
+    make_features,
+    moments_of,
+)
 from recformer.preparation.options import (
     DEFAULT_COLUMNS,
     DEFAULT_FILTERS,
@@ -31,7 +37,7 @@ from recformer.preparation.options import (
     writable_folder,
 )
 from recformer.preparation.spark import open_lake, session
-from recformer.preparation.splits import DROPPED, TEST, TRAIN
+from recformer.preparation.splits import DROPPED, TEST, TRAIN, VAL
 from recformer.preparation.tables import (
     Columns,
     InteractionSource,
@@ -151,11 +157,17 @@ def prepare_finetuning(
             metadata_counts = {"products": len(products)}
         chosen = (item_source.attributes if item_source else in_log).items()
         split = options.apply(histories, seed)
-        made = make_features(features, histories, item_columns, skip_bad=skip_bad_lines)
+        made = make_features(
+            features, histories, item_columns, moments=moments_of(split), skip_bad=skip_bad_lines
+        )
         columns_kept: dict[str, Any] = dict(made.interactions)
         parts = {}
         if features:
-            parts = {"training": split.parts == TRAIN, "the test": split.parts == TEST}
+            parts = {
+                "training": split.parts == TRAIN,
+                "validation": split.parts == VAL,
+                "the test": split.parts == TEST,
+            }
         if isinstance(split, Windowed):
             context = histories.context
             columns_kept |= {

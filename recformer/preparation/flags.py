@@ -95,10 +95,12 @@ def add_feature_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_feature,
         default=[],
-        metavar="NAME[:TYPE]",
+        metavar="NAME[:TYPE][:OF]",
         help="columns of the interactions or the items that models may read beside the item id, "
         "each with a type float, cat (categories) or list (of categories), told by the values "
-        f"where none is given; and of the times {', '.join(OF_TIME)} (default: none)",
+        "where none is given; ':item' takes the first value that the log tells of each item, "
+        "':interaction' leaves it with the interaction (told by the values); and of the times "
+        f"{', '.join(OF_TIME)} (default: none)",
     )
 
 
@@ -199,8 +201,9 @@ def add_session_flags(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=0,
         metavar="N",
-        help="a session begins with the items of the last N sessions of the same user (default: "
-        "each session stands alone)",
+        help="a session begins with the items of the last N sessions of the same user "
+        "(--user_column), which needs times, and --session_column or --session_gap (default: each "
+        "session stands alone)",
     )
 
 
@@ -247,7 +250,7 @@ def add_filter_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="K",
         help="leave out users and items with fewer interactions, again and again until none is "
-        "left (default: not)",
+        "left; not with --split windows, as it counts what comes later (default: not)",
     )
     parser.add_argument(
         "--max_users",

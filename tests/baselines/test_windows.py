@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 
 import baselines.__main__ as entry
 from baselines.__main__ import main
+from baselines.leaderboard import main as leaderboard
 from baselines.models import build
 from baselines.semantic_ids.ids import SemanticIds
 from baselines.settings import settings_of
 from baselines.windows import go_on_from
+from recformer.commands.compare import main as compare
 from recformer.data.windows import Windows
+from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RankedRun, RunResult, read_ranks
 from recformer.files import UserError, read_json
 from tests.preparation.test_windows import folder
@@ -130,6 +133,27 @@ def test_windows_have_no_users_for_tokens(data: Path, tmp_path: Path) -> None:
     settings = settings_of("tiger", {"semantic_ids": str(path), "user_tokens": 8})
     with pytest.raises(UserError, match="--user_tokens: the sequences of windows are no users"):
         build("tiger", settings, windows.view(1))
+
+
+def test_runs_of_other_cut_offs_stand_in_the_leaderboard(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of the published protocols, which have @20 alone."""
+    for model in ("popularity", "cooccurrence"):
+        run(data, tmp_path / model, "--model", model, "--metric_ks", "20")
+    capsys.readouterr()
+    leaderboard([str(tmp_path), "--data_path", str(data)])
+    shown = capsys.readouterr()
+    assert "is left out" not in shown.err
+    targets = RunResult.load(tmp_path / "popularity").test["windows"]
+    number = int(sum(window["num_users"] for window in targets))
+    assert f"{number} targets, full ranking" in shown.out
+    assert "intervals over sessions" in shown.out
+    for model in ("popularity", "cooccurrence"):
+        values = per_user_metrics(RankedRun.read(tmp_path / model).ranks, (10,), "expected")
+        assert f"|{model}|{values['NDCG@10'].mean():.4f}" in shown.out
+    compare([str(tmp_path / "popularity"), str(tmp_path / "cooccurrence")])
+    assert f"{number} targets, full ranking" in capsys.readouterr().out
 
 
 def test_items_nobody_met_are_no_negatives(data: Path) -> None:

@@ -157,6 +157,60 @@ def test_a_later_value_changes_nothing_before_it(tmp_path: Path) -> None:
             assert left.num_rows == right.num_rows
 
 
+def test_what_is_told_later_of_an_item_changes_nothing_before_it(tmp_path: Path) -> None:
+    """The leak test of values that were missing: the third day tells what i2 is."""
+    features = ["--features", "brand:cat:item", "price:float:item", "tags:list:item"]
+    rows = [row.replace("i2,s1,,2.5", "i2,s1,,").replace("i2,s4,,2.5", "i2,s4,,") for row in ROWS]
+    later = [*rows, f"{START + 2 * DAY + 50},u5,i2,s5,acme,99.0,a|c,1"]
+    views = []
+    for name, own in (("a", rows), ("b", later)):
+        (tmp_path / name).mkdir()
+        windows = Windows.of(process(tmp_path / name, *WINDOWS, *features, rows=own))
+        assert windows is not None
+        views.append(windows)
+    for number in (1, 2):  # also on the third day itself: i2 was met before
+        before, after = (encode_features(one.view(number))["item"] for one in views)
+        for left, right in zip(before, after, strict=True):
+            np.testing.assert_array_equal(left.values, right.values)
+            assert left.num_rows == right.num_rows
+            if left.offsets is not None:
+                np.testing.assert_array_equal(left.offsets, right.offsets)
+    i2 = views[1].folder.asins.index("i2")
+    assert (before[0].values[i2], before[1].present[i2]) == (MISSING, False)
+    table = pl.read_parquet(tmp_path / "b/out/item_features.parquet")
+    row = table[i2]
+    assert [row[f"feature {n}"][0] for n in ("brand", "price")] == ["acme", 99.0]
+    assert {row[f"told {n}"][0] for n in ("brand", "price", "tags")} == {2}
+    # i4, new on the third day, is known by what that day says of it
+    assert after[2].offsets[-1] - after[2].offsets[-2] == 2
+
+
+def test_what_the_test_alone_tells_of_an_item_is_not_known(tmp_path: Path) -> None:
+    rows = [f"{START + t},u{n},i{t},s{n},b{t},{t}.5,x,1" for n in range(3) for t in range(4)]
+    rows = [row.replace(",b1,1.5,", ",,,") for row in rows]
+    rows.append(f"{START + 9},u0,i1,s0,b1,77.0,x,1")  # the test target of u0
+    data = process(tmp_path, "--features", "brand:cat:item", "price:float:item", rows=rows)
+    assert data.asins[data.test[0][-1]] == "i1"
+    brand, price = encode_features(data)["item"]
+    row = data.asins.index("i1")
+    assert brand.values[row] == MISSING
+    assert price.present is not None
+    assert not price.present[row]
+    seen = np.array([0.5, 2.5])  # of i0 and i2, which are trained on, i1 beside them
+    assert price.values[0] == pytest.approx((0.5 - seen.mean()) / seen.std())
+
+
+def test_numbers_that_no_model_can_read(tmp_path: Path) -> None:
+    rows = [row.replace(",9.0,", ",1e300,") for row in ROWS]
+    with pytest.raises(UserError, match=r"price:float: '1e300' is no number up to 1e\+15"):
+        process(tmp_path, *WINDOWS, "--features", "price:float", rows=rows)
+    rows = [row.replace(",9.0,", ",1e14,") for row in ROWS]
+    windows = Windows.of(process(tmp_path, *WINDOWS, "--features", "price:float", rows=rows))
+    assert windows is not None
+    (price,) = encode_features(windows.view(1))["interaction"]
+    assert price.values.max() == 1e4  # deviations
+
+
 def test_tables_of_categories_grow_at_their_end(tmp_path: Path) -> None:
     """Weights that go on find the categories that they know in the same rows."""
     rows = [  # of one user a row: the first row has the last category
@@ -229,6 +283,18 @@ def test_what_cannot_be_a_feature_is_refused_by_name(
     rows = [row.replace(",9.0,", ",,").replace(",9.5,", ",,") for row in ROWS]
     with pytest.raises(UserError, match="--features price: none of the 4 interactions of window 2"):
         process(tmp_path, *WINDOWS, "--features", "price:float:interaction", rows=rows)
+    # of an item's column those that are new matter: here eight a day, none with a price on the last
+    rows = [
+        f"{START + day * DAY + n},u{n},i{day}{n},s{n}{day},b,{'' if day == 2 else 1.5},x,1"
+        for day in range(3)
+        for n in range(8)
+        for _ in range(2)
+    ]
+    flags = [*WINDOWS, "--features", "price:float:item"]
+    with pytest.raises(UserError, match="price: none of the 16 interactions of window 2"):
+        process(tmp_path, *flags, rows=rows)
+    rows = [row.replace(",i2", ",i1") for row in rows]  # the items of the day before: known
+    process(tmp_path, *flags, rows=rows)
     log = interactions(("u", "a", START), ("u", "b", START + 1))
     histories = build_histories(replace(log, extra=pl.DataFrame({"empty": ["", ""]})))
     with pytest.raises(UserError, match="--features empty"):
