@@ -129,10 +129,12 @@ def make_features(
         values = _typed(raw, kind, one.name, skip_bad)
         told = None
         if of == "interaction":
-            own = values.is_not_null().to_numpy().astype(np.int8)
+            own = np.array(values.is_not_null(), dtype=np.int8)
             if one.name not in OF_TIME:
                 of, values, told = _whose(one, values, histories, moments)
-            present[one.name] = own if of == "interaction" else np.where(first_met, own, -1)
+            present[one.name] = own
+            if of == "item":
+                own[~first_met] = -1
         members = values.explode() if kind == "list" else values
         distinct = members.drop_nulls().n_unique()
         if kind != "float" and distinct > MOST_CATEGORIES:
