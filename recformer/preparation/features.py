@@ -129,12 +129,12 @@ def make_features(
         values = _typed(raw, kind, one.name, skip_bad)
         told = None
         if of == "interaction":
-            own = np.array(values.is_not_null(), dtype=np.int8)
+            has_value = np.array(values.is_not_null(), dtype=np.int8)
             if one.name not in OF_TIME:
                 of, values, told = _whose(one, values, histories, moments)
-            present[one.name] = own
+            present[one.name] = has_value
             if of == "item":
-                own[~first_met] = -1
+                has_value[~first_met] = -1
         members = values.explode() if kind == "list" else values
         distinct = members.drop_nulls().n_unique()
         if kind != "float" and distinct > MOST_CATEGORIES:
