@@ -38,13 +38,12 @@ from recformer.training.seeds import run_command
 def caption(group: Sequence[Row], metric: str = METRICS[0]) -> str:
     """Rules that all rows of a table share, and a legend."""
     run, rule = group[0].run, group[0].run.rule
-    judged, drawn = ("test users", "users") if run.sequences is None else ("targets", "sessions")
     seen = "filtered" if rule["filter_seen"] else "kept"
     several = "; ±: standard deviation over seeds" if any(row.deviation for row in group) else ""
     return (
-        f"Split {str(rule['split_hash'])[:12]}, {len(run.user_ids):,} {judged}, full "
+        f"Split {str(rule['split_hash'])[:12]}, {run.judged}, full "
         f"ranking, ties {rule['ties']}, seen items {seen}. 95 % bootstrap intervals over "
-        f"{drawn}{several}; p: paired permutation test of {metric} against the first row, "
+        f"{run.resampled}{several}; p: paired permutation test of {metric} against the first row, "
         "corrected by Holm."
     )
 

@@ -232,6 +232,22 @@ def lock(descriptor: int) -> bool:
     return True
 
 
+@contextmanager
+def alone(folder: str | os.PathLike) -> Iterator[None]:
+    """Wait until nobody else is within such a block for this folder, and keep others waiting.
+
+    On a file system without locks nobody waits. Not for a folder of a run, which is locked from
+    beginning to end.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = None) -> None:
     """Write `value` as UTF-8 JSON, whole or not at all."""
     with atomic_write(path) as handle:

@@ -102,7 +102,9 @@ def compared(name: str, figures: Path) -> str:
     if not path.is_file():
         return NOT_YET
     content = read_json(path)
-    above, between = captions(content["rule"], content["users"], content["metric"])
+    above, between = captions(
+        content["rule"], f"{content['users']:,} test users", content["metric"]
+    )
     runs, pairs = (markdown_table(*cells) for cells in (
         figure_cells(content["runs"]), pair_cells(content["pairs"])
     ))  # fmt: skip

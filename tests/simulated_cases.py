@@ -276,9 +276,15 @@ def test_finetuning_ends_there(shop, tmp_path, trained_there, fp16) -> None:
 
 
 @pytest.mark.parametrize("fp16", [False, True])
-@pytest.mark.parametrize("grad_cache", [None, 2])
-def test_pretraining_ends_there(inputs, tmp_path, trained_there, fp16, grad_cache) -> None:
-    settings = {"num_train_epochs": 1, "fp16": fp16, "grad_cache": grad_cache}
+@pytest.mark.parametrize(
+    ("grad_cache", "ablation"),
+    [(None, None), (2, None), (2, "mlm")],
+    ids=["plain", "cached", "no mlm"],
+)
+def test_pretraining_ends_there(
+    inputs, tmp_path, trained_there, fp16, grad_cache, ablation
+) -> None:
+    settings = {"num_train_epochs": 1, "fp16": fp16, "grad_cache": grad_cache, "ablation": ablation}
     result = Run(pretraining.arguments(inputs, tmp_path, **settings)).train()
     assert np.isfinite(result["last"]["val/loss"])
     check_waits()

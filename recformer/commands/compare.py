@@ -61,17 +61,16 @@ def pair_cells(pairs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
 
 
 def captions(
-    rule: Mapping[str, Any], users: int, metric: str, over_windows: bool = False
+    rule: Mapping[str, Any], judged: str, metric: str, resampled: str = "users"
 ) -> tuple[str, str]:
     """Text above both tables: the rules that all runs share, and the test.
 
-    Runs over windows have targets where others have users, and sessions are drawn anew.
+    `judged` and `resampled` are those of `RankedRun`.
     """
-    judged, drawn = ("targets", "sessions") if over_windows else ("test users", "users")
     seen = "filtered" if rule["filter_seen"] else "kept"
     return (
-        f"Split {str(rule['split_hash'])[:12]}, {users:,} {judged}, full ranking, ties "
-        f"{rule['ties']}, seen items {seen}; 95 % bootstrap intervals over {drawn}",
+        f"Split {str(rule['split_hash'])[:12]}, {judged}, full ranking, ties "
+        f"{rule['ties']}, seen items {seen}; 95 % bootstrap intervals over {resampled}",
         f"Paired differences in {metric}; permutation test, p corrected by Holm",
     )
 
@@ -84,7 +83,7 @@ def markdown(
     sentences: bool = False,
 ) -> str:
     """Both tables; or the first, and pairs as sentences."""
-    above, between = captions(run.rule, len(run.user_ids), metric, run.sequences is not None)
+    above, between = captions(run.rule, run.judged, metric, run.resampled)
     if sentences:
         below = "".join(f"- {verdict(pair, metric)}\n" for pair in pairs)
     else:
@@ -96,7 +95,7 @@ def latex(
     rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metric: str, run: RankedRun
 ) -> str:
     """Both tables, their captions as comments."""
-    above, between = captions(run.rule, len(run.user_ids), metric, run.sequences is not None)
+    above, between = captions(run.rule, run.judged, metric, run.resampled)
     figures, differences = latex_table(*figure_cells(rows)), latex_table(*pair_cells(pairs))
     return f"% {above}\n{figures}% {between}\n{differences}"
 

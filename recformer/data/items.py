@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from recformer.data.mapped import DamagedStoreError, build_mapped, open_mapped
 from recformer.data.texts import ItemTexts
-from recformer.files import UserError, read_checked_json, sha256_of, write_checked_json
+from recformer.files import UserError, alone, read_checked_json, sha256_of, write_checked_json
 from recformer.tokenization import RecformerTokenizer, item_texts, ragged_indices
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class TokenizedItems:
         """Open the store of `items`; they are tokenised first where there is none.
 
         An existing store is checked against the checksums in its header and built anew if it is
-        damaged. Several processes may call this at the same time.
+        damaged. Of several processes that call this at the same time one tokenises.
 
         Args:
             items: N dicts, attributes in order; item id = index.
@@ -103,15 +103,30 @@ class TokenizedItems:
         """
         if not len(items):
             raise UserError("no items to tokenise: the catalogue is empty")
-        key = _known_key(items, tokenizer, Path(cache_dir))
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        with alone(cache_dir):  # going through all texts is done by one, too
+            key = _known_key(items, tokenizer, Path(cache_dir))
         folder = Path(cache_dir) / f"tokenized_items-{key}"
-        if folder.is_dir():
-            try:
-                return cls(folder, key, verify=True)
-            except DamagedStoreError as error:
-                logger.warning("%s: tokenising again", error)
-        _build(items, tokenizer, folder, key)
-        return cls(folder)
+        found = cls._found(folder, key)
+        if found is not None:
+            return found
+        with alone(cache_dir):
+            found = cls._found(folder, key)  # by whom we waited for
+            if found is None:
+                _build(items, tokenizer, folder, key)
+                found = cls(folder)
+        return found
+
+    @classmethod
+    def _found(cls, folder: Path, key: str) -> TokenizedItems | None:
+        """The store in a folder; None: there is none, or it is damaged."""
+        if not folder.is_dir():
+            return None
+        try:
+            return cls(folder, key, verify=True)
+        except DamagedStoreError as error:
+            logger.warning("%s: tokenising again", error)
+            return None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

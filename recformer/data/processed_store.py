@@ -37,7 +37,7 @@ from recformer.data.mapped import (
 )
 from recformer.data.sequences import Sequences
 from recformer.data.texts import ItemTexts, Texts
-from recformer.files import file_sha256, sha256_of
+from recformer.files import alone, file_sha256, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +84,37 @@ def open_or_build(folder: Path, names: Sequence[str], read: Callable[[], Content
         return read()
     key = content_key(folder, names)
     store = store_path(folder, key)
-    if store.is_dir():
-        try:
-            return _content(open_mapped(store, key))
-        except DamagedStoreError as error:
-            logger.warning("%s: reading the JSON files again", error)
-    content = read()
+    found = _mapped(store, key)
+    if found is not None:
+        return found
     if not os.access(folder, os.W_OK):
-        return content
-    with build_mapped(store, key) as writer:
-        write_content(writer, content)
-    return _content(open_mapped(store, key, verify=False))
+        return read()
+    store.parent.mkdir(exist_ok=True)
+    with alone(store.parent):  # of several processes one reads the JSON
+        found = _mapped(store, key)
+        if found is not None:
+            return found
+        content = read()
+        if content_key(folder, names) != key:  # exchanged while it was read
+            return content
+        try:
+            with build_mapped(store, key) as writer:
+                write_content(writer, content)
+        except OSError as error:
+            logger.warning("%s is not kept mapped: %s", folder, error)
+            return content
+        return _content(open_mapped(store, key, verify=False))
+
+
+def _mapped(store: Path, key: str) -> Content | None:
+    """What is there; None: nothing, or it is damaged."""
+    if not store.is_dir():
+        return None
+    try:
+        return _content(open_mapped(store, key))
+    except DamagedStoreError as error:
+        logger.warning("%s: reading the JSON files again", error)
+        return None
 
 
 def content_key(folder: Path, names: Sequence[str]) -> str:

@@ -158,6 +158,7 @@ class RankedRun:
         ranks: (U,) each.
         sequences: (U,) int64, where "users" are targets of sequences, several of one sequence: the
             sequence of each; None: they are users.
+        drawn_from: test users of the data, where only a sample of them was ranked; None: all were.
     """
 
     name: str
@@ -166,6 +167,20 @@ class RankedRun:
     targets: NDArray[np.int64]
     ranks: TargetRanks
     sequences: NDArray[np.int64] | None = None
+    drawn_from: int | None = None
+
+    @property
+    def judged(self) -> str:
+        """How many of whom were ranked, in words."""
+        number = f"{len(self.user_ids):,}"
+        if self.drawn_from is not None:
+            number += f" of {self.drawn_from:,}"
+        return f"{number} {'test users' if self.sequences is None else 'targets'}"
+
+    @property
+    def resampled(self) -> str:
+        """Of whom intervals are, in words."""
+        return "users" if self.sequences is None else "sessions"
 
     @classmethod
     def load(cls, text: str) -> RankedRun:
@@ -216,4 +231,5 @@ class RankedRun:
             targets=columns["target"],
             ranks=TargetRanks(columns["above"], columns["tied"], columns["num_candidates"]),
             sequences=columns.get("sequence"),
+            drawn_from=result.evaluations[chosen]["test"].get("drawn_from"),
         )

@@ -113,7 +113,7 @@ def softmax_loss_with_terms(
     """
     step = max(1, CHUNK_ELEMENTS // len(table))
 
-    def part(first: int) -> Tensor:
+    def part(users: Tensor, first: int) -> Tensor:
         scores = (users[first : first + step] @ table.T).float()  # in 16 bits under autocast
         inside = torch.arange(len(pairs[0]), device=labels.device)  # all, where one part is all
         if step < len(labels):
@@ -125,8 +125,9 @@ def softmax_loss_with_terms(
         return F.cross_entropy(scores, labels[first : first + step], reduction="sum")
 
     if step >= len(labels):
-        return part(0) / len(labels)
-    parts = [checkpoint(part, first, use_reentrant=False) for first in range(0, len(labels), step)]
+        return part(users, 0) / len(labels)
+    firsts = range(0, len(labels), step)
+    parts = [checkpoint(part, users, first, use_reentrant=False) for first in firsts]
     return torch.stack(parts).sum() / len(labels)
 
 

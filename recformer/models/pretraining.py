@@ -8,7 +8,9 @@ V vocabulary, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,10 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(grad)
         first = dist.get_rank() * ctx.size
         return grad[first : first + ctx.size]
+
+
+def _ignoring_it(_: Tensor, call: Callable[[], Any]) -> Any:
+    return call()
 
 
 def _check_pairs(a: PackedTokens, b: PackedTokens) -> None:
@@ -324,7 +330,10 @@ class RecformerForPretraining(RecformerPreTrainedModel):
             if at_once is None:
                 found.append(self._encoded(a, b, copies, counts))
             else:
-                found.append(checkpoint(self._encoded, a, b, copies, counts, use_reentrant=False))
+                # The tensor says on which device random state and autocast are to be kept, which
+                # `checkpoint` does not see in `PackedTokens`.
+                encoded = partial(self._encoded, a, b, copies, counts)
+                found.append(checkpoint(_ignoring_it, a.input_ids, encoded, use_reentrant=False))
         vectors, targets, sums = (list(each) for each in zip(*found, strict=True))
         return vectors, targets, torch.stack(sums).sum(dim=0), true_ids
 

@@ -120,9 +120,9 @@ def add_memory_flag(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=_size,
         metavar="SIZE",
-        help="about so much may be used, such as 4GB: interactions then lie in files beside the "
-        "output while they are worked on, however many they are, and what is written is the same "
-        "(default: all are held in memory)",
+        help="interactions may take about so much, such as 4GB: they then lie in files beside the "
+        "output while they are worked on, however many they are, and what is written is the same; "
+        "users (40 bytes each) and texts of items come on top (default: all are held in memory)",
     )
 
 

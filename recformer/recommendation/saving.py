@@ -18,11 +18,7 @@ Shapes: N0 items of the model, N items, M others, H hidden.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -181,14 +177,3 @@ def _names_same(folder: Path, named: dict[str, Any]) -> bool:
         return read_checked_json(folder / CATALOGUE_FILE) == named
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until nobody else saves to a folder, and keep others waiting."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

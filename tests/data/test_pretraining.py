@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils.checkpoint import checkpoint
 
 from recformer import RecformerConfig, RecformerForPretraining
 from recformer.data import pairs, pretraining
@@ -403,6 +404,28 @@ def test_both_passes_of_gradient_caching_draw_the_same_dropout(tokenizer, tmp_pa
                 parameter -= step * parameter.grad
         foretold = step * squared
         assert float(first - loss()) == pytest.approx(foretold, rel=0.1)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_gradient_caching_says_on_which_device_it_computes(
+    tokenizer, tmp_path, monkeypatch, masks
+) -> None:
+    """`checkpoint` keeps random state and autocast of the devices of tensors among its arguments;
+    of a device that it does not see the second pass would draw other dropout."""
+    seen = []
+
+    def spied(function, *given, **how):
+        seen.append([each.device for each in given if isinstance(each, torch.Tensor)])
+        return checkpoint(function, *given, **how)
+
+    monkeypatch.setattr("recformer.models.pretraining.checkpoint", spied)
+    model, collate, examples = build(tokenizer, tmp_path)
+    batch = collate(examples)
+    if not masks:
+        batch = replace(batch, mlm_a=None, mlm_b=None)
+    model.training_loss(batch, 3)["loss"].backward()
+    assert len(seen) > 2
+    assert all(seen)
 
 
 @pytest.mark.parametrize("at_once", [4, 16])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -117,6 +119,58 @@ def test_read_only_folder_is_read_without_a_copy(
     monkeypatch.setattr(processed_store.os, "access", lambda *_: False)
     assert ProcessedFolder.load(folder).num_items == 4
     assert not (folder / "mapped").exists()
+
+
+def test_a_full_disk_leaves_what_was_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(processed_store, "write_content", full)
+    assert ProcessedFolder.load(folder).num_items == 4
+    assert "is not kept mapped" in caplog.text
+    assert "No space left" in caplog.text
+    assert not list((folder / "mapped").glob("processed-*"))
+
+
+def test_files_exchanged_while_they_are_read_are_kept_under_no_key(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = processed._read
+
+    def slowly(*given: object) -> object:
+        found = read(*given)
+        train = folder / "train.json"
+        train.write_text(train.read_text().replace("[2]", "[3]"))
+        return found
+
+    monkeypatch.setattr(processed, "_read", slowly)
+    ProcessedFolder.load(folder)
+    assert not list((folder / "mapped").glob("processed-*"))
+    monkeypatch.setattr(processed, "_read", read)
+    assert ProcessedFolder.load(folder).train[7].tolist() == [3]
+
+
+def load_together(arguments: tuple) -> int:
+    """How often this process read the JSON."""
+    folder, barrier = arguments
+    read, reads = processed._read, []
+    processed._read = lambda *given: (reads.append(1), read(*given))[1]
+    try:
+        barrier.wait(60)
+        assert ProcessedFolder.load(folder).num_items == 4
+    finally:
+        processed._read = read
+    return len(reads)
+
+
+def test_of_processes_that_open_at_once_one_reads_the_json(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    with context.Manager() as manager, context.Pool(3) as pool:
+        barrier = manager.Barrier(3)
+        reads = pool.map(load_together, [(folder, barrier)] * 3, chunksize=1)
+    assert sum(reads) == 1
 
 
 def test_tokens_of_mapped_items_have_the_key_of_those_in_lists_and_it_is_noted(
