@@ -22,6 +22,7 @@ import secrets
 import shutil
 import stat
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -232,19 +233,28 @@ def lock(descriptor: int) -> bool:
     return True
 
 
+_within = threading.local()  # folders that a thread is alone in
+
+
 @contextmanager
 def alone(folder: str | os.PathLike) -> Iterator[None]:
     """Wait until nobody else is within such a block for this folder, and keep others waiting.
 
-    On a file system without locks nobody waits. Not for a folder of a run, which is locked from
-    beginning to end.
+    A thread that is within one may enter another. On a file system without locks nobody waits. Not
+    for a folder of a run, which is locked from beginning to end.
     """
+    name, held = os.path.realpath(folder), vars(_within).setdefault("folders", set())
+    if name in held:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        held.add(name)
         yield
     finally:
+        held.discard(name)
         os.close(descriptor)
 
 

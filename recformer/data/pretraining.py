@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from recformer.data.items import TokenizedItems
 from recformer.data.mapped import DamagedStoreError, build_mapped, open_mapped
 from recformer.data.processed import Sequences
-from recformer.files import UserError, read_json, sha256_of
+from recformer.files import UserError, alone, read_json, sha256_of
 from recformer.tokenization import RecformerTokenizer
 
 FORMAT = "recformer pretraining 1"
@@ -69,7 +70,7 @@ class PretrainingData:
     ) -> PretrainingData:
         """Map the data into memory; the mapped files are made first where there are none.
 
-        Several processes may call this at the same time.
+        Of several processes that call this at the same time one makes them.
 
         Args:
             train_file, dev_file: JSON lists of sequences, a sequence a list of asins oldest first.
@@ -87,9 +88,12 @@ class PretrainingData:
         hashes = [_file_hash(path) for path in paths.values()]
         key = sha256_of(FORMAT, tokenizer.fingerprint, *hashes)
         folder = Path(cache_dir) / f"pretraining-{key}"
-        try:
+        with suppress(DamagedStoreError):
             return cls._open(folder, key)
-        except DamagedStoreError:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone(folder.parent):
+            with suppress(DamagedStoreError):  # by whom we waited for
+                return cls._open(folder, key)
             _build(paths, tokenizer, folder, key)
             return cls._open(folder, key)
 

@@ -19,6 +19,7 @@ from recformer.data.processed import ITEM_FILE
 from recformer.evaluation.additions import Additions
 from recformer.files import (
     UserError,
+    alone,
     atomic_folder,
     check_folder,
     read_json,
@@ -47,7 +48,6 @@ from recformer.recommendation.reading import ItemByItem, Remembered, Sequences
 from recformer.recommendation.saving import (
     CATALOGUE_FILE,
     SavedCatalogue,
-    alone,
     catalogue_key,
     load_catalogue,
     save_catalogue,

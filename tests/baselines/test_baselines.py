@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from baselines.__main__ import main
+from baselines.leaderboard import main as leaderboard
 from baselines.models import build
 from baselines.settings import (
     CooccurrenceSettings,
@@ -27,6 +28,7 @@ from baselines.untrained.cooccurrence import Cooccurrence
 from baselines.untrained.popularity import Popularity
 from baselines.untrained.session_neighbours import SessionNeighbours
 from baselines.untrained.text_neighbours import TextNeighbours, word_vectors
+from recformer.commands.compare import main as compare
 from recformer.data.collators import EvalExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
@@ -297,15 +299,20 @@ def test_a_sample_of_test_users_is_named_wherever_figures_stand(
     folder: ProcessedFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--model", "popularity", "--data_path", str(folder.path), "--test_users", "2"]
-    main([*command, "--output_dir", str(tmp_path)])
+    run = tmp_path / "runs" / "one"
+    main([*command, "--output_dir", str(run)])
     printed = capsys.readouterr().out
     assert "test, 2 users drawn from 3, full ranking" in printed
     assert "95 % (2 of 3 users) from" in printed
-    result = read_json(tmp_path / "metrics.json")
+    result = read_json(run / "metrics.json")
     assert (result["test_users"], result["test"]["drawn_from"]) == (2, 3)
     assert "drawn_from" not in result["validation"]
-    ranks = pq.read_table(tmp_path / "ranks" / "untrained_test.parquet").to_pydict()
+    ranks = pq.read_table(run / "ranks" / "untrained_test.parquet").to_pydict()
     assert len(ranks["user_id"]) == 2
+    leaderboard([str(run.parent)])
+    assert "2 of 3 test users, full ranking" in capsys.readouterr().out
+    compare([f"a={run}", f"b={run}"])
+    assert "2 of 3 test users, full ranking" in capsys.readouterr().out
     with pytest.raises(UserError, match="--test_users 0: must be at least 1"):
         main([*command[:-1], "0"])
 
