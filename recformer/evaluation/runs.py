@@ -231,5 +231,5 @@ class RankedRun:
             targets=columns["target"],
             ranks=TargetRanks(columns["above"], columns["tied"], columns["num_candidates"]),
             sequences=columns.get("sequence"),
-            drawn_from=result.evaluations[chosen]["test"].get("drawn_from"),
+            drawn_from=result.evaluations[chosen].get("test", {}).get("drawn_from"),
         )
