@@ -38,6 +38,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2 clm", "transformer", {}),
     ("llama clm", "transformer", {"arch": "llama"}),
     ("bert mlm", "bert4rec", {}),
+    ("xlnet clm", "transformer", {"arch": "xlnet"}),
     ("xlnet mlm", "transformer", {"arch": "xlnet", "objective": "mlm"}),
     ("xlnet plm", "transformer", {"arch": "xlnet", "objective": "plm"}),
     ("electra mlm", "transformer", {"arch": "electra", "objective": "mlm"}),

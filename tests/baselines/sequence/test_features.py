@@ -16,7 +16,7 @@ from baselines.sequence.features import (
     InteractionFeatures,
     embedding_size,
 )
-from baselines.settings import settings_of
+from baselines.settings import AGGREGATIONS, settings_of
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.data.features import Encoded, Feature
@@ -158,15 +158,32 @@ def test_examples_lie_where_their_interactions_do(data: ProcessedFolder, part: s
                 assert joined.items[end] == example.target
 
 
-@pytest.mark.parametrize("how", ["concat", "sum", "product"])
-@pytest.mark.parametrize("model", ["sasrec", "bert4rec", "gru4rec"])
+PLM = {"arch": "xlnet", "objective": "plm"}
+TEXTS = {"items": "add", "text_encoder": "some"}  # beside the features
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "more"),
+    [
+        *((m, how, {}) for m in ("sasrec", "bert4rec", "gru4rec") for how in AGGREGATIONS),
+        ("transformer", "concat", PLM),
+        ("sasrec", "concat", TEXTS),
+        ("gru4rec", "product", TEXTS),
+    ],
+)
 def test_models_train_on_features_and_rank_with_them(
-    data: ProcessedFolder, model: str, how: str
+    data: ProcessedFolder,
+    model: str,
+    how: str,
+    more: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     windows = Windows.of(data)
     assert windows is not None
     view = windows.view(2)
-    given = {"hidden_size": 8, "features": how, "soft_one_hot": 3, "dropout": 0.0}
+    given = {"hidden_size": 8, "features": how, "soft_one_hot": 3, "dropout": 0.0, **more}
+    vectors = np.random.default_rng(0).normal(size=(view.num_items, 6)).astype(np.float32)
+    monkeypatch.setattr("baselines.models.keyed_text_vectors", lambda *_: (vectors, "key"))
     built = build(model, settings_of(model, given), view)
     module = SeqRecDataModule(view, built.train_collator, built.eval_collator, 4)
     batch = built.train_collator(
