@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 @pytest.fixture
@@ -352,3 +353,30 @@ esac"""
     for tests, fresh, status in ((1, 0, 1), (0, 1, 1), (4, 1, 4)):
         result = run(tests, fresh)
         assert (result.returncode, "a fresh machine" in result.stdout) == (status, True)
+
+
+@pytest.mark.parametrize("given", [None, "backend:native"])
+@pytest.mark.parametrize("script", ["finetune", "pretrain"])
+def test_memory_of_gpus_in_segments_that_grow(checkout: Path, script: str, given: str | None):
+    """Jobs of SLURM say it too, and keep what their user said."""
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "activate").touch()
+    (checkout / "srun").write_text('#!/bin/sh\necho "$PYTORCH_ALLOC_CONF|$2 $3"\n')
+    (checkout / "srun").chmod(0o755)
+    variables = {"PATH": f"{checkout}:{os.environ['PATH']}"}
+    variables |= {"PYTORCH_ALLOC_CONF": given} if given else {}
+    result = bash(
+        f"{'' if given else 'unset PYTORCH_ALLOC_CONF;'} bash scripts/slurm/{script}.sbatch",
+        checkout,
+        **variables,
+    )
+    expected = given or "expandable_segments:True"
+    assert result.stdout == f"{expected}|recformer {script}\n", result.stderr
+
+
+def test_memory_of_gpus_in_the_pods_of_kubernetes(repository: Path) -> None:
+    text = (repository / "scripts" / "kubernetes" / "finetune.yaml").read_text()
+    (job,) = (each for each in yaml.safe_load_all(text) if each["kind"] == "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    said = {each["name"]: each["value"] for each in container["env"]}
+    assert said["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
