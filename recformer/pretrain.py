@@ -135,7 +135,7 @@ class PretrainArguments(ModelArguments):
     num_nodes: int | None = flag(
         None,
         "machines that the command is started on, each with --device GPUs or processes; unset: as "
-        "many as torchrun or srun say, else 1",
+        "many as torchrun, srun or Kubeflow say, else 1",
     )
     strategy: str = flag(
         "auto",

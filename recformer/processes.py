@@ -25,9 +25,10 @@ from recformer.files import UserError
 
 _LOGGER = logging.getLogger("recformer")
 
-# What the first process tells those that it starts: its id, so that nobody else's children,
-# which inherit variables too, take themselves for them.
+# What the first process of a node tells those that it starts: its id, so that nobody else's
+# children, which inherit variables too, take themselves for them; and its node, of how many.
 PARENT = "RECFORMER_FIRST_PROCESS"
+PLACE = "RECFORMER_NODE"
 
 # Seconds that the others of a node have to end when the first one has.
 _PATIENCE = 30
@@ -72,18 +73,19 @@ def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -
     Args:
         num_processes: that the run is told to have on each node.
         cuda: they compute on GPUs.
-        num_nodes: that the run is told to have; None: as many as `srun` or `torchrun` say, else 1.
+        num_nodes: that the run is told to have; None: as many as the launcher says (`srun`,
+            `torchrun`, Kubeflow), else 1.
 
     Raises:
-        UserError: `srun` or `torchrun` started another number of processes, or nothing says which
-            of several nodes this is.
+        UserError: the launcher started another number of processes or nodes, or nothing says which
+            of several nodes this is, or how many there are.
     """
     global _group
     starter, found = _started_by(num_processes, num_nodes)
     if num_nodes is not None and found.nodes != num_nodes:
         raise UserError(
-            f"--num_nodes {num_nodes}: {starter} started the processes on {found.nodes}; leave the "
-            f"flag out, or start them on {num_nodes}"
+            f"--num_nodes {num_nodes}: {starter or 'srun'} started the processes on {found.nodes}; "
+            f"leave the flag out, or start them on {num_nodes}"
         )
     if found.world != num_processes * found.nodes and (starter or found.world > 1):
         each = f" on each of {found.nodes} nodes" if found.nodes > 1 else ""
@@ -94,7 +96,8 @@ def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -
         )
     _group = found
     if not starter and found.world > 1:
-        os.environ[PARENT] = str(os.getpid())  # for those that it starts
+        # For those that it starts.
+        os.environ |= {PARENT: str(os.getpid()), PLACE: f"{found.node} {found.nodes}"}
     if not starter and found.nodes > 1 and _talking() is None:
         _start_others(num_processes)
     if found.external and _talking() is None:
@@ -113,11 +116,11 @@ def _started_by(num_processes: int, num_nodes: int | None = None) -> tuple[str, 
     """Starter of the processes, empty where there is none yet, and the place of this one."""
     env = os.environ
     if env.get(PARENT) == str(os.getppid()) and "LOCAL_RANK" in env:
-        nodes = num_nodes or 1
-        node = _node(nodes) if nodes > 1 else 0
+        node, nodes = map(int, env.get(PLACE, "0 1").split())
         return "this run", _place(node, nodes, int(env["LOCAL_RANK"]), num_processes, nodes > 1)
-    if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", "1")) > 1:
-        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    by_torchrun = "TORCHELASTIC_RUN_ID" in env
+    if by_torchrun and (int(env.get("WORLD_SIZE", "1")) > 1 or (num_nodes or 1) > 1):
+        rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
         local = int(env.get("LOCAL_WORLD_SIZE", world))
         return "torchrun", Group(
             rank, world, True, rank // local, world // local, int(env.get("LOCAL_RANK", rank))
@@ -138,7 +141,7 @@ def _started_by(num_processes: int, num_nodes: int | None = None) -> tuple[str, 
             f"SLURM gave this job {env['SLURM_NNODES']} nodes, and the command runs on one of "
             f"them: start it with srun, see scripts/slurm, or unset SLURM_NNODES to use this alone"
         )
-    nodes = num_nodes or 1
+    nodes = num_nodes or _nodes_of_pods()
     return "", _place(_node(nodes) if nodes > 1 else 0, nodes, 0, num_processes, nodes > 1)
 
 
@@ -146,12 +149,40 @@ def _place(node: int, nodes: int, local_rank: int, each: int, external: bool) ->
     return Group(node * each + local_rank, nodes * each, external, node, nodes, local_rank)
 
 
+def _nodes_of_pods() -> int:
+    """Number of nodes where no flag says it: Kubeflow's variables do, where it started this.
+
+    Raises:
+        UserError: they give no one number, or this is said to be another node than the first.
+    """
+    env = os.environ
+    alone = "give --num_nodes, the same on each, or --num_nodes 1 to use this machine alone"
+    if "PET_NNODES" in env:
+        least, _, most = env["PET_NNODES"].partition(":")
+        if not least.isdecimal() or int(least) < 1 or most not in ("", least):
+            raise UserError(f"PET_NNODES={env['PET_NNODES']} is no number of nodes: {alone}")
+        return int(least)
+    if "MASTER_ADDR" not in env:  # left behind by something else
+        return 1
+    # Of a PyTorchJob, which counts pods so. LOCAL_RANK: left behind by a process of a run.
+    world = env.get("WORLD_SIZE", "")
+    if "RANK" in env and "LOCAL_RANK" not in env and world.isdecimal() and int(world) > 1:
+        return int(world)
+    for name in ("NODE_RANK", "PET_NODE_RANK", "JOB_COMPLETION_INDEX"):
+        if env.get(name, "0").strip("0"):
+            raise UserError(
+                f"{name}={env[name]} and MASTER_ADDR={env['MASTER_ADDR']} say that this is one of "
+                f"several nodes, and nothing says of how many: {alone}"
+            )
+    return 1
+
+
 def _node(nodes: int) -> int:
     """Which of several nodes this is, where each was given the command once."""
     env = os.environ
-    # Of a shell, torchrun's in Kubeflow, SLURM's, Kubernetes' indexed jobs; and Kubeflow's own,
-    # which counts nodes where it starts one process on each.
-    names = ["NODE_RANK", "PET_NODE_RANK", "GROUP_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX"]
+    # Of a shell, Kubeflow's, SLURM's, Kubernetes' indexed jobs; and Kubeflow's own, which counts
+    # nodes where it starts one process on each.
+    names = ["NODE_RANK", "PET_NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX"]
     names += ["RANK"] if env.get("WORLD_SIZE") == str(nodes) else []
     name = next((name for name in names if name in env), None)
     if name is None:
@@ -160,6 +191,17 @@ def _node(nodes: int) -> int:
             f"{nodes - 1}) and MASTER_ADDR (the name of node 0) on each"
         )
     value = env[name]
+    number = ""  # that whoever counts says himself
+    if name == "SLURM_NODEID":
+        number = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", ""))
+    elif name == "PET_NODE_RANK":
+        number = env.get("PET_NNODES", "")
+    if number.isdecimal() and int(number) < nodes:
+        raise UserError(
+            f"--num_nodes {nodes}: {name}={value} counts {number} of them; start the command on "
+            f"{nodes} together, or set NODE_RANK (0 to {nodes - 1}) and MASTER_ADDR (the name of "
+            f"node 0) on each"
+        )
     if not value.isdecimal() or int(value) >= nodes:
         raise UserError(f"--num_nodes {nodes}: got {name}={value}, expected 0 to {nodes - 1}")
     return int(value)

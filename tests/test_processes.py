@@ -11,7 +11,7 @@ import pytest
 
 from recformer import processes
 from recformer.files import UserError
-from recformer.processes import PARENT, Group, join
+from recformer.processes import PARENT, PLACE, Group, join
 
 JOB = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
@@ -19,9 +19,15 @@ JOB = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOC
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "TORCHELASTIC_", PARENT)):
+        if name.startswith(("SLURM_", "TORCHELASTIC_", "PET_", "MASTER_", "RECFORMER_")):
             monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
     monkeypatch.setattr(processes, "_group", Group())
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def started(
@@ -37,6 +43,11 @@ def test_variables_that_were_left_behind_mean_nothing(monkeypatch):
     assert found == ("", Group())
     assert join(1) == Group()
     assert processes.is_first()
+    # Of Lightning in the first process of a machine, and of DeepSpeed.
+    left = {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "LOCAL_RANK": "0", "RANK": "0"}
+    assert started(monkeypatch, 2, **left) == ("", Group(0, 2))
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert started(monkeypatch, 2, 1) == ("", Group(0, 2))  # --num_nodes 1: alone
 
 
 def test_a_job_of_many_tasks_is_no_step_of_many(monkeypatch):
@@ -106,15 +117,44 @@ TWO_NODES = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_NNODES": "
         (3, 2, {"JOB_COMPLETION_INDEX": "1"}, ("", Group(3, 6, True, 1, 2, 0))),
         (1, 3, {"RANK": "2", "WORLD_SIZE": "3"}, ("", Group(2, 3, True, 2, 3, 0))),
         (2, 2, {"PET_NODE_RANK": "0", "RANK": "7"}, ("", Group(0, 4, True, 0, 2, 0))),
+        # Kubeflow's PyTorchJob, now and before it spoke to torchrun
+        (1, None, {"PET_NNODES": "2", "PET_NODE_RANK": "1"}, ("", Group(1, 2, True, 1, 2, 0))),
+        (
+            4,
+            None,
+            {
+                "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "4",
+                "RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "job-master-0",
+            },
+            ("", Group(4, 8, True, 1, 2, 0)),
+        ),
+        (
+            2,
+            None,
+            {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "job-master-0"},
+            ("", Group(2, 6, True, 1, 3, 0)),
+        ),
+        # one of its pods alone, on purpose
+        (1, 1, {"PET_NNODES": "2", "PET_NODE_RANK": "1"}, ("", Group())),
+        # a command on each node of a job, without srun; a node of each of two jobs
+        (1, 2, {"SLURM_NNODES": "2", "SLURM_NODEID": "1"}, ("", Group(1, 2, True, 1, 2, 0))),
+        (
+            1,
+            2,
+            {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "NODE_RANK": "1"},
+            ("", Group(1, 2, True, 1, 2, 0)),
+        ),
     ],
 )  # fmt: skip
 def test_several_nodes(monkeypatch, each, num_nodes, variables, found):
     assert started(monkeypatch, each, num_nodes, **variables) == found
 
 
-def test_children_on_the_second_node(monkeypatch):
-    own = {PARENT: str(os.getppid()), "LOCAL_RANK": "1", "NODE_RANK": "1"}
-    assert started(monkeypatch, 2, 2, **own) == ("this run", Group(3, 4, True, 1, 2, 1))
+@pytest.mark.parametrize("num_nodes", [2, None])
+def test_children_on_the_second_node(monkeypatch, num_nodes):
+    """Also where srun or Kubeflow alone told their parent of it."""
+    own = {PARENT: str(os.getppid()), PLACE: "1 2", "LOCAL_RANK": "1"}
+    assert started(monkeypatch, 2, num_nodes, **own) == ("this run", Group(3, 4, True, 1, 2, 1))
 
 
 @pytest.mark.parametrize(
@@ -136,13 +176,52 @@ def test_children_on_the_second_node(monkeypatch):
             TWO_NODES | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"},
             "srun started 4 processes, and the flags ask for 4 on each of 2 nodes: start 8, or",
         ),
+        (
+            2,
+            3,
+            TWO_NODES | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+            "--num_nodes 3: srun started the processes on 2",
+        ),
+        # the same command on both, and each is told by its launcher to be alone
+        (
+            1,
+            2,
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1", "RANK": "0", "GROUP_RANK": "0"},
+            "--num_nodes 2: torchrun started the processes on 1; leave the flag out, or start",
+        ),
+        (
+            1,
+            2,
+            JOB | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"},
+            "--num_nodes 2: SLURM_NODEID=0 counts 1 of them; start the command on 2 together",
+        ),
+        (
+            1,
+            3,
+            {"PET_NNODES": "2", "PET_NODE_RANK": "1"},
+            "--num_nodes 3: PET_NODE_RANK=1 counts 2 of them",
+        ),
+        (
+            1,
+            None,
+            {"PET_NNODES": "1:4", "PET_NODE_RANK": "1"},
+            "PET_NNODES=1:4 is no number of nodes: give --num_nodes, the same on each",
+        ),
+        (1, None, {"PET_NNODES": "2"}, "--num_nodes 2: nothing says which of them this is"),
+        *(
+            (
+                1,
+                None,
+                {name: "1", "MASTER_ADDR": "n0"},
+                f"{name}=1 and MASTER_ADDR=n0 say that this is one of several nodes, and nothing",
+            )
+            for name in ("NODE_RANK", "PET_NODE_RANK", "JOB_COMPLETION_INDEX")
+        ),
     ],
 )
 def test_nodes_that_cannot_find_each_other_are_refused(
     monkeypatch, each, num_nodes, variables, message
 ):
-    for name in ("MASTER_ADDR", "PET_MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):

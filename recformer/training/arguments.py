@@ -164,7 +164,7 @@ class DeviceArguments:
     num_nodes: int | None = flag(
         None,
         "machines that the command is started on, each with as many processes or GPUs; unset: as "
-        "many as torchrun or srun say, else 1",
+        "many as torchrun, srun or Kubeflow say, else 1",
     )
     fp16: bool = flag(
         False, "16-bit mixed precision: bfloat16 where the hardware has it, else float16 on a GPU"
