@@ -134,6 +134,13 @@ def _started_by(num_processes: int, num_nodes: int | None = None) -> tuple[str, 
         if nodes == tasks > 1 and num_processes > 1:  # one a node, which starts the others there
             return "", _place(node, nodes, 0, num_processes, True)
         local = int(env.get("SLURM_LOCALID", "0")) if nodes > 1 else place
+        # Such as "3,1", on every task; elsewhere those beyond their share say it.
+        each = env.get("SLURM_STEP_TASKS_PER_NODE", "")
+        if tasks % nodes or local >= tasks // nodes or "," in each:
+            raise UserError(
+                f"srun started {tasks} tasks on {nodes} nodes, not the same number on each"
+                f"{f' ({each})' if each else ''}: give it --ntasks-per-node"
+            )
         # Not SLURM_PROCID: with another distribution of the tasks, nodes would mix.
         return "srun", Group(node * (tasks // nodes) + local, tasks, True, node, nodes, local)
     if num_nodes is None and num_processes > 1 and int(env.get("SLURM_NNODES", "1")) > 1:

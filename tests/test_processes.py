@@ -182,6 +182,24 @@ def test_children_on_the_second_node(monkeypatch, num_nodes):
             TWO_NODES | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
             "--num_nodes 3: srun started the processes on 2",
         ),
+        # srun -n 4 -N 2 as 3 and 1
+        *(
+            (
+                2,
+                None,
+                TWO_NODES | {"SLURM_STEP_NUM_TASKS": tasks, "SLURM_PROCID": "2"} | step,
+                rf"srun started {tasks} tasks on 2 nodes, not .* each{said}: give it --ntasks-per",
+            )
+            for tasks, step, said in (
+                ("4", {"SLURM_NODEID": "0", "SLURM_LOCALID": "2"}, ""),
+                (
+                    "4",
+                    {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "3,1"},
+                    r" \(3,1\)",
+                ),
+                ("3", {"SLURM_LOCALID": "0"}, ""),
+            )
+        ),
         # the same command on both, and each is told by its launcher to be alone
         (
             1,
