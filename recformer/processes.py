@@ -13,10 +13,11 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,6 +40,9 @@ _GONE = re.compile(
     r"|failed to recv|nccl|timed out|timeout",
     re.IGNORECASE,
 )
+
+# And where one cannot wait for the others.
+_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 Value = TypeVar("Value")
 
@@ -78,7 +82,7 @@ def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -
 
     Raises:
         UserError: the launcher started another number of processes or nodes, or nothing says which
-            of several nodes this is, or how many there are.
+            of several nodes this is, or how many there are; or they do not find each other.
     """
     global _group
     starter, found = _started_by(num_processes, num_nodes)
@@ -98,18 +102,50 @@ def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -
     if not starter and found.world > 1:
         # For those that it starts.
         os.environ |= {PARENT: str(os.getpid()), PLACE: f"{found.node} {found.nodes}"}
-    if not starter and found.nodes > 1 and _talking() is None:
-        _start_others(num_processes)
     if found.external and _talking() is None:
-        import torch.distributed
-
         _find_first_node(starter, found.nodes)
-        if cuda:
-            torch.cuda.set_device(found.local_rank)
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=found.rank, world_size=found.world
-        )
+        others = [] if starter else _start_others(num_processes)
+        _meet(found, cuda, others)
     return _group
+
+
+def _meet(place: Group, cuda: bool, others: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Begin to talk to the processes of the run; `others` of this node end where that fails.
+
+    Raises:
+        UserError: they do not find each other.
+    """
+    import torch.distributed
+
+    address = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:  # the pod may not have its name yet
+        _LOGGER.warning("MASTER_ADDR=%s has no address (%s): waiting for it", address, error)
+    if cuda:
+        torch.cuda.set_device(place.local_rank)
+    try:
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=place.rank, world_size=place.world
+        )
+    except (RuntimeError, ValueError) as error:  # what torch makes of a network, and of a port
+        for other in others:
+            other.kill()
+        raise UserError(_unmet(error)) from error
+
+
+def _unmet(error: Exception) -> str:
+    """What to say where the processes of a run did not find each other."""
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    said = str(error).partition("\n")[0].strip()
+    if _TAKEN.search(said):
+        advice = f"port {port} is taken here, set MASTER_PORT to a free one, the same on each node"
+    else:
+        advice = (
+            "set MASTER_ADDR to the name of node 0 as all nodes know it, and MASTER_PORT to a port "
+            "of it that they reach"
+        )
+    return f"{_place_in_words()} did not meet the others at {address}:{port} ({said}): {advice}"
 
 
 def _started_by(num_processes: int, num_nodes: int | None = None) -> tuple[str, Group]:
@@ -238,7 +274,7 @@ def _find_first_node(starter: str, nodes: int) -> None:
     env.setdefault("MASTER_PORT", "29500")
 
 
-def _start_others(num_processes: int) -> None:
+def _start_others(num_processes: int) -> list[subprocess.Popen[bytes]]:
     """Start the other processes of this node; they end when this one does."""
     others = [
         subprocess.Popen(
@@ -256,6 +292,7 @@ def _start_others(num_processes: int) -> None:
                 other.kill()
 
     atexit.register(end)
+    return others
 
 
 def group() -> Group:
@@ -351,17 +388,27 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def message_of_lost(error: BaseException) -> str | None:
-    """What to say where another process of the run has ended; None: the error is of another kind.
+    """What to say where another process of the run has ended, or the port to meet at is taken.
 
     Args:
         error: that a process of several met.
+
+    Returns:
+        None where the error is of another kind.
     """
-    if _group.world == 1 or not isinstance(error, RuntimeError) or not _GONE.search(str(error)):
+    if _group.world == 1 or not isinstance(error, RuntimeError):
+        return None
+    if _TAKEN.search(str(error)):  # of the port where Lightning lets the processes of a node meet
+        return _unmet(error)
+    if not _GONE.search(str(error)):
         return None
     said = next((line.strip() for line in str(error).splitlines() if _GONE.search(line)), "")
-    where = f"process {_group.rank} of {_group.world}"
-    where += f" (node {_group.node} of {_group.nodes})" if _group.nodes > 1 else ""
     return (
-        f"{where} lost the others: one of them ended or cannot be reached, and says why itself "
-        f"({said[:160]}); give the command again, on all nodes, to go on from what is kept"
+        f"{_place_in_words()} lost the others: one of them ended or cannot be reached, and says "
+        f"why itself ({said[:160]}); give the command again, on all nodes, to go on from what is kept"
     )
+
+
+def _place_in_words() -> str:
+    where = f"process {_group.rank} of {_group.world}"
+    return where + (f" (node {_group.node} of {_group.nodes})" if _group.nodes > 1 else "")

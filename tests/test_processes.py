@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -316,6 +318,83 @@ def test_two_launchers_are_two_nodes_and_one_that_dies_ends_the_others(tmp_path,
     for rank in range(3):
         assert f"error: process {rank} of 4 (node {rank // 2} of 2) lost the others" in errors
     assert "Traceback" not in errors
+
+
+MEET = """
+import sys
+from recformer.cli import exit_with_message
+from recformer.processes import join
+exit_with_message(lambda: join(1, num_nodes=2))
+"""
+
+
+def test_a_port_that_is_taken_is_named(repository):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        variables = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            [sys.executable, "-c", MEET],
+            env=os.environ | variables,
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    said = f"error: process 0 of 2 (node 0 of 2) did not meet the others at 127.0.0.1:{port} ("
+    assert line.startswith(said)
+    assert line.endswith(f"port {port} is taken here, set MASTER_PORT to a free one, the same on "
+                         "each node")  # fmt: skip
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("port", "met", "said"),
+    [
+        (
+            "99999",
+            None,
+            r"at n0\.invalid:99999 \(port must have value from 0 to 65535 .*MASTER_PORT",
+        ),
+        (
+            "7",
+            RuntimeError("The client socket has timed out\nframe #0"),
+            r"n0\.invalid:7 \(The .* out",
+        ),
+    ],
+)
+def test_processes_that_do_not_meet_say_where(monkeypatch, caplog, port, met, said):
+    import torch.distributed
+
+    def init(*_: object, **__: object) -> None:
+        raise met
+
+    if met is not None:
+        monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    monkeypatch.setattr(logging.getLogger("recformer"), "propagate", True)
+    variables = {"NODE_RANK": "1", "MASTER_ADDR": "n0.invalid", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"process 1 of 2 \(node 1 of 2\) did not meet .* {said}"):
+        join(1, num_nodes=2)
+    assert "MASTER_ADDR=n0.invalid has no address" in caplog.text
+
+
+def test_the_port_of_one_machine(monkeypatch):
+    """Lightning lets its processes meet: not elsewhere, and a port that is taken is named."""
+    from recformer.training.trainer import RunEnvironment
+
+    monkeypatch.setattr(processes, "_group", Group(0, 2))
+    monkeypatch.setenv("MASTER_ADDR", "n0")
+    assert RunEnvironment().main_address == "127.0.0.1"
+    monkeypatch.setenv("MASTER_PORT", "7")
+    taken = RuntimeError("The server socket has failed to listen, name: EADDRINUSE\nframe #0")
+    assert "(The server socket has failed to listen, name: EADDRINUSE): port 7 is taken here" in (
+        processes.message_of_lost(taken) or ""
+    )
+    monkeypatch.setattr(processes, "_group", Group(0, 2, True, 0, 2, 0))
+    assert RunEnvironment().main_address == "n0"
 
 
 def test_a_message_about_a_signal(monkeypatch):

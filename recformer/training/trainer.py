@@ -83,6 +83,11 @@ class RunEnvironment(LightningEnvironment):
     def creates_processes_externally(self) -> bool:
         return group().external or group().rank > 0 or rank_and_world()[1] > 1
 
+    @property
+    def main_address(self) -> str:
+        """That of node 0; on one machine its own, whatever was left behind in `MASTER_ADDR`."""
+        return super().main_address if group().external else "127.0.0.1"
+
     def local_rank(self) -> int:
         return group().local_rank
 
