@@ -162,7 +162,7 @@ class PretrainArguments(ModelArguments):
         """
         at_least = {
             "num_train_epochs": 1,
-            "batch_size": 2,
+            "batch_size": 1,
             "gradient_accumulation_steps": 1,
             "valid_step": 1,
             "log_step": 1,
@@ -176,8 +176,6 @@ class PretrainArguments(ModelArguments):
             "warmup_steps": 0,
             "max_grad_norm": 0,
         }
-        if self.device > 1:
-            at_least["batch_size"] = 1  # the other processes' targets are negatives
         for name, least in at_least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:  # nor NaN
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
@@ -210,7 +208,11 @@ class Run:
         self.precision = half_precision(self.accelerator) if args.fp16 else "32-true"
         os.environ.setdefault("RAYON_NUM_THREADS", str(args.preprocessing_num_workers))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        self.world = join(args.device, self.accelerator == "cuda", args.num_nodes).world
+        cuda = self.accelerator == "cuda"
+        group = join(args.device, cuda, args.num_nodes, "set --device to {}")
+        self.world = group.world
+        if self.world == 1 and args.batch_size < 2:  # other processes' targets are negatives
+            raise UserError(f"--batch_size {args.batch_size}: must be at least 2")
         self._resume = self._find_checkpoint()
         self.strategy = build_strategy(args.strategy, self.accelerator, self.world)
 
@@ -241,8 +243,9 @@ class Run:
         )
         for split, sampler in self.loaders.samplers.items():
             if sampler.num_batches(self.world) == 0:
+                nodes = f" on each of {group.nodes} nodes" if group.nodes > 1 else ""
                 raise UserError(
-                    f"--device {args.device}: the {split} file has {len(sampler.sequences)} "
+                    f"--device {args.device}{nodes}: the {split} file has {len(sampler.sequences)} "
                     "sequences of two items or more, at least one a process is needed"
                 )
         self.folder = self._claim_output_dir()

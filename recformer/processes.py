@@ -69,7 +69,12 @@ class Group:
 _group = Group()
 
 
-def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -> Group:
+def join(
+    num_processes: int,
+    cuda: bool = False,
+    num_nodes: int | None = None,
+    advice: str = "set --num_processes to {}",
+) -> Group:
     """Find this process's place among the processes of a run.
 
     Where others started them, or they are on several nodes, they know of each other from here on.
@@ -79,6 +84,7 @@ def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -
         cuda: they compute on GPUs.
         num_nodes: that the run is told to have; None: as many as the launcher says (`srun`,
             `torchrun`, Kubeflow), else 1.
+        advice: how to ask for `{}` processes on each node.
 
     Raises:
         UserError: the launcher started another number of processes or nodes, or nothing says which
@@ -95,8 +101,8 @@ def join(num_processes: int, cuda: bool = False, num_nodes: int | None = None) -
         each = f" on each of {found.nodes} nodes" if found.nodes > 1 else ""
         raise UserError(
             f"{starter} started {found.world} processes, and the flags ask for {num_processes}"
-            f"{each}: start {num_processes * found.nodes}, or set --num_processes (GPUs: --device) "
-            f"to {found.world // found.nodes}"
+            f"{each}: start {num_processes * found.nodes}, or "
+            f"{advice.format(found.world // found.nodes)}"
         )
     _group = found
     if not starter and found.world > 1:
@@ -405,7 +411,8 @@ def message_of_lost(error: BaseException) -> str | None:
     said = next((line.strip() for line in str(error).splitlines() if _GONE.search(line)), "")
     return (
         f"{_place_in_words()} lost the others: one of them ended or cannot be reached, and says "
-        f"why itself ({said[:160]}); give the command again, on all nodes, to go on from what is kept"
+        f"why itself ({said[:160]}); give the command again, on all nodes, to go on from what is "
+        f"kept"
     )
 
 

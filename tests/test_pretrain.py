@@ -17,6 +17,7 @@ import torch
 
 from recformer.files import read_checked_json
 from recformer.pretrain import PretrainArguments, Run
+from recformer.processes import Group
 from recformer.tokenization import train_tokenizer
 from recformer.training.history import StepHistory
 from recformer.training.strategies import newest_whole
@@ -243,6 +244,22 @@ def test_more_processes_than_pairs_are_refused(inputs, tmp_path):
     with pytest.raises(ValueError, match="--device 2: the dev file has 1 sequences"):
         Run(arguments(inputs, tmp_path / "out", dev_file=str(dev), device=2))
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_of_all_nodes_count(inputs, tmp_path, monkeypatch):
+    """Targets of another node are negatives of a batch of one; and each process needs a pair."""
+    dev = tmp_path / "dev.json"
+    dev.write_text(json.dumps(sequences(12, 2)[:1]))
+    joined = []
+
+    def join(*given):
+        joined.append(given)
+        return Group(0, 2, True, 0, 2, 0)
+
+    monkeypatch.setattr("recformer.pretrain.join", join)
+    with pytest.raises(ValueError, match="--device 1 on each of 2 nodes: the dev file has 1 seq"):
+        Run(arguments(inputs, tmp_path / "out", dev_file=str(dev), batch_size=1))
+    assert joined == [(1, False, None, "set --device to {}")]
 
 
 def test_start_weights_of_another_size_are_refused(inputs, tmp_path):

@@ -62,8 +62,11 @@ def test_a_job_of_many_tasks_is_no_step_of_many(monkeypatch):
 def test_tasks_of_srun(monkeypatch):
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
     assert started(monkeypatch, 2, **JOB | step) == ("srun", Group(1, 2, True, 0, 1, 1))
-    with pytest.raises(UserError, match="srun started 2 processes, and the flags ask for 1"):
+    said = "srun started 2 processes, and the flags ask for 1: start 1, or set --num_processes to 2"
+    with pytest.raises(UserError, match=said):
         join(1)
+    with pytest.raises(UserError, match=": start 1, or set --device to 2$"):
+        join(1, advice="set --device to {}")
 
 
 def test_processes_of_torchrun(monkeypatch):

@@ -60,7 +60,9 @@ class Compute:
         """
         accelerator, devices = choose_devices(args.device, args.num_processes)
         num_processes = devices if isinstance(devices, int) else len(devices)
-        join(num_processes, accelerator == "cuda", args.num_nodes)
+        cuda = accelerator == "cuda"
+        advice = "name {} GPUs by --device" if cuda else "set --num_processes to {}"
+        join(num_processes, cuda, args.num_nodes, advice)
         precision = half_precision(accelerator) if args.fp16 else "32-true"
         return cls(accelerator, devices, precision)
 
