@@ -24,6 +24,7 @@ import torch
 
 from baselines.__main__ import BaselineArguments
 from baselines.__main__ import run as run_baseline
+from recformer import processes
 from recformer.checkpoints.conversion import convert_pretraining
 from recformer.cli import exit_with_message
 from recformer.evaluation.evaluator import Evaluator
@@ -32,6 +33,7 @@ from recformer.evaluation.runs import read_ranks
 from recformer.files import UserError, read_json, sha256_of
 from recformer.finetune import run as run_finetuning
 from recformer.pretrain import Run as Pretraining
+from recformer.processes import Group
 from recformer.recommendation import CatalogueRecommender
 from recformer.training import run_folder
 from tests.test_finetune import arguments, data  # noqa: F401
@@ -464,6 +466,30 @@ def test_files_of_two_runs_never_lie_side_by_side(works, finished, data, tmp_pat
     assert new.keys() == old.keys()
     assert new["model.safetensors"] != old["model.safetensors"]
     assert json.loads((finished / "metrics.json").read_text())["seed"] == 7
+
+
+def test_a_run_goes_on_on_as_many_nodes(tmp_path, monkeypatch):
+    """However they were asked for; folders of one node are as they always were."""
+
+    def claim(name, nodes, flag):
+        monkeypatch.setattr(processes, "_group", Group(0, nodes, nodes > 1, 0, nodes, 0))
+        with run_folder.RunFolder.claim(
+            tmp_path / name, {"seed": 1, "num_nodes": flag}, ()
+        ) as folder:
+            return folder.goes_on
+
+    assert not claim("two", 2, None)
+    assert read_json(tmp_path / "two" / "run.json") == {"seed": 1, "num_nodes": 2}
+    assert claim("two", 2, 2)
+    for nodes, flag in ((4, None), (4, 4), (1, None)):
+        with pytest.raises(UserError, match=r"holds another run \(different: num_nodes\)"):
+            claim("two", nodes, flag)
+    assert not claim("one", 1, None)
+    assert read_json(tmp_path / "one" / "run.json") == {"seed": 1}
+    for before in (None, 1):
+        (tmp_path / "one" / "run.json").write_text(json.dumps({"seed": 1, "num_nodes": before}))
+        assert claim("one", 1, None)
+        assert claim("one", 1, 1)
 
 
 def test_clearing_that_is_cut_off_goes_on(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recformer.files import UserError, check_torch_file, read_json, remove_leftovers, write_json
-from recformer.processes import agreed, is_first, keeps
+from recformer.processes import agreed, group, is_first, keeps
 
 # None of these flags changes a figure, wherever a run has them.
 IGNORED = frozenset(
@@ -28,6 +28,7 @@ IGNORED = frozenset(
         "wandb",
         "dataloader_num_workers",
         "preprocessing_num_workers",
+        "num_nodes",  # of the flag; a launcher may say it instead
     }
 )
 
@@ -64,7 +65,8 @@ class RunFolder:
 
         Args:
             path: made if missing.
-            settings: everything that figures depend on, as JSON has it; `IGNORED` is left out.
+            settings: everything that figures depend on, as JSON has it; `IGNORED` is left out, and
+                the number of nodes put in, where there are several: the batch grows with them.
             written: names within the folder that a run of this kind leaves.
             overwrite: clear a folder of another run.
 
@@ -74,6 +76,8 @@ class RunFolder:
         """
         path = Path(path)
         settings = {name: value for name, value in settings.items() if name not in IGNORED}
+        if group().nodes > 1:
+            settings["num_nodes"] = group().nodes
         outcome: bool | Exception = True
         if is_first():
             try:
@@ -128,6 +132,8 @@ def _claim(path: Path, settings: dict[str, Any], written: Sequence[str], overwri
             other = f"has a damaged {RUN_FILE}"
         else:
             clearing = before.pop(CLEARING, False)
+            if before.get("num_nodes") == 1:  # the flag, of older runs
+                del before["num_nodes"]
             different = sorted(k for k in settings | before if settings.get(k) != before.get(k))
             other = f"holds another run (different: {', '.join(different)})" if different else ""
     elif present:
