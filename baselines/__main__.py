@@ -278,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.seeds is not None:
         output_dir = args.output_dir or f"result/{args.model}"
-        summarize(run_seeds("baseline", flags_of(argv), output_dir), output_dir)
+        folders = run_seeds("baseline", flags_of(argv), output_dir, args.num_nodes)
+        if is_first():
+            summarize(folders, output_dir)
         return
     keep_freed_memory()
     run(args)

@@ -498,7 +498,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
     args = parse(argv)
     if args.seeds is not None:
-        summarize(run_seeds("finetune", argv, args.output_dir), args.output_dir)
+        folders = run_seeds("finetune", argv, args.output_dir, args.num_nodes)
+        if is_first():
+            summarize(folders, args.output_dir)
         return
     keep_freed_memory()
     run(args)

@@ -460,7 +460,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags and run."""
     args = parse_flags("pretrain", __doc__, PretrainArguments, argv)
     if args.seeds is not None:
-        folders = run_seeds("pretrain", argv, args.output_dir)
+        folders = run_seeds("pretrain", argv, args.output_dir, args.num_nodes)
+        if not is_first():
+            return
         results = [read_checked_json(folder / "metrics.json") for folder in folders]
         seeds, best = [r["seed"] for r in results], [r["best"] for r in results]
         write_summary(seeds, best, args.output_dir, "best validation")

@@ -115,6 +115,35 @@ def join(
     return _group
 
 
+def environments_of_runs(number: int, num_nodes: int | None) -> list[dict[str, str]]:
+    """Variables of runs that this process starts one after another, as each process of a launcher.
+
+    This process then knows whether it is the first of them, and meets the others in these runs
+    alone. Each run has its own place to meet: the first process may still be writing when another
+    begins the next run, which must not find the one before.
+
+    Args:
+        number: of runs.
+        num_nodes: as for `join`.
+
+    Raises:
+        UserError: as `join`.
+    """
+    global _group
+    env = dict(os.environ)
+    starter, _group = _started_by(1, num_nodes)
+    if not _group.external:
+        return [env] * number
+    _find_first_node(starter, _group.nodes)
+    # Not where torchrun's own process lets them meet, which knows the addresses of the first run.
+    port = int(os.environ["MASTER_PORT"])
+    later = [
+        env | {"MASTER_PORT": str(port + run), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        for run in range(1, number)
+    ]
+    return [env, *later]
+
+
 def _meet(place: Group, cuda: bool, others: Sequence[subprocess.Popen[bytes]]) -> None:
     """Begin to talk to the processes of the run; `others` of this node end where that fails.
 
@@ -278,6 +307,8 @@ def _find_first_node(starter: str, nodes: int) -> None:
             f"on each, and MASTER_PORT if 29500 is taken"
         )
     env.setdefault("MASTER_PORT", "29500")
+    if not env["MASTER_PORT"].isdecimal():
+        raise UserError(f"MASTER_PORT={env['MASTER_PORT']} is no port: expected a number")
 
 
 def _start_others(num_processes: int) -> list[subprocess.Popen[bytes]]:

@@ -17,7 +17,7 @@ from recformer.evaluation.runs import METRICS_FILE, RunResult
 from recformer.evaluation.seeds import mean_and_deviation
 from recformer.evaluation.table import markdown_table
 from recformer.files import UserError, write_json
-from recformer.processes import is_first, say
+from recformer.processes import environments_of_runs, is_first, say
 
 FOLDERS = "seed_*"
 SUMMARY = "seeds.json"
@@ -43,13 +43,19 @@ def split_flags(argv: Sequence[str]) -> tuple[list[int], list[str]]:
     return seeds, rest
 
 
-def run_seeds(command: str, argv: Sequence[str] | None, output_dir: str) -> list[Path]:
+def run_seeds(
+    command: str, argv: Sequence[str] | None, output_dir: str, num_nodes: int | None
+) -> list[Path]:
     """Run `recformer COMMAND` once a seed; what is finished is read.
+
+    Where a launcher started several of this process, each starts its own of every run, and the
+    first alone (`is_first`) may look at what the runs wrote.
 
     Args:
         command: of the table of `recformer.__main__`.
         argv: its flags, `--seeds` among them; None: those of the program.
         output_dir: holds a folder a seed.
+        num_nodes: the flag of that name.
 
     Returns:
         The folders, by the order of the seeds.
@@ -59,23 +65,24 @@ def run_seeds(command: str, argv: Sequence[str] | None, output_dir: str) -> list
     """
     seeds, rest = split_flags(sys.argv[1:] if argv is None else argv)
     folders = [Path(output_dir) / f"seed_{seed}" for seed in seeds]
-    # Of other runs, should one of these fail.
-    (Path(output_dir) / SUMMARY).unlink(missing_ok=True)
+    environments = environments_of_runs(len(seeds), num_nodes)
+    if is_first():  # of other runs, should one of these fail
+        (Path(output_dir) / SUMMARY).unlink(missing_ok=True)
     failed = []
-    for seed, folder in zip(seeds, folders, strict=True):
+    for seed, folder, environment in zip(seeds, folders, environments, strict=True):
         say(f"== seed {seed}")
         line = [sys.executable, "-m", "recformer", command, *rest]
         line += ["--seed", str(seed), "--output_dir", str(folder)]
-        if run_command(line) != 0:
+        if run_command(line, environment) != 0:
             failed.append(str(seed))
     if failed:
         raise UserError(f"seeds {', '.join(failed)} failed, see above")
     return folders
 
 
-def run_command(line: Sequence[str]) -> int:
+def run_command(line: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """Exit status of a command; if this process is stopped, so is the command, which may save."""
-    with subprocess.Popen(line) as process:
+    with subprocess.Popen(line, env=environment) as process:
         try:
             return process.wait()
         except BaseException:
@@ -115,9 +122,8 @@ def write_summary(
         mean, deviation = mean_and_deviation(values)
         summary[name] = {"mean": mean, "deviation": deviation, "values": values}
         rows.append([name, f"{mean:.4f}", f"{deviation:.4f}", *(f"{x:.4f}" for x in values)])
-    if is_first():
-        write_json(Path(output_dir) / SUMMARY, summary, indent=1)
-        heads = [users, "mean", "deviation", *(f"seed {seed}" for seed in seeds)]
-        print("\n" + markdown_table(heads, rows), end="")
-        print(f"written to {output_dir}: {SUMMARY}, and {METRICS_FILE} in a folder a seed")
+    write_json(Path(output_dir) / SUMMARY, summary, indent=1)
+    heads = [users, "mean", "deviation", *(f"seed {seed}" for seed in seeds)]
+    print("\n" + markdown_table(heads, rows), end="")
+    print(f"written to {output_dir}: {SUMMARY}, and {METRICS_FILE} in a folder a seed")
     return summary

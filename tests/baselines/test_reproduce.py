@@ -53,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     tables = {name: entry[0] for group in COMMANDS.values() for name, entry in group.items()}
 
-    def in_this_process(line: list[str]) -> int:
+    def in_this_process(line: list[str], environment: object = None) -> int:
         command, flags = line[line.index("recformer") + 1], line[line.index("recformer") + 2 :]
         ran.append(command)
         import_module(tables[command]).main(flags)
