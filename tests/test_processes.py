@@ -297,7 +297,9 @@ from recformer.cli import exit_with_message
 from recformer.processes import agreed, group, join, rank_and_world
 def main():
     join(2, num_nodes=2)
-    print(rank_and_world(), group().node, agreed(f"of {group().rank}"), flush=True)
+    line = f"{rank_and_world()} {group().node} {agreed(f'of {group().rank}')}\\n"
+    sys.stdout.write(line)  # at once, also unbuffered: processes share the pipe
+    sys.stdout.flush()
     if group().rank == 3:
         sys.exit(9)
     import torch

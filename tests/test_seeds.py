@@ -80,7 +80,7 @@ inner = '''
 import os
 from recformer.processes import agreed, join, rank_and_world
 join(2)
-print("run", rank_and_world(), agreed(os.environ["RANK"]), flush=True)
+os.write(1, f"run {rank_and_world()} {agreed(os.environ['RANK'])}\\\\n".encode())
 '''
 def run_command(line, environment):
     return started([sys.executable, "-c", inner], environment)
