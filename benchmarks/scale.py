@@ -6,13 +6,15 @@
 A log of a given size is generated once (Parquet, users and items by popularity, times in no order),
 and `recformer process` runs over it as a user would run it, audit included, in a process of its
 own. Peak memory is what the process held for itself (`RssAnon`): files that are mapped are given
-back by the system when others need the room; all that was resident stands beside it. Writes
+back by the system when others need the room; all that was resident stands beside it. Then another
+process opens what was written, as training does: seconds, its own memory, and what it maps. Writes
 scale.json, scale.md and scale.png. docs/scale.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -31,13 +33,30 @@ from recformer.files import atomic_write, read_json, write_json
 
 ROWS_A_FILE = 5_000_000
 USERS, ITEMS = 10, 50  # interactions a user and an item, on average
+KEY = ("interactions", "an_item", "memory")  # of a row
 LOOKS = 0.2  # seconds between two looks at the memory of the process
 
+# What a process that opens a folder prints: seconds, and MB of its own and of mapped files.
+OPEN = """
+import json, sys, time
+from recformer.data.processed import ProcessedFolder
 
-def write_log(folder: Path, number: int) -> None:
+def memory():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+    return [int(fields[name].split()[0]) * 1024 / 1e6 for name in ("RssAnon", "RssFile")]
+
+before, started = memory(), time.perf_counter()
+data = ProcessedFolder.load(sys.argv[1])
+seconds = time.perf_counter() - started
+own, mapped = (round(now - then) for now, then in zip(memory(), before))
+print(json.dumps({"open_seconds": round(seconds, 2), "open_mb": own, "open_mapped_mb": mapped}))
+"""
+
+
+def write_log(folder: Path, number: int, an_item: int = ITEMS) -> None:
     """Write log/ and items.parquet for `number` interactions, from a fixed seed."""
     draw = np.random.default_rng(number)
-    users, items = max(number // USERS, 10), max(number // ITEMS, 20)
+    users, items = max(number // USERS, 10), max(number // an_item, 20)
     (folder / "log").mkdir(parents=True)
     for place, start in enumerate(range(0, number, ROWS_A_FILE)):
         rows = min(ROWS_A_FILE, number - start)
@@ -90,12 +109,14 @@ def measured(command: list[str]) -> dict[str, float]:
     }
 
 
-def run(number: int, memory: str | None, output: Path, flags: list[str]) -> dict[str, Any]:
+def run(
+    number: int, an_item: int, memory: str | None, output: Path, flags: list[str]
+) -> dict[str, Any]:
     """One size: the log is made where it is not there yet, what is written is removed again."""
-    log, made = output / f"log-{number}", output / "processed"
+    log, made = _log(output, number, an_item), output / "processed"
     if not (log / "items.parquet").is_file():
         shutil.rmtree(log, ignore_errors=True)
-        write_log(log, number)
+        write_log(log, number, an_item)
     shutil.rmtree(made, ignore_errors=True)
     command = [sys.executable, "-m", "recformer", "process", "--file_path", str(log / "log")]
     command += ["--meta_file_path", str(log / "items.parquet"), "--output_path", str(made), *flags]
@@ -103,9 +124,15 @@ def run(number: int, memory: str | None, output: Path, flags: list[str]) -> dict
     found = measured(command)
     about = read_json(made / "dataset.json")
     written = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    if sys.platform == "linux":
+        opened = subprocess.run(
+            [sys.executable, "-c", OPEN, str(made)], check=True, capture_output=True, text=True
+        )
+        found |= json.loads(opened.stdout)
     shutil.rmtree(made)
     return {
         "interactions": number,
+        "an_item": an_item,
         "memory": memory or "",
         **found,
         "seconds_a_million": round(found["seconds"] / number * 1e6, 2),
@@ -115,6 +142,10 @@ def run(number: int, memory: str | None, output: Path, flags: list[str]) -> dict
         "written_gb": round(written / 1e9, 2),
         "split_hash": about["split_hash"],
     }
+
+
+def _log(output: Path, number: int, an_item: int) -> Path:
+    return output / (f"log-{number}" if an_item == ITEMS else f"log-{number}-{an_item}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -130,6 +161,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "users": "users",
         "items": "items",
         "written_gb": "written, GB",
+        "open_seconds": "opened in, s",
+        "open_mb": "with own memory, MB",
+        "open_mapped_mb": "and mapped, MB",
     }
     lines = ["| " + " | ".join(names.values()) + " |", "|---" * len(names) + "|"]
     for each in rows:
@@ -143,6 +177,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    rows = [each for each in rows if each["an_item"] == ITEMS]
     for memory in sorted({each["memory"] for each in rows}):
         own = [each for each in rows if each["memory"] == memory]
         numbers = [each["interactions"] for each in own]
@@ -174,6 +209,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--interactions", nargs="+", type=float, default=[1e6, 1e7, 1e8], metavar="M"
     )
+    parser.add_argument(
+        "--interactions_an_item", type=int, default=ITEMS, metavar="N", help="on average"
+    )
     parser.add_argument("--memory", default="4GB", help="of the program; '' for none")
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     parser.add_argument("--keep_logs", action="store_true", help="for the next run")
@@ -183,15 +221,14 @@ def main(argv: list[str] | None = None) -> None:
     result = args.output_dir / "scale.json"
     rows = read_json(result)["rows"] if result.is_file() else []
     for number in map(int, args.interactions):
-        row = run(number, args.memory or None, args.output_dir, flags)
+        an_item = args.interactions_an_item
+        row = run(number, an_item, args.memory or None, args.output_dir, flags)
         rows = [
-            each
-            for each in rows
-            if (each["interactions"], each["memory"]) != (number, row["memory"])
+            each for each in rows if [each.get(name) for name in KEY] != [row[name] for name in KEY]
         ] + [row]
         rows.sort(key=lambda each: (each["memory"], each["interactions"]))
         if not args.keep_logs:
-            shutil.rmtree(args.output_dir / f"log-{number}")
+            shutil.rmtree(_log(args.output_dir, number, an_item))
         write_json(result, {"machine": described, "rows": rows}, indent=1)
         with atomic_write(args.output_dir / "scale.md") as handle:
             handle.write(table(rows))

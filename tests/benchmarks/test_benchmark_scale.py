@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,16 @@ def test_sizes_of_one_log_by_both_ways(tmp_path: Path, monkeypatch: pytest.Monke
             ["--output_dir", str(tmp_path), "--interactions", "2e3", "--memory", memory]
             + ["--k_core", "5"]
         )
+    scale.main(  # of more items: a row of its own
+        ["--output_dir", str(tmp_path), "--interactions", "2e3", "--interactions_an_item", "5"]
+        + ["--memory", "1GB", "--k_core", "0"]
+    )
     rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
-    assert [(row["interactions"], row["memory"]) for row in rows] == [(2000, ""), (2000, "1GB")]
+    assert [(row["interactions"], row["memory"]) for row in rows] == [
+        (2000, ""), (2000, "1GB"), (2000, "1GB")
+    ]  # fmt: skip
+    assert rows[2]["items"] > 3 * rows[1]["items"]
+    assert all(row["open_seconds"] >= 0 for row in rows if sys.platform == "linux")
     assert rows[0]["split_hash"] == rows[1]["split_hash"]
     assert rows[0]["seconds_a_million"] == 1000.0
     assert 0 < rows[0]["kept"] < 2000  # the flag behind those of the benchmark was passed on
