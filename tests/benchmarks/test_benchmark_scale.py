@@ -26,7 +26,7 @@ def test_sizes_of_one_log_by_both_ways(tmp_path: Path, monkeypatch: pytest.Monke
         )
     scale.main(  # of more items: a row of its own
         ["--output_dir", str(tmp_path), "--interactions", "2e3", "--interactions_an_item", "5"]
-        + ["--memory", "1GB", "--k_core", "0"]
+        + ["--memory", "1GB"]
     )
     rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
     assert [(row["interactions"], row["memory"]) for row in rows] == [
