@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("POLARS_MAX_THREADS", str(args.threads or os.cpu_count()))
     result = args.output_dir / "scale.json"
     rows = read_json(result)["rows"] if result.is_file() else []
+    rows = [{"an_item": ITEMS} | row for row in rows]  # of files of before
     for number in map(int, args.interactions):
         an_item = args.interactions_an_item
         row = run(number, an_item, args.memory or None, args.output_dir, flags)
