@@ -52,7 +52,7 @@ from recformer.training.trainer import Compute
 
 #: Flags that later versions brought, at the value that stands for what was before: left out of
 #: run.json, so that earlier runs go on.
-SINCE = {"schedule": "constant", "optimizer": "adamw"}
+SINCE = {"schedule": "constant", "optimizer": "adamw", "user_tokens": 0}
 
 
 def run(args: BaselineRunArguments, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:

@@ -229,8 +229,8 @@ def _check_features(settings: SequenceSettings, encoded: dict[Of, list[Encoded]]
     if telling and getattr(settings, "objective", "") == "rtd":
         raise UserError(
             f"--objective rtd: the feature {telling[0]} of interactions stays that of the true "
-            f"item and may say which items are replaced; take it as the item's (recformer process "
-            f"--features {telling[0]}:…:item) or another objective"
+            f"item and may say which items are replaced; leave it out, take a column as the item's "
+            f"(recformer process --features NAME:…:item), or another objective"
         )
 
 

@@ -7,7 +7,8 @@ A log of a given size is generated once (Parquet, users and items by popularity,
 and `recformer process` runs over it as a user would run it, audit included, in a process of its
 own. Peak memory is what the process held for itself (`RssAnon`): files that are mapped are given
 back by the system when others need the room; all that was resident stands beside it. Then another
-process opens what was written, as training does: seconds, its own memory, and what it maps. Writes
+process opens what was written, as training does: seconds (of files that were just written and so
+are in memory), its own memory, and what it maps, libraries that reading needs among it. Writes
 scale.json, scale.md and scale.png. docs/scale.md says more.
 """
 
@@ -165,6 +166,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "open_mb": "with own memory, MB",
         "open_mapped_mb": "and mapped, MB",
     }
+    names = {name: head for name, head in names.items() if any(name in each for each in rows)}
     lines = ["| " + " | ".join(names.values()) + " |", "|---" * len(names) + "|"]
     for each in rows:
         cells = [f"{v:,}" if isinstance(v := each.get(name, ""), int) else str(v) for name in names]
@@ -177,7 +179,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    rows = [each for each in rows if each["an_item"] == ITEMS]
+    rows = [each for each in rows if each.get("an_item", ITEMS) == ITEMS]
     for memory in sorted({each["memory"] for each in rows}):
         own = [each for each in rows if each["memory"] == memory]
         numbers = [each["interactions"] for each in own]

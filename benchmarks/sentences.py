@@ -273,7 +273,11 @@ def _compare(
             share_of_ceiling=share,
             peak_memory_mb=memory["avg", what] if first else None,
             peer_peak_memory_mb=memory["peer", what] if first else None,
-            note=f"{sum(lengths):,} tokens; {setting}" if first else "",
+            note=f"{sum(lengths):,} tokens; {setting}"
+            if first
+            else ""
+            if name == what
+            else "the peer tokenises, ours does not",
         )
 
 

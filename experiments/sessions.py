@@ -138,12 +138,14 @@ class Row:
         values: NDCG@20 of every target, by seed.
         sequences: the session of each target.
         seconds: of training, mean over seeds.
+        draws: whether anything of it depends on a seed.
     """
 
     figures: list[dict[str, Any]]
     values: dict[str, np.ndarray]
     sequences: np.ndarray
     seconds: float
+    draws: bool
 
     def over_seeds(self, metric: str) -> tuple[float, float]:
         """Mean and standard deviation of a metric."""
@@ -151,8 +153,8 @@ class Row:
 
     def less(self, other: Row) -> np.ndarray:
         """Differences of each target's NDCG@20, means over the seeds that both have; over all of
-        them where there are none, or where the other draws nothing."""
-        both = self.values.keys() & other.values.keys() if len(other.values) > 1 else set()
+        them where there are none, or where one draws nothing."""
+        both = self.values.keys() & other.values.keys() if self.draws and other.draws else set()
         one, two = (
             np.mean([row.values[seed] for seed in sorted(both or row.values)], axis=0)
             for row in (self, other)
@@ -176,7 +178,8 @@ def rows_of(runs: Path) -> dict[str, Row]:
             for folder, run in zip(folders, ranked, strict=True)
         }
         seconds = float(np.mean([result.train_seconds or 0.0 for result in results]))
-        rows[name] = Row([r.test for r in results], values, sequences, seconds)
+        figures, draws = [result.test for result in results], name not in UNTRAINED
+        rows[name] = Row(figures, values, sequences, seconds, draws)
     return rows
 
 

@@ -233,29 +233,35 @@ def lock(descriptor: int) -> bool:
     return True
 
 
+LOCK = ".lock"
 _within = threading.local()  # folders that a thread is alone in
+os.register_at_fork(after_in_child=lambda: vars(_within).clear())
 
 
 @contextmanager
 def alone(folder: str | os.PathLike) -> Iterator[None]:
     """Wait until nobody else is within such a block for this folder, and keep others waiting.
 
-    A thread that is within one may enter another. On a file system without locks nobody waits. Not
-    for a folder of a run, which is locked from beginning to end.
+    A thread that is within one may enter another. The folder gets an empty file `.lock` (NFS locks
+    what may be written alone). Where none can be made or locked, nobody waits.
     """
     name, held = os.path.realpath(folder), vars(_within).setdefault("folders", set())
     if name in held:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    held.add(name)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        held.add(name)
         yield
     finally:
         held.discard(name)
-        os.close(descriptor)
+        if descriptor is not None:
+            with suppress(OSError):  # also for a child that was forked within
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = None) -> None:

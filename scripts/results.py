@@ -102,9 +102,9 @@ def compared(name: str, figures: Path) -> str:
     if not path.is_file():
         return NOT_YET
     content = read_json(path)
-    above, between = captions(
-        content["rule"], f"{content['users']:,} test users", content["metric"]
-    )
+    judged = content.get("judged", f"{content['users']:,} test users")
+    resampled = content.get("resampled", "users")
+    above, between = captions(content["rule"], judged, content["metric"], resampled)
     runs, pairs = (markdown_table(*cells) for cells in (
         figure_cells(content["runs"]), pair_cells(content["pairs"])
     ))  # fmt: skip

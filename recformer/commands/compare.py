@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with atomic_write(args.output_dir / name) as handle:
                 handle.write(content)
         about = {"metric": args.metric, "users": len(runs[0].user_ids), "rule": runs[0].rule}
+        about |= {"judged": runs[0].judged, "resampled": runs[0].resampled}
         found = about | {"runs": rows, "pairs": pairs}
         write_json(args.output_dir / "comparison.json", found, indent=1)
         plot(rows, args.metric, args.output_dir / "comparison.png")

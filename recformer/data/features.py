@@ -28,7 +28,7 @@ from recformer.data.processed import (
     read_columns,
 )
 from recformer.data.processed_files import check_table
-from recformer.data.windows import WindowView
+from recformer.data.windows import SPLIT_NAME, WindowView
 from recformer.files import UserError
 
 KINDS = ("float", "cat", "list")
@@ -137,16 +137,27 @@ def encode_features(folder: ProcessedFolder) -> dict[Of, list[Encoded]]:
         table = _item_columns(whole, own)
         met = np.zeros(folder.num_items, dtype=bool)
         met[folder.train.items] = True
-        now = folder.window if isinstance(folder, WindowView) else 1
+        now, last = _now(folder)
         for feature in own:
             column = table[feature.column].slice(0, folder.num_items)
             known = met
             if feature.told_column in table.column_names:  # it is the log that told it
                 told = table[feature.told_column].slice(0, folder.num_items).fill_null(0).to_numpy()
-                column = _without(column, met & (told >= now))
+                column = _without(column, (told > last) | (met & (told >= now)))
                 known = met & (told < now)
             found["item"].append(_encode(feature, column, known, np.zeros(len(met), np.int64)))
     return found
+
+
+def _now(folder: ProcessedFolder) -> tuple[int, int]:
+    """What training knows was told before the first of these moments; until the second, included,
+    what is new may be told (see the module's "told NAME")."""
+    if isinstance(folder, WindowView):
+        return folder.window, folder.window
+    split = (folder.dataset or {}).get("split", {})
+    if split.get("name") == SPLIT_NAME:  # its files are those of the last window
+        return len(split["windows"]) - 1, len(split["windows"]) - 1
+    return 1, 2
 
 
 def _without(column: Any, hidden: np.ndarray) -> Any:

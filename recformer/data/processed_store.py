@@ -19,7 +19,6 @@ A small folder is read as it is. So is one where nothing can be written.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,9 +86,10 @@ def open_or_build(folder: Path, names: Sequence[str], read: Callable[[], Content
     found = _mapped(store, key)
     if found is not None:
         return found
-    if not os.access(folder, os.W_OK):
+    try:
+        store.parent.mkdir(exist_ok=True)
+    except OSError:  # a folder that is read-only, a full disk
         return read()
-    store.parent.mkdir(exist_ok=True)
     with alone(store.parent):  # of several processes one reads the JSON
         found = _mapped(store, key)
         if found is not None:

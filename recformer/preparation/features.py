@@ -30,8 +30,8 @@ OFS: tuple[Of, ...] = ("item", "interaction")
 
 # A column with more different values holds ids: a table of them would be learned by heart.
 MOST_CATEGORIES = 100_000
-# Larger numbers are mistakes, and no model can compute with them.
-LARGEST = 1e15
+# Of larger numbers no deviation can be computed.
+LARGEST = 1e100
 _DAY = 86_400
 
 
@@ -78,7 +78,8 @@ class FeatureColumns:
         interactions: column in interactions.parquet -> M values.
         items: column in item_features.parquet -> N values.
         present: feature of a column of the interactions -> int8 (M,), 1 where an interaction has a
-            value, 0 where it has none, -1 where it does not matter: the item was met before.
+            value, 0 where it has none. Of an item's feature the first interaction of each item says
+            whether any had a value when the item was first met; the others are -1.
     """
 
     features: list[Feature]
@@ -114,7 +115,6 @@ def make_features(
     present: dict[str, np.ndarray] = {}
     if moments is None:
         moments = np.zeros(len(histories.sequences.items), dtype=np.int32)
-    first_met = _when_first_met(histories.sequences.items, moments)
     for one in asked:
         of: Of = "interaction"
         if one.name in item_columns:
@@ -132,9 +132,9 @@ def make_features(
             has_value = np.array(values.is_not_null(), dtype=np.int8)
             if one.name not in OF_TIME:
                 of, values, told = _whose(one, values, histories, moments)
-            present[one.name] = has_value
             if of == "item":
-                has_value[~first_met] = -1
+                has_value = _of_new_items(has_value, histories.sequences.items, moments)
+            present[one.name] = has_value
         members = values.explode() if kind == "list" else values
         distinct = members.drop_nulls().n_unique()
         if kind != "float" and distinct > MOST_CATEGORIES:
@@ -162,11 +162,20 @@ def moments_of(split: Split) -> np.ndarray:
     return np.where(split.parts == DROPPED, 3, split.parts).astype(np.int32)
 
 
-def _when_first_met(items: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Which interactions are of the moment in which their item was first met, bool (M,)."""
-    first = np.full(int(items.max(initial=-1)) + 1, np.iinfo(np.int32).max, dtype=np.int32)
-    np.minimum.at(first, items, moments)
-    return moments == first[items]
+def _of_new_items(has_value: np.ndarray, items: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Of the moment in which an item was first met: 1 or 0 at its first interaction, whether any of
+    that moment has a value; -1 elsewhere. Int8 (M,) of int8, int and int (M,)."""
+    order = np.lexsort((moments, items))  # stable
+    number = int(items.max(initial=-1)) + 1
+    first = np.full(number, -1, dtype=np.int64)
+    first[items[order][::-1]] = order[::-1]
+    at_first = moments == moments[first[items]]
+    told = np.zeros(number, dtype=bool)
+    told[items[at_first & (has_value > 0)]] = True
+    found = np.full(len(items), -1, dtype=np.int8)
+    met = first[first >= 0]
+    found[met] = told[items[met]]
+    return found
 
 
 def check_everywhere(columns: FeatureColumns, parts: Mapping[str, np.ndarray]) -> None:
@@ -180,7 +189,7 @@ def check_everywhere(columns: FeatureColumns, parts: Mapping[str, np.ndarray]) -
         UserError: names the feature and the part.
     """
     for name, present in columns.present.items():
-        what = "interactions" if (present >= 0).all() else "interactions with new items"
+        what = "interactions" if (present >= 0).all() else "new items"
         for part, chosen in parts.items():
             inside, outside = (present[mask & (present >= 0)] for mask in (chosen, ~chosen))
             others = (outside.sum() + 0.5) / (len(outside) + 1)  # of few, none is certain

@@ -147,7 +147,7 @@ def test_a_store_is_built_once(
     again = TokenizedItems.open_or_build(ITEMS, tokenizer, tmp_path)
     assert builds == []
     assert contents(again) == contents(store)
-    assert [path.name for path in tmp_path.iterdir()] == [f"tokenized_items-{store.key}"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == [f"tokenized_items-{store.key}"]
 
 
 def test_any_change_of_content_is_another_store(
@@ -217,7 +217,7 @@ def test_a_damaged_array_is_built_anew(
         again = TokenizedItems.open_or_build(ITEMS, tokenizer, tmp_path)
     assert f"{name}.bin" in caplog.text
     assert contents(again) == expected
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("[!.]*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_failed_build_leaves_nothing(
     monkeypatch.setattr(RecformerTokenizer, "encode_items", full_disk)
     with pytest.raises(OSError, match="No space left"):
         TokenizedItems.open_or_build(ITEMS, tokenizer, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("[!.]*")) == []
 
 
 def test_wrong_items_are_named_before_anything_is_written(
@@ -292,7 +292,7 @@ def test_wrong_items_are_named_before_anything_is_written(
         TokenizedItems.open_or_build([*ITEMS, {"title": {}}], tokenizer, tmp_path)
     with pytest.raises(UserError, match="catalogue is empty"):
         TokenizedItems.open_or_build([], tokenizer, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("[!.]*")) == []
 
 
 def test_items_without_any_text(tokenizer: RecformerTokenizer, tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_of_processes_that_ask_at_once_one_builds(
             results = pool.map(build_together, [(fast, tmp_path, barrier)] * 3, chunksize=1)
             assert [found for found, _ in results] == [expected] * 3
             assert sum(builds for _, builds in results) == 1
-            (folder,) = tmp_path.iterdir()
+            (folder,) = tmp_path.glob("tokenized_items-*")
             # the next round finds a damaged store, all at the same time
             damage(folder / "input_ids.bin", "truncated")
 

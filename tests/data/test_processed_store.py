@@ -116,7 +116,10 @@ def test_folder_that_is_written_anew_loses_its_copy(folder: Path) -> None:
 def test_read_only_folder_is_read_without_a_copy(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processed_store.os, "access", lambda *_: False)
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(processed_store.Path, "mkdir", refused)
     assert ProcessedFolder.load(folder).num_items == 4
     assert not (folder / "mapped").exists()
 

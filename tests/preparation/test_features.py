@@ -185,6 +185,24 @@ def test_what_is_told_later_of_an_item_changes_nothing_before_it(tmp_path: Path)
     assert after[2].offsets[-1] - after[2].offsets[-2] == 2
 
 
+def test_what_is_told_after_a_new_item_was_met_is_not_known_then(tmp_path: Path) -> None:
+    """i3 is new on the second day, and the third day says first what it is."""
+    rows = [row.replace("i3,s2,new,3.0,b|c", "i3,s2,,,") for row in ROWS]
+    data = process(
+        tmp_path, *WINDOWS, "--features", "brand:cat:item", "price:float:item", rows=rows
+    )
+    windows = Windows.of(data)
+    assert windows is not None
+    brand, price = encode_features(windows.view(1))["item"]
+    row = data.asins.index("i3")
+    assert brand.values[row] == MISSING
+    assert price.present is not None
+    assert not price.present[row]
+    whole = encode_features(data)["item"][0]  # its files are those of the last window
+    last = encode_features(windows.view(2))["item"][0]
+    np.testing.assert_array_equal(whole.values, last.values)
+
+
 def test_what_the_test_alone_tells_of_an_item_is_not_known(tmp_path: Path) -> None:
     rows = [f"{START + t},u{n},i{t},s{n},b{t},{t}.5,x,1" for n in range(3) for t in range(4)]
     rows = [row.replace(",b1,1.5,", ",,,") for row in rows]
@@ -202,7 +220,7 @@ def test_what_the_test_alone_tells_of_an_item_is_not_known(tmp_path: Path) -> No
 
 def test_numbers_that_no_model_can_read(tmp_path: Path) -> None:
     rows = [row.replace(",9.0,", ",1e300,") for row in ROWS]
-    with pytest.raises(UserError, match=r"price:float: '1e300' is no number up to 1e\+15"):
+    with pytest.raises(UserError, match=r"price:float: '1e300' is no number up to 1e\+100"):
         process(tmp_path, *WINDOWS, "--features", "price:float", rows=rows)
     rows = [row.replace(",9.0,", ",1e14,") for row in ROWS]
     windows = Windows.of(process(tmp_path, *WINDOWS, "--features", "price:float", rows=rows))
@@ -291,10 +309,12 @@ def test_what_cannot_be_a_feature_is_refused_by_name(
         for _ in range(2)
     ]
     flags = [*WINDOWS, "--features", "price:float:item"]
-    with pytest.raises(UserError, match="price: none of the 16 interactions of window 2"):
+    with pytest.raises(UserError, match="price: none of the 8 new items of window 2"):
         process(tmp_path, *flags, rows=rows)
-    rows = [row.replace(",i2", ",i1") for row in rows]  # the items of the day before: known
-    process(tmp_path, *flags, rows=rows)
+    old = [row.replace(",i2", ",i1") for row in rows]  # the items of the day before: known
+    process(tmp_path, *flags, rows=old)
+    one = [row.replace(",i2", ",i1").replace(",i17,", ",new,") for row in rows[-6:]]
+    process(tmp_path, *flags, rows=[*old[:-6], *one])  # of a single new item nothing can be said
     log = interactions(("u", "a", START), ("u", "b", START + 1))
     histories = build_histories(replace(log, extra=pl.DataFrame({"empty": ["", ""]})))
     with pytest.raises(UserError, match="--features empty"):
