@@ -58,6 +58,7 @@ def session(url: str | None = None) -> Any:
     """
     try:
         import pandas  # noqa: F401  # PySpark wants it for functions over Arrow, too
+        from py4j.protocol import Py4JError
         from pyspark.errors import PySparkException
         from pyspark.sql import SparkSession
     except ImportError as error:
@@ -70,10 +71,9 @@ def session(url: str | None = None) -> Any:
     builder = builder.config("spark.ui.showConsoleProgress", "false")
     try:
         return (builder.master(url) if url else builder).getOrCreate()
-    except (PySparkException, OSError) as error:
-        said = str(error).partition("\n")[0]
+    except (PySparkException, Py4JError, OSError) as error:
         raise UserError(
-            f"Spark did not start ({said}): it needs Java, such as the package "
+            f"Spark did not start ({_cause(error)}): it needs Java, such as the package "
             f"default-jre-headless of Debian"
         ) from error
 
@@ -89,12 +89,13 @@ def open_lake(spark: Any, path: str, columns: Columns) -> tuple[Any, Interaction
     Raises:
         UserError: it cannot be read, or lacks a column.
     """
+    from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
     try:
         table = spark.read.option("mergeSchema", "false").parquet(path)
-    except PySparkException as error:
-        raise UserError(f"{path} cannot be read by Spark: {str(error).splitlines()[0]}") from error
+    except (PySparkException, Py4JError) as error:
+        raise UserError(f"{path} cannot be read by Spark: {_cause(error)}") from error
     lists = frozenset(f.name for f in table.schema.fields if f.dataType.typeName() == "array")
     file = RawFile(Path(path), "parquet", table.columns, lists)
     return table, interaction_source(file, columns)
@@ -118,41 +119,72 @@ def spooled_by_spark(
         scratch: where to; seen by all executors.
 
     Raises:
-        UserError: as `Batches`.
+        UserError: as `Batches`; or executors fail, or write what is not seen here.
     """
+    from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
     from pyspark.sql import functions as F
 
     spark = table.sparkSession
     folder = scratch.folder.absolute()
     names = spark.sparkContext.broadcast(list(known))
+
+    def place(name: str) -> str:
+        # With its scheme, for a cluster's own may be another. Not `as_uri`: Spark decodes nothing.
+        return f"file://{folder / name}"
+
     try:
         judge = _judge(source, names, bad_lines.skip, min_rating, events, _stripped(table, source))
-        _with_places(table).mapInArrow(judge, JUDGED).write.parquet(str(folder / "judged"))
-        judged = spark.read.parquet(str(folder / "judged"))
+        _with_places(table).mapInArrow(judge, JUDGED).write.parquet(place("judged"))
+        judged = spark.read.parquet(place("judged"))
         said = judged.filter("said is not null").sort("place").select("said").collect()
-        counts, fractions, first_unknown = _together([row.said for row in said], source, bad_lines)
+        said = [row.said for row in said]
+        _check_seen(sum(json.loads(each)["rows"] for each in said), table.count(), folder)
+        counts, fractions, first_unknown = _together(said, source, bad_lines)
         rows = judged.filter("said is null").drop("said")
         users = rows.groupBy("user").agg(F.min("place").alias("first"), F.count("*").alias("rows"))
         # By ranges, each in a file: the files in their order are the users in theirs.
         users = users.repartitionByRange("first").sortWithinPartitions("first")
-        users.write.parquet(str(folder / "users"))
+        users.write.parquet(place("users"))
         user_names, user_rows = _numbered(folder / "users", folder / "codes")
+        _check_seen(int(user_rows.sum()), rows.count(), folder)
         blocks = max(1, -(-int(user_rows.sum()) // scratch.rows))
-        rows = rows.join(spark.read.parquet(str(folder / "codes")), "user").drop("user")
+        rows = rows.join(spark.read.parquet(place("codes")), "user").drop("user")
         rows = rows.repartitionByRange(blocks, "code").sortWithinPartitions("place")
-        rows.drop("place").write.parquet(str(folder / "blocks"))
-    except PySparkException as error:
+        rows.drop("place").write.parquet(place("blocks"))
+    except (PySparkException, Py4JError) as error:
         refused = re.search(r"UserError: (.+)", str(error))
-        if refused is None:
-            raise
-        raise UserError(refused[1].strip()) from None
+        if refused is not None:
+            raise UserError(refused[1].strip()) from None
+        raise UserError(
+            f"Spark failed ({_cause(error)}): every executor needs this package, and must see and "
+            f"write to {folder.parent}"
+        ) from error
     finally:
         names.unpersist()
     exponent = fractions.exponent()
     log = _log(folder / "blocks", user_names, user_rows, list(known), exponent, scratch)
     log.has_times, log.first_unknown = source.columns.time is not None, first_unknown
     return log, counts
+
+
+def _cause(error: Exception) -> str:
+    """The innermost error that Java or Python speak of, in a line."""
+    found = re.findall(r"^(?:Caused by)?[: ]*([\w.]+(?:Error|Exception): .+)$", str(error), re.M)
+    return (found[-1] if found else str(error).partition("\n")[0]).strip()[:300]
+
+
+def _check_seen(number: int, expected: int, folder: Path) -> None:
+    """Refuse to go on with a part of the rows.
+
+    Raises:
+        UserError: files that executors wrote are not seen here.
+    """
+    if number != expected:
+        raise UserError(
+            f"{folder.parent}: {number:,} of {expected:,} rows that Spark's executors wrote are "
+            f"seen here; choose an output folder that lies on a file system of all machines"
+        )
 
 
 def _with_places(table: Any) -> Any:
@@ -329,6 +361,7 @@ def _log(
         times[where] = in_unit(whole, billionths, exponent)[0] if exponent else whole
         done += len(frame)
         borders.append(int(users[where].max()) + 1)
+    _check_seen(done, number, blocks.parent)
     return LogInFiles(
         users, items, times, offsets, borders, user_names, item_names, True, None, {}, scratch
     )

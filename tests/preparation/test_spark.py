@@ -18,6 +18,7 @@ import pytest
 from recformer.commands import process
 from recformer.files import UserError
 from recformer.preparation import options
+from recformer.preparation import spark as spark_module
 from recformer.preparation.finetuning import prepare_finetuning
 from recformer.preparation.options import Filters, SessionOptions, SplitOptions
 
@@ -120,6 +121,55 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
     ]
     assert found[0]["counts"]["bad_lines"]["reasons"] == {"no user_id": 1}
     assert found[1] == found[0]
+
+
+def test_files_lie_here_whatever_is_the_file_system_of_the_cluster(
+    tmp_path: Path, spark: Any
+) -> None:
+    log = write(tmp_path, 0, "numbers")
+    items, out = tmp_path / "items.parquet", tmp_path / "out%20 of it"
+    settings = spark.sparkContext._jsc.hadoopConfiguration()
+    before = settings.get("fs.defaultFS")
+    settings.set("fs.defaultFS", "hdfs://nowhere.invalid:9")
+    try:
+        by_spark = prepare_finetuning(f"file://{log}", items, out, engine="spark")
+    finally:
+        settings.set("fs.defaultFS", before)
+    local = prepare_finetuning(log, items, tmp_path / "local")
+    assert by_spark["counts"] == local["counts"]
+    assert (out / "train.json").read_bytes() == (tmp_path / "local" / "train.json").read_bytes()
+
+
+def test_executors_that_fail_or_write_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = write(tmp_path, 0, "numbers")
+    items, out = tmp_path / "items.parquet", tmp_path / "out"
+
+    def without_package(*_: Any) -> Any:
+        def judge(batches: Any) -> Any:
+            raise ModuleNotFoundError("No module named 'recformer'")
+
+        return judge
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spark_module, "_judge", without_package)
+        with pytest.raises(UserError) as raised:
+            prepare_finetuning(log, items, out, engine="spark")
+    said = str(raised.value)
+    assert said.startswith("Spark failed (ModuleNotFoundError: No module named 'recformer'): every")
+    assert "\n" not in said
+    assert raised.value.__cause__ is not None
+
+    numbered = spark_module._numbered
+
+    def one_is_missing(users: Path, codes: Path) -> Any:
+        next(path for path in users.glob("*.parquet") if len(pl.read_parquet(path))).unlink()
+        return numbered(users, codes)
+
+    monkeypatch.setattr(spark_module, "_numbered", one_is_missing)
+    with pytest.raises(UserError, match=r"of 1\d\d rows that Spark's executors wrote are"):
+        prepare_finetuning(log, items, out, engine="spark")
 
 
 def test_what_spark_is_not_asked_for(tmp_path: Path) -> None:
