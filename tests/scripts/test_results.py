@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from baselines.experiment import FOLDER
 from benchmarks.measure import row
-from experiments.sessions import tables_of
+from experiments.sessions import Row, tables_of
 from recformer.files import UserError
 from scripts import results
 
@@ -156,3 +157,15 @@ def test_tables_of_a_study() -> None:
         "|with against without|NDCG@20 of all targets|p (Holm)|\n|---|---|---|\n"
         "|a|+0.1000|0.0300|\n",
     ]
+
+
+def test_rows_of_the_study_are_paired_by_the_seeds_that_both_have() -> None:
+    def row(draws: bool, **values: float) -> Row:
+        own = {seed: np.array([value, value + 1]) for seed, value in values.items()}
+        return Row([], own, np.zeros(2), 0.0, draws)
+
+    three, one = row(True, s1=1.0, s2=2.0, s3=6.0), row(True, s1=0.5)
+    assert three.less(one).tolist() == [0.5, 0.5]
+    assert one.less(three).tolist() == [-0.5, -0.5]
+    assert three.less(row(False, s1=1.0)).tolist() == [2.0, 2.0]  # which every seed would give
+    assert three.less(row(True, s4=1.0)).tolist() == [2.0, 2.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from baselines.semantic_ids.ids import SemanticIds
 from recformer.data.overfit import OverfitView
 from recformer.data.processed import ProcessedFolder, write_processed
 from recformer.data.sequences import Sequences
-from recformer.files import UserError
+from recformer.files import UserError, read_json
 
 N = 300
 ENTROPY = 4.338  # of the items that twenty users are trained on, in nats
@@ -87,6 +88,22 @@ def test_twenty_users_are_learned_by_heart(
     rows = result["stages"]["training"]["rows"]
     assert rows[-1]["train/code_loss@1"] < 1.5 < rows[0]["train/code_loss@1"]
     assert rows[-1]["val/code_loss@3"] == pytest.approx(test["code_loss"]["3"], rel=1e-4)
+
+
+def test_a_run_from_before_there_were_tokens_of_users_goes_on(
+    data: Path, semantic_ids: Path, tmp_path: Path
+) -> None:
+    args = BaselineArguments(
+        model="tiger", data_path=str(data), output_dir=str(tmp_path), device=[-1], hidden_size=16,
+        semantic_ids=str(semantic_ids), num_layers=1, num_heads=1, head_size=8, num_beams=10,
+        feed_forward_size=16, num_train_epochs=1, metric_ks=[10], optimizer="adamw",
+    )  # fmt: skip
+    before = run(replace(args))
+    settings = read_json(tmp_path / "run.json")
+    assert not {"user_tokens", "schedule", "optimizer"} & settings.keys()
+    assert run(replace(args))["test"] == before["test"]
+    with pytest.raises(UserError, match="holds another run .different: user_tokens"):
+        run(replace(args, user_tokens=4))
 
 
 def test_examples_of_the_view_by_hand(data: Path) -> None:
