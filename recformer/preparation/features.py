@@ -165,16 +165,15 @@ def moments_of(split: Split) -> np.ndarray:
 def _of_new_items(has_value: np.ndarray, items: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Of the moment in which an item was first met: 1 or 0 at its first interaction, whether any of
     that moment has a value; -1 elsewhere. Int8 (M,) of int8, int and int (M,)."""
-    order = np.lexsort((moments, items))  # stable
-    number = int(items.max(initial=-1)) + 1
-    first = np.full(number, -1, dtype=np.int64)
-    first[items[order][::-1]] = order[::-1]
-    at_first = moments == moments[first[items]]
-    told = np.zeros(number, dtype=bool)
-    told[items[at_first & (has_value > 0)]] = True
+    order = np.argsort(moments, kind="stable")
+    met, places = np.unique(items[order], return_index=True)
+    first = order[places]  # interaction of each item met
+    of_item = np.zeros(int(items.max(initial=-1)) + 1, dtype=moments.dtype)
+    of_item[met] = moments[first]
+    told = np.zeros(len(of_item), dtype=bool)
+    told[items[(moments == of_item[items]) & (has_value > 0)]] = True
     found = np.full(len(items), -1, dtype=np.int8)
-    met = first[first >= 0]
-    found[met] = told[items[met]]
+    found[first] = told[met]
     return found
 
 
