@@ -26,10 +26,10 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from isal import isal_zlib
@@ -233,6 +233,7 @@ def lock(descriptor: int) -> bool:
     return True
 
 
+T = TypeVar("T")
 LOCK = ".lock"
 _within = threading.local()  # folders that a thread is alone in
 os.register_at_fork(after_in_child=lambda: vars(_within).clear())
@@ -262,6 +263,24 @@ def alone(folder: str | os.PathLike) -> Iterator[None]:
             with suppress(OSError):  # also for a child that was forked within
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+
+def found_or_made(
+    folder: str | os.PathLike, find: Callable[[], T | None], make: Callable[[], T]
+) -> T:
+    """What is kept in a folder, or is made there by one of the processes that ask for it.
+
+    Args:
+        folder: that exists; see `alone`.
+        find: gives what is kept there, or None.
+        make: makes it; asked for by one at a time, and only where there is none.
+    """
+    found = find()
+    if found is not None:
+        return found
+    with alone(folder):
+        found = find()  # by whom we waited for
+        return make() if found is None else found
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = None) -> None:

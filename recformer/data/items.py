@@ -30,7 +30,14 @@ from tqdm import tqdm
 
 from recformer.data.mapped import DamagedStoreError, build_mapped, open_mapped
 from recformer.data.texts import ItemTexts
-from recformer.files import UserError, alone, read_checked_json, sha256_of, write_checked_json
+from recformer.files import (
+    UserError,
+    alone,
+    found_or_made,
+    read_checked_json,
+    sha256_of,
+    write_checked_json,
+)
 from recformer.tokenization import RecformerTokenizer, item_texts, ragged_indices
 
 logger = logging.getLogger(__name__)
@@ -107,15 +114,12 @@ class TokenizedItems:
         with alone(cache_dir):  # going through all texts is done by one, too
             key = _known_key(items, tokenizer, Path(cache_dir))
         folder = Path(cache_dir) / f"tokenized_items-{key}"
-        found = cls._found(folder, key)
-        if found is not None:
-            return found
-        with alone(cache_dir):
-            found = cls._found(folder, key)  # by whom we waited for
-            if found is None:
-                _build(items, tokenizer, folder, key)
-                found = cls(folder)
-        return found
+
+        def made() -> TokenizedItems:
+            _build(items, tokenizer, folder, key)
+            return cls(folder)
+
+        return found_or_made(cache_dir, lambda: cls._found(folder, key), made)
 
     @classmethod
     def _found(cls, folder: Path, key: str) -> TokenizedItems | None:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from recformer.data.items import TokenizedItems
 from recformer.data.mapped import DamagedStoreError, build_mapped, open_mapped
 from recformer.data.processed import Sequences
-from recformer.files import UserError, alone, read_json, sha256_of
+from recformer.files import UserError, found_or_made, read_json, sha256_of
 from recformer.tokenization import RecformerTokenizer
 
 FORMAT = "recformer pretraining 1"
@@ -88,14 +88,18 @@ class PretrainingData:
         hashes = [_file_hash(path) for path in paths.values()]
         key = sha256_of(FORMAT, tokenizer.fingerprint, *hashes)
         folder = Path(cache_dir) / f"pretraining-{key}"
-        with suppress(DamagedStoreError):
-            return cls._open(folder, key)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with alone(folder.parent):
-            with suppress(DamagedStoreError):  # by whom we waited for
+
+        def found() -> PretrainingData | None:
+            with suppress(DamagedStoreError):
                 return cls._open(folder, key)
+            return None
+
+        def made() -> PretrainingData:
             _build(paths, tokenizer, folder, key)
             return cls._open(folder, key)
+
+        return found_or_made(folder.parent, found, made)
 
     @classmethod
     def _open(cls, folder: Path, key: str) -> PretrainingData:

@@ -36,7 +36,7 @@ from recformer.data.mapped import (
 )
 from recformer.data.sequences import Sequences
 from recformer.data.texts import ItemTexts, Texts
-from recformer.files import alone, file_sha256, sha256_of
+from recformer.files import file_sha256, found_or_made, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,17 +83,12 @@ def open_or_build(folder: Path, names: Sequence[str], read: Callable[[], Content
         return read()
     key = content_key(folder, names)
     store = store_path(folder, key)
-    found = _mapped(store, key)
-    if found is not None:
-        return found
     try:
         store.parent.mkdir(exist_ok=True)
     except OSError:  # a folder that is read-only, a full disk
         return read()
-    with alone(store.parent):  # of several processes one reads the JSON
-        found = _mapped(store, key)
-        if found is not None:
-            return found
+
+    def made() -> Content:
         content = read()
         if content_key(folder, names) != key:  # exchanged while it was read
             return content
@@ -104,6 +99,8 @@ def open_or_build(folder: Path, names: Sequence[str], read: Callable[[], Content
             logger.warning("%s is not kept mapped: %s", folder, error)
             return content
         return _content(open_mapped(store, key, verify=False))
+
+    return found_or_made(store.parent, lambda: _mapped(store, key), made)
 
 
 def _mapped(store: Path, key: str) -> Content | None:
