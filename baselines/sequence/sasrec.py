@@ -8,11 +8,14 @@ Shapes: B sequences, T items laid end to end, L longest sequence, D hidden, A he
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.sequence.collators import places
 from baselines.sequence.recommender import SequenceNetwork
+from recformer.models import fused
+from recformer.models.dropout import with_fast_dropout
 
 
 class SelfAttention(nn.Module):
@@ -29,10 +32,14 @@ class SelfAttention(nn.Module):
         self.key_proj = nn.Linear(hidden_size, hidden_size)
         self.val_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(
-        self, normed: Tensor, hidden: Tensor, row: Tensor, column: Tensor, size: tuple[int, int]
-    ) -> Tensor:
-        """normed and hidden (T, D), row and column (T,) the place of each item among (B, L)."""
+    def forward(self, normed: Tensor, hidden: Tensor, offsets: Tensor) -> Tensor:
+        """normed and hidden (T, D) of items laid end to end, offsets (B+1,) of the sequences."""
+        parts = self.query_proj(normed), self.key_proj(hidden), self.val_proj(hidden)
+        dropout = self.dropout if self.training else 0.0
+        if fused.attends(parts[0], self.num_heads):
+            return fused.causal_attention(torch.cat(parts, dim=1), offsets, self.num_heads, dropout)
+        row, column, lengths = places(offsets, len(hidden))
+        size = (len(lengths), int(lengths.max()))
 
         def heads(values: Tensor) -> Tensor:  # (T, D) -> (B, A, L, D / A)
             padded = values.new_zeros(*size, values.shape[1])
@@ -41,11 +48,7 @@ class SelfAttention(nn.Module):
 
         # Padding stands behind, where the causal mask hides it from every real item.
         mixed = F.scaled_dot_product_attention(
-            heads(self.query_proj(normed)),
-            heads(self.key_proj(hidden)),
-            heads(self.val_proj(hidden)),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            *(heads(part) for part in parts), dropout_p=dropout, is_causal=True
         )
         return mixed.transpose(1, 2).flatten(2)[row, column]
 
@@ -65,9 +68,9 @@ class Block(nn.Module):
         self.dense2 = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor, row: Tensor, column: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, hidden: Tensor, offsets: Tensor) -> Tensor:
         normed = self.first_norm(hidden)
-        attended = self.multihead_attention(normed, hidden, row, column, size) + normed
+        attended = self.multihead_attention(normed, hidden, offsets) + normed
         attended = self.second_norm(attended)
         inner = self.dropout(F.relu(self.dense1(attended)))
         return attended + self.dropout(self.dense2(inner))
@@ -102,6 +105,7 @@ class SASRec(SequenceNetwork):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.xavier_normal_(module.weight)
+        with_fast_dropout(self)
 
     def forward(self, vectors: Tensor, offsets: Tensor) -> Tensor:
         """Hidden states of every item.
@@ -114,9 +118,8 @@ class SASRec(SequenceNetwork):
             (T, D).
         """
         row, column, lengths = places(offsets, len(vectors))
-        size = (len(lengths), int(lengths.max()))
         position = self.max_length - lengths[row] + column
         hidden = self.embeddings_dropout(vectors + self.position_embedding(position))
         for block in self.transformer_blocks:
-            hidden = block(hidden, row, column, size)
+            hidden = block(hidden, offsets)
         return self.seq_norm(hidden)

@@ -38,7 +38,7 @@ def usable(hidden: Tensor) -> bool:
 
 
 def attends(hidden: Tensor, num_heads: int) -> bool:
-    """Whether `band_attention` and `gather` take states like these (T, H)."""
+    """Whether the attention below takes states like these (T, H)."""
     dim = hidden.shape[1] // num_heads
     return usable(hidden) and dim % kernel.PANEL == 0 and num_heads <= LANES
 
@@ -85,14 +85,14 @@ def _floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def _checked(starts: Tensor, num_tokens: int) -> Tensor:
-    """Borders as the kernel reads them.
+def _checked(starts: Tensor, num_tokens: int, least: int = 1) -> Tensor:
+    """Borders as the kernel reads them, of sequences of at least so many tokens.
 
     Raises:
         ValueError: they are not those of so many tokens.
     """
     starts = starts.long().contiguous()
-    if starts[0] != 0 or starts[-1] != num_tokens or (starts.diff() < 1).any():
+    if starts[0] != 0 or starts[-1] != num_tokens or (starts.diff() < least).any():
         raise ValueError(f"sequences begin at {starts.tolist()} of {num_tokens} tokens")
     return starts
 
@@ -192,12 +192,26 @@ def band_attention(
     return _Band.apply(qkv, first_context, starts, num_heads, window // 2, dropout_p)
 
 
+def causal_attention(qkv: Tensor, starts: Tensor, num_heads: int, dropout_p: float) -> Tensor:
+    """Softmax attention of each token to itself and to those before it in its sequence.
+
+    Args:
+        qkv: (T, 3 * H) queries, keys and values side by side.
+        starts: (B + 1,) int64 where sequences begin, and their end; one may be empty.
+        dropout_p: probability that an attention weight is dropped.
+
+    Returns:
+        (T, H).
+    """
+    return _Band.apply(qkv, None, starts, num_heads, 0, dropout_p)
+
+
 class _Band(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         qkv: Tensor,
-        first_context: Tensor,
+        first_context: Tensor | None,  # None: causal
         starts: Tensor,
         num_heads: int,
         half: int,
@@ -205,12 +219,14 @@ class _Band(torch.autograd.Function):
     ) -> Tensor:
         qkv = qkv.contiguous()
         num_tokens, hidden = qkv.shape[0], qkv.shape[1] // 3
-        starts = _checked(starts, num_tokens)
-        ctx.sizes = len(starts) - 1, starts, hidden, num_heads, half
+        causal = first_context is None
+        starts = _checked(starts, num_tokens, 0 if causal else 1)
+        ctx.sizes = len(starts) - 1, starts, hidden, num_heads, half, int(causal)
         ctx.dropout = _seed(dropout_p), num_dropped(dropout_p)
         context, levels = qkv.new_empty((num_tokens, hidden)), _floats(num_tokens, num_heads)
         _call("band", qkv, *ctx.sizes, qkv, *ctx.dropout, context, levels)
-        context.index_copy_(0, starts[:-1], first_context)
+        if first_context is not None:
+            context.index_copy_(0, starts[:-1], first_context)
         ctx.save_for_backward(qkv, context, levels)
         return context
 
@@ -221,7 +237,8 @@ class _Band(torch.autograd.Function):
         grad, grad_qkv = grad.contiguous(), torch.empty_like(qkv)
         inputs = (qkv, context, levels, grad)
         _call("band_back", qkv, *ctx.sizes, *inputs, *ctx.dropout, grad_qkv)
-        return grad_qkv, grad.index_select(0, ctx.sizes[1][:-1]), None, None, None, None
+        of_first = grad.index_select(0, ctx.sizes[1][:-1]) if ctx.needs_input_grad[1] else None
+        return grad_qkv, of_first, None, None, None, None
 
 
 def gather(

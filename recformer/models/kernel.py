@@ -74,8 +74,8 @@ TRAINING = {
     "recformer_norm_back": "nnppppsnpppn",
     "recformer_gelu": "nnpppn",
     "recformer_gelu_back": "nnpppppn",
-    "recformer_band": "npnnnpsnppn",
-    "recformer_band_back": "npnnnppppsnpn",
+    "recformer_band": "npnnnnpsnppn",
+    "recformer_band_back": "npnnnnppppsnpn",
     "recformer_gather": "npnnppsnpppn",
     "recformer_gather_back": "npnnpppppsnppn",
 }

@@ -24,6 +24,9 @@ from recformer.files import UserError
 
 MIN_NORM = 1e-8  # least norm a vector is divided by, as in F.cosine_similarity
 CHUNK_ELEMENTS = 2**24  # of a chunk of items, and of users x items: 64 MB in float32
+# The same of a CPU, 4 MB: a softmax over scores that stay in the cache took half the time, and with
+# fewer users or items than these at a time products were slower.
+CACHE_ELEMENTS, LEAST_USERS, LEAST_ITEMS = 2**20, 128, 256
 
 
 def cosine_scores(users: Tensor, items: Tensor, temperature: float) -> Tensor:
@@ -51,17 +54,19 @@ def full_softmax_loss(
 ) -> Tensor:
     """Mean cross-entropy of each user's target against all items (paper, section 2.3.2).
 
-    A large catalogue is passed chunk by chunk, twice: forward keeps a running log-sum-exp, backward
-    computes the scores again. Memory beyond the arguments and their gradients is then that of a few
-    chunks, below 1 GB whatever B and N. A gradient with respect to the item table is computed only
-    if it requires one.
+    Users are taken in parts that have a few MB of scores against all items, and gradients are made
+    with them, so scores are computed once and never kept. A large catalogue is passed chunk by
+    chunk, twice: forward keeps a running log-sum-exp, backward computes the scores again. Memory
+    beyond the arguments and their gradients is that of a few chunks, below 1 GB whatever B and N.
+    Only what requires a gradient has one made.
 
     Args:
         users: (B, H), any floating dtype, not necessarily normalised.
         item_table: (N, H), likewise, on the same device.
         labels: item ids of the targets, int64 (B,).
         temperature: above 0.
-        chunk_size: items a chunk; by default as many as make 64 MB, all at once if they fit in.
+        chunk_size: items a chunk; by default all at once, up to 131,072, and above it as many as
+            make 64 MB of scores, 4 MB on a CPU.
         cosine: score by cosine similarity; otherwise by the dot product.
 
     Returns:
@@ -73,18 +78,29 @@ def full_softmax_loss(
     """
     _check(users, item_table, labels, temperature)
     num_items, hidden = item_table.shape
-    if chunk_size is None:
-        chunk_size = max(1, CHUNK_ELEMENTS // max(hidden, len(users)))
-    elif chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size is {chunk_size}, expected at least 1")
-    if chunk_size >= num_items:
-        return F.cross_entropy(scores_of_all(users, item_table, temperature, cosine), labels)
+    elements = CACHE_ELEMENTS if users.device.type == "cpu" else CHUNK_ELEMENTS
+    if chunk_size is None:
+        chunk_size = max(LEAST_ITEMS, elements // max(hidden, len(users)))
+        if num_items * LEAST_USERS <= CHUNK_ELEMENTS:
+            chunk_size = num_items
     with torch.autocast(users.device.type, enabled=False):
         users = _normalised(users) if cosine else users.float()
-        losses: Tensor = _ChunkedCrossEntropy.apply(
-            users, item_table, labels, temperature, chunk_size, cosine
+        if chunk_size < num_items:
+            losses: Tensor = _ChunkedCrossEntropy.apply(
+                users, item_table, labels, temperature, chunk_size, cosine
+            )
+            return losses.mean()
+        loss: Tensor = _CrossEntropy.apply(
+            users / temperature,
+            item_table,
+            labels,
+            max(LEAST_USERS, elements // num_items),
+            cosine,
+            torch.is_grad_enabled(),
         )
-        return losses.mean()
+        return loss
 
 
 def softmax_loss_with_terms(
@@ -149,6 +165,68 @@ def scores_of_all(users: Tensor, items: Tensor, temperature: float, cosine: bool
         return cosine_scores(users, items, temperature)
     with torch.autocast(users.device.type, enabled=False):
         return users.float() @ items.float().T * (1 / temperature)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of scores, `step` users at a time, whose gradients are made with them.
+
+    users (B, H) float32, of length 1 / temperature with `cosine`; item_table (N, H) of any norm and
+    dtype. Without `gradients` none are made.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        users: Tensor,
+        item_table: Tensor,
+        labels: Tensor,
+        step: int,
+        cosine: bool,
+        gradients: bool,
+    ) -> Tensor:
+        items = item_table.float()
+        inverse = 1 / _norms(items) if cosine else None
+        need_users, need_items = (gradients and need for need in ctx.needs_input_grad[:2])
+        user_grad = torch.empty_like(users) if need_users else None
+        item_grad = torch.zeros_like(items) if need_items else None
+        losses = users.new_empty(len(users))
+        for start in range(0, len(users), step):
+            part = slice(start, start + step)
+            own, columns = users[part], labels[part, None]
+            scores = own @ items.T  # (P, N), and below what is made of them in their place
+            if inverse is not None:
+                scores.mul_(inverse)
+            target = scores.gather(1, columns)
+            largest = scores.amax(dim=1, keepdim=True)
+            weights = scores.sub_(largest).exp_()
+            total = weights.sum(dim=1, keepdim=True)
+            losses[part] = (total.log() + largest - target)[:, 0]
+            if user_grad is None and item_grad is None:
+                continue
+            # d loss / d score = softmax - one-hot; the softmax's sum divides the smaller factors
+            grad = weights.scatter_add_(1, columns, -total)
+            if inverse is not None:
+                grad.mul_(inverse)
+            if user_grad is not None:
+                torch.mm(grad, items, out=user_grad[part]).div_(total)
+            if item_grad is not None:
+                item_grad.addmm_(grad.T, own / total)
+        if item_grad is not None and inverse is not None:  # a step along an item changes its norm
+            along = (item_grad * items).sum(dim=1) * inverse.square()
+            item_grad.addcmul_(along[:, None], items, value=-1)
+        ctx.save_for_backward(user_grad, item_grad)
+        ctx.dtype, ctx.count = item_table.dtype, len(users)
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        user_grad, item_grad = ctx.saved_tensors
+        if user_grad is not None:
+            user_grad = user_grad * (upstream / ctx.count)
+        if item_grad is not None:
+            item_grad = (item_grad * (upstream / ctx.count)).to(ctx.dtype)
+        return user_grad, item_grad, None, None, None, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -160,6 +160,28 @@ def test_attention_within_the_window(dtype: torch.dtype, p: float, window: int) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.25])
+def test_attention_to_what_came_before(dtype: torch.dtype, p: float) -> None:
+    lengths = [*LENGTHS, 0, 5]  # one is empty
+    starts, total = starts_of(lengths), sum(lengths)
+    factors = kept(next_seed(), total * HEADS, max(lengths), p).view(total, HEADS, -1)
+
+    def exact(qkv: Tensor) -> Tensor:
+        contexts = []
+        for number, rows in enumerate(qkv.split(lengths)):
+            query, key, value = rows.view(len(rows), 3, HEADS, HIDDEN // HEADS).permute(1, 2, 0, 3)
+            scores = query @ key.mT / math.sqrt(HIDDEN // HEADS)
+            later = torch.ones(len(rows), len(rows)).triu(1).bool()
+            weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)
+            own = factors[starts[number] : starts[number + 1], :, : len(rows)].transpose(0, 1)
+            contexts.append(((weights * own) @ value).transpose(0, 1).reshape(-1, HIDDEN))
+        return torch.cat(contexts)
+
+    qkv = numbers(total, 3 * HIDDEN, dtype=dtype, seed=1)
+    compare(lambda qkv: fused.causal_attention(qkv, starts, HEADS, p), exact, [qkv])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("heads", [2, 12, 20])
 def test_what_the_first_tokens_gather(dtype: torch.dtype, p: float, heads: int) -> None:
     starts = starts_of(LENGTHS)

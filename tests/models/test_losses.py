@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recformer.models import losses
 from recformer.models.losses import (
     contrastive_scores,
     cosine_scores,
@@ -91,6 +92,35 @@ def test_full_softmax_over_dot_products_in_value_and_gradient(chunk_size):
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[0].grad, users.grad, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[1].grad, items.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_users_in_parts_have_the_loss_and_gradients_of_all_at_once(step, cosine, monkeypatch):
+    values = vectors(B, H, seed=1, scale=1.0), vectors(N, H, seed=2, scale=1.0)
+    labels = torch.tensor([0, 22, 7, 7, 3])
+    users, items = (v.clone().requires_grad_() for v in values)
+    expected = F.cross_entropy(losses.scores_of_all(users, items, 0.5, cosine), labels)
+    expected.backward()
+    monkeypatch.setattr(losses, "CACHE_ELEMENTS", step * N)
+    monkeypatch.setattr(losses, "LEAST_USERS", 1)
+    ours = [v.clone().requires_grad_() for v in values]
+    loss = full_softmax_loss(*ours, labels, 0.5, cosine=cosine)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours[0].grad, users.grad, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours[1].grad, items.grad, atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(full_softmax_loss(*ours, labels, 0.5, cosine=cosine), loss)
+
+
+def test_users_in_parts_make_no_tensor_as_large_as_all_scores(monkeypatch):
+    monkeypatch.setattr(losses, "CACHE_ELEMENTS", 50_000)
+    monkeypatch.setattr(losses, "LEAST_USERS", 1)
+    users, items = vectors(600, 4, seed=1).requires_grad_(), vectors(1_000, 4, seed=2)
+    with LargestTensor() as seen:
+        full_softmax_loss(users, items, torch.arange(600), 0.05).backward()
+    assert seen.elements == 50_000  # of 600,000 scores
 
 
 @pytest.mark.parametrize("chunk_size", [4, None])

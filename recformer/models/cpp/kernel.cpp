@@ -144,21 +144,21 @@ int recformer_gelu_back(int numbers, int64_t rows, int64_t width, const void *x,
 }
 
 int recformer_band(int numbers, int64_t sequences, const int64_t *starts, int64_t hidden, int64_t heads,
-                   int64_t half, const void *qkv, uint64_t seed, int64_t dropped, void *context,
-                   float *levels, int64_t threads) {
+                   int64_t half, int64_t causal, const void *qkv, uint64_t seed, int64_t dropped,
+                   void *context, float *levels, int64_t threads) {
     return by_type(numbers, [&](auto of) {
-        band({sequences, starts}, hidden, heads, half, as(of, qkv), {seed, dropped}, as(of, context),
-             levels, threads);
+        band({sequences, starts}, hidden, heads, {half, causal != 0}, as(of, qkv), {seed, dropped},
+             as(of, context), levels, threads);
     });
 }
 
 int recformer_band_back(int numbers, int64_t sequences, const int64_t *starts, int64_t hidden,
-                        int64_t heads, int64_t half, const void *qkv, const void *context,
-                        const float *levels, const void *grad, uint64_t seed, int64_t dropped,
-                        void *grad_qkv, int64_t threads) {
+                        int64_t heads, int64_t half, int64_t causal, const void *qkv,
+                        const void *context, const float *levels, const void *grad, uint64_t seed,
+                        int64_t dropped, void *grad_qkv, int64_t threads) {
     return by_type(numbers, [&](auto of) {
-        band_back({sequences, starts}, hidden, heads, half, as(of, qkv), as(of, context), levels,
-                  as(of, grad), {seed, dropped}, as(of, grad_qkv), threads);
+        band_back({sequences, starts}, hidden, heads, {half, causal != 0}, as(of, qkv),
+                  as(of, context), levels, as(of, grad), {seed, dropped}, as(of, grad_qkv), threads);
     });
 }
 

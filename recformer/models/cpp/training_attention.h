@@ -15,7 +15,7 @@
 
 namespace {
 
-// --- attention within the window and to `<s>` ----------------------------------------------------
+// --- attention to the keys of a window and to `<s>`, or to all keys before -------------------------
 
 struct Sequences {
     int64_t number;
@@ -62,20 +62,30 @@ inline void take_columns(const float *rows, int64_t length, int64_t dim, float *
                       to + d * columns + t, columns);
 }
 
+// Keys that a query sees: `half` on each side and key 0; or, causal, itself and all before it.
+struct Window {
+    int64_t half;
+    bool causal;
+
+    int64_t first(int64_t query) const { return causal ? 0 : std::max<int64_t>(0, query - half); }
+    int64_t last(int64_t query) const { return causal ? query : query + half; }
+};
+
 // Queries q..q+count-1 and the keys that they see: from..to-1 and, where those begin later, key 0.
 struct Span {
     int64_t q, count, from, to, size, line;
 
-    Span(int64_t q, int64_t length, int64_t half)
-        : q(q), count(std::min(ROWS, length - q)), from(std::max<int64_t>(0, q - half) / 16 * 16),
-          to(std::min(length, q + count + half)), size((to - from + 15) / 16 * 16), line(size + 16) {}
+    Span(int64_t q, int64_t length, const Window &window)
+        : q(q), count(std::min(ROWS, length - q)), from(window.first(q) / 16 * 16),
+          to(std::min(length, window.last(q + count - 1) + 1)), size((to - from + 15) / 16 * 16),
+          line(size + 16) {}
 
     // Of keys from + k.., whether query q + r sees them.
-    __mmask16 seen(int64_t r, int64_t k, int64_t half) const {
+    __mmask16 seen(int64_t r, int64_t k, const Window &window) const {
         if (k == size) return 1;  // key 0
         const __m512i j = _mm512_add_epi32(lanes(), _mm512_set1_epi32(int(from + k)));
-        const __m512i low = _mm512_set1_epi32(int(std::max<int64_t>(0, q + r - half)));
-        const __m512i high = _mm512_set1_epi32(int(std::min(to - 1, q + r + half)));
+        const __m512i low = _mm512_set1_epi32(int(window.first(q + r)));
+        const __m512i high = _mm512_set1_epi32(int(std::min(to - 1, window.last(q + r))));
         const __mmask16 near = _mm512_cmp_epi32_mask(j, low, _MM_CMPINT_GE) &
                                _mm512_cmp_epi32_mask(j, high, _MM_CMPINT_LE);
         return near | _mm512_cmp_epi32_mask(j, _mm512_setzero_si512(), _MM_CMPINT_EQ);
@@ -129,8 +139,8 @@ inline void spread_rows(const Span &span, const float *weights, const float *row
 
 // Contexts (T, H) of queries, keys and values (T, 3 H); (T, A) `levels` make weights of scores again.
 template <class T>
-void band(const Sequences &sequences, int64_t hidden, int64_t heads, int64_t half, const T *qkv,
-          const Dropout &dropout, T *context, float *levels, int64_t threads) {
+void band(const Sequences &sequences, int64_t hidden, int64_t heads, const Window &window,
+          const T *qkv, const Dropout &dropout, T *context, float *levels, int64_t threads) {
     const int64_t dim = hidden / heads, width = 3 * hidden;
     const float scale = 1.0f / std::sqrt(float(dim));
     const HeadRoom shape{sequences.longest(), dim, false};
@@ -143,14 +153,14 @@ void band(const Sequences &sequences, int64_t hidden, int64_t heads, int64_t hal
         take_rows(rows + 2 * hidden, width, length, dim, room.value);
         take_columns(room.key, length, dim, room.key_columns);
         for (int64_t q = 0; q < length; q += ROWS) {
-            const Span span(q, length, half);
+            const Span span(q, length, window);
             times_columns(span, room.query + q * dim, dim, room.key_columns, length, room.scores);
             float inverse[ROWS];
             for (int64_t r = 0; r < span.count; ++r) {
                 float *row = room.scores + r * span.line;
                 __m512 top = _mm512_set1_ps(-INFINITY);
                 for (int64_t k = 0; k < span.end(); k += 16)
-                    top = _mm512_mask_max_ps(top, span.seen(r, k, half), top, load(row + k));
+                    top = _mm512_mask_max_ps(top, span.seen(r, k, window), top, load(row + k));
                 const float most = _mm512_reduce_max_ps(top);
                 const int64_t place = (start + q + r) * heads + head;
                 const Kept kept(dropout, place);
@@ -158,7 +168,7 @@ void band(const Sequences &sequences, int64_t hidden, int64_t heads, int64_t hal
                 for (int64_t k = 0; k < span.end(); k += 16) {
                     __m512 x = _mm512_sub_ps(load(row + k), _mm512_set1_ps(most));
                     x = exponential(_mm512_mul_ps(x, _mm512_set1_ps(scale)));
-                    x = _mm512_maskz_mov_ps(span.seen(r, k, half), x);
+                    x = _mm512_maskz_mov_ps(span.seen(r, k, window), x);
                     total = _mm512_add_ps(total, x);
                     store(row + k, kept(span.key(k), x));
                 }
@@ -175,11 +185,11 @@ void band(const Sequences &sequences, int64_t hidden, int64_t heads, int64_t hal
     });
 }
 
-// Gradients (T, 3 H) of queries, keys and values. The contexts of the sequences' first tokens were
-// replaced by others: their gradients count as zero.
+// Gradients (T, 3 H) of queries, keys and values. Unless causal, the contexts of the sequences' first
+// tokens were replaced by others: their gradients count as zero.
 template <class T>
-void band_back(const Sequences &sequences, int64_t hidden, int64_t heads, int64_t half, const T *qkv,
-               const T *context, const float *levels, const T *grad, const Dropout &dropout,
+void band_back(const Sequences &sequences, int64_t hidden, int64_t heads, const Window &window,
+               const T *qkv, const T *context, const float *levels, const T *grad, const Dropout &dropout,
                T *grad_qkv, int64_t threads) {
     const int64_t dim = hidden / heads, width = 3 * hidden;
     const float scale = 1.0f / std::sqrt(float(dim));
@@ -193,13 +203,13 @@ void band_back(const Sequences &sequences, int64_t hidden, int64_t heads, int64_
         take_rows(rows + hidden, width, length, dim, room.key);
         take_rows(rows + 2 * hidden, width, length, dim, room.value);
         take_rows(grad + start * hidden + head * dim, hidden, length, dim, room.grad);
-        std::fill_n(room.grad, dim, 0.0f);
+        if (!window.causal) std::fill_n(room.grad, dim, 0.0f);
         take_columns(room.key, length, dim, room.key_columns);
         take_columns(room.value, length, dim, room.value_columns);
         std::fill_n(room.grad_key, length * dim, 0.0f);
         std::fill_n(room.grad_value, length * dim, 0.0f);
         for (int64_t q = 0; q < length; q += ROWS) {
-            const Span span(q, length, half);
+            const Span span(q, length, window);
             const float *query = room.query + q * dim, *given = room.grad + q * dim;
             times_columns(span, query, dim, room.key_columns, length, room.scores);
             times_columns(span, given, dim, room.value_columns, length, room.grad_scores);
@@ -215,7 +225,7 @@ void band_back(const Sequences &sequences, int64_t hidden, int64_t heads, int64_
                 float *row = room.scores + r * span.line, *to = room.grad_scores + r * span.line;
                 for (int64_t k = 0; k < span.end(); k += 16) {
                     __m512 x = _mm512_fmsub_ps(load(row + k), _mm512_set1_ps(scale), level);
-                    x = _mm512_maskz_mov_ps(span.seen(r, k, half), exponential(x));
+                    x = _mm512_maskz_mov_ps(span.seen(r, k, window), exponential(x));
                     const __m512 left = _mm512_sub_ps(kept(span.key(k), load(to + k)), mean);
                     store(row + k, kept(span.key(k), x));
                     store(to + k, _mm512_mul_ps(_mm512_mul_ps(x, left), _mm512_set1_ps(scale)));
