@@ -4,10 +4,12 @@
     python -m benchmarks.sequence_models --data_path FOLDER --rectools_python PYTHON \
         --replay_python PYTHON
 
-The first: a training step at the size of MovieLens-1M (128 sequences of 200 items, 3,416 items, 256
-negatives a position, 128 dimensions, 2 blocks), forward, backward and AdamW, against the same
-network whose loss gathers the 257 item vectors of every position, with the published form of gBCE.
-Same weights, same negatives; the losses are compared first. The two take turns; medians count.
+The first: training steps at the size of MovieLens-1M (128 sequences of 200 items, 3,416 items, 128
+dimensions, 2 blocks), forward, backward and AdamW. gSASRec with 256 negatives a position, against
+the same network whose loss gathers the 257 item vectors of every position, with the published form
+of gBCE; same negatives. SASRec with the full softmax and a dropout of 0.5, against the same network
+in plain torch: padded attention, `torch.nn.Dropout`, the cross-entropy of all scores. Same weights;
+the losses are compared first, without dropout. The two take turns; medians count.
 
 The second: an epoch of SASRec with full softmax (128 dimensions, 2 blocks, 50 items, batch 256) on
 a processed folder against `SASRecModel` of RecTools 0.19 and `SasRec` of RePlay 0.22, one after the
@@ -22,12 +24,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -36,13 +41,15 @@ from torch.nn import functional as F
 from baselines.sequence.collators import CausalCollator, ItemSequences
 from baselines.sequence.item_table import ItemTable
 from baselines.sequence.recommender import Objective, SequenceRecommender
-from baselines.sequence.sasrec import SASRec
+from baselines.sequence.sasrec import SASRec, SelfAttention
 from benchmarks.measure import REPEATS, header, in_turns, line, pin_threads, row
 from recformer.cli import exit_with_message
 from recformer.files import UserError
+from recformer.models.dropout import Dropout
 from recformer.models.losses import sample_negatives
 
 NUM_ITEMS, LENGTH, HIDDEN, NEGATIVES, CALIBRATION = 3416, 200, 128, 256, 0.75
+DROPOUT = 0.5
 
 RECTOOLS = """
 import json, sys, time
@@ -122,17 +129,9 @@ def gathered_loss(users: Tensor, table: Tensor, labels: Tensor, negatives: Tenso
 
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    """The training step of gSASRec, ours and with gathered vectors."""
+    """Training steps of gSASRec and of SASRec, each beside the usual way."""
     batch_size, length = (4, 8) if quick else (128, LENGTH)
     torch.manual_seed(0)
-    models = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        tables = [ItemTable(NUM_ITEMS, HIDDEN) for _ in range(2)]
-        objective = Objective("gbce", NEGATIVES, CALIBRATION)
-        network = SASRec(HIDDEN, 2, 1, length, 0.0)
-        models.append(SequenceRecommender(network, tables[0], objective, HIDDEN, tables[1]))
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in models]
     sequences = torch.randint(NUM_ITEMS, (batch_size, length + 1))
     histories = ItemSequences(
         items=sequences[:, :-1].flatten(),
@@ -142,31 +141,84 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
     labels = sequences[:, 1:].flatten()
     negatives = sample_negatives(labels, NUM_ITEMS, NEGATIVES)
 
-    def step(which: int) -> float:
-        model, optimizer = models[which], optimizers[which]
-        optimizer.zero_grad()
-        users = model.predictions(histories)
-        if which == 0:
-            loss = model.loss(users, labels, negatives)
-        else:
-            loss = gathered_loss(users, model.scored.all(), labels, negatives)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+    def two_models(objective: Objective) -> list[SequenceRecommender]:
+        models = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            tables = [ItemTable(NUM_ITEMS, HIDDEN) for _ in range(2)]
+            network = SASRec(HIDDEN, 2, 1, length, 0.0)
+            models.append(SequenceRecommender(network, tables[0], objective, HIDDEN, tables[1]))
+        return models
 
-    losses = step(0), step(1)  # also the warm-up
-    if abs(losses[0] - losses[1]) > 1e-5:
-        raise AssertionError(f"the losses differ: {losses}")
-    ours, theirs = in_turns(REPEATS, lambda: step(0), lambda: step(1))
-    yield row(
-        f"gSASRec training step, {batch_size} x {length} items, {NEGATIVES} negatives",
-        ours,
+    def compared(
+        what: str, peer: str, steps: list[Callable[[], float]], ready: Callable[[], None]
+    ) -> dict[str, Any]:
+        losses = steps[0](), steps[1]()  # also the warm-up
+        if abs(losses[0] - losses[1]) > 1e-5:
+            raise AssertionError(f"the losses differ: {losses}")
+        ready()
+        ours, theirs = in_turns(REPEATS, *steps)
+        size = f"{batch_size} x {length} items"
+        note = f"losses {losses[0]:.6f} and {losses[1]:.6f}"
+        count = batch_size * length
+        return row(what.format(size), ours, peer, theirs, amount=count, unit="positions", note=note)
+
+    ours, theirs = two_models(Objective("gbce", NEGATIVES, CALIBRATION))
+    yield compared(
+        f"gSASRec training step, {{}}, {NEGATIVES} negatives",
         f"{NEGATIVES + 1} vectors gathered a position",
-        theirs,
-        amount=batch_size * length,
-        unit="positions",
-        note=f"losses {losses[0]:.6f} and {losses[1]:.6f}",
+        [
+            training_step(ours, lambda: ours.loss(ours.predictions(histories), labels, negatives)),
+            training_step(
+                theirs,
+                lambda: gathered_loss(
+                    theirs.predictions(histories), theirs.scored.all(), labels, negatives
+                ),
+            ),
+        ],
+        lambda: None,
     )
+
+    fast, plain = two_models(Objective("softmax"))
+    dropouts = [module for module in plain.modules() if isinstance(module, Dropout)]
+    for module in dropouts:
+        module.forward = partial(torch.nn.Dropout.forward, module)  # type: ignore[method-assign]
+
+    def with_dropout() -> None:
+        for module in (*fast.modules(), *plain.modules()):
+            if isinstance(module, Dropout):
+                module.p = DROPOUT
+            elif isinstance(module, SelfAttention):
+                module.dropout = DROPOUT
+
+    def plain_loss() -> Tensor:
+        with patch.dict(os.environ, RECFORMER_KERNEL="0"):
+            users = plain.predictions(histories)
+        return F.cross_entropy(users @ plain.scored.all().T, labels)
+
+    yield compared(
+        "SASRec training step, {}, full softmax",
+        "the same in plain torch",
+        [
+            training_step(fast, lambda: fast.loss(fast.predictions(histories), labels)),
+            training_step(plain, plain_loss),
+        ],
+        with_dropout,
+    )
+
+
+def training_step(model: SequenceRecommender, loss: Callable[[], Tensor]) -> Callable[[], float]:
+    """Forward, backward and AdamW; returns the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    return step
 
 
 def sasrec_epochs(data_path: Path, peers: dict[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:

@@ -47,9 +47,8 @@ class SelfAttention(nn.Module):
             return padded.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
         # Padding stands behind, where the causal mask hides it from every real item.
-        mixed = F.scaled_dot_product_attention(
-            *(heads(part) for part in parts), dropout_p=dropout, is_causal=True
-        )
+        query, key, value = (heads(part) for part in parts)
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         return mixed.transpose(1, 2).flatten(2)[row, column]
 
 
