@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from recformer.files import UserError, read_yaml, yaml_file
 FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
 DATA_FILES = ("file_path", "meta_file_path")
 PLACE = re.compile(r"\{([^{}]+)\}")  # a name in braces
+# Of the report of semantic ids.
+CODES = ("reconstruction_error", "usage", "entropy", "colliding_items", "largest_collision")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Data:
     origin: str = ""
     split_hash: str | None = None
     minutes: float = 0.5
+
+    def recipe(self) -> dict[str, Any]:
+        """What the processed folder follows from."""
+        return {"process": self.process, "sha256": self.sha256, "sample": self.sample}
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,8 @@ class Experiment:
                 facts = shared | facts
                 facts["seeds"] = tuple(facts.get("seeds", ()))
                 runs.append(Run(name=name, **{"flags": {}, "command": "", **facts}))
+            seeds = {run.name: run.seeds for run in runs}
+            runs = [replace(r, seeds=r.seeds or seeds.get(r.of or "", ())) for r in runs]
             steps = {name: _step(name, facts) for name, facts in content.get("steps", {}).items()}
             this = cls(path.stem, content["title"], content["hardware"], data, runs, steps)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -139,19 +148,31 @@ class Experiment:
         return this
 
     def check(self, path: Path) -> None:
-        """Refuse what names nothing.
+        """Refuse what names nothing, and numbers that are none.
 
         Raises:
             UserError: of a run that says which data, command, metric or other run it means.
         """
-        names = {run.name for run in self.runs if run.of is None}
+        names = {run.name: run for run in self.runs if run.of is None}
+        for data in self.data.values():
+            where = f"{path}, data {data.name}"
+            if not isinstance(data.process, dict) or "file_path" not in data.process:
+                raise UserError(f"{where}: process is {data.process!r}, expected file_path: NAME")
+            _check_number(where, "minutes", data.minutes)
         twice = self.steps.keys() & ({run.name for run in self.runs} | self.data.keys())
         if twice or "here" in self.steps:
             raise UserError(f"{path}, step {min(twice or ['here'])}: the name is taken")
         before: list[str] = ["here"]
         for step in self.steps.values():
-            self._check_places(f"{path}, step {step.name}", step.words(), before)
+            where = f"{path}, step {step.name}"
+            self._check_places(where, step.words(), before)
             before.append(step.name)
+            for name, value in step.expected.items():
+                if name not in CODES:
+                    raise UserError(f"{where}: expected {name}; of {', '.join(CODES)}")
+                _check_number(where, f"expected {name}", value, above=True)
+            _check_number(where, "tolerance", step.tolerance)
+            _check_number(where, "minutes", step.minutes)
         for run in self.runs:
             where = f"{path}, run {run.name}"
             if run.data not in self.data:
@@ -159,6 +180,15 @@ class Experiment:
             self._check_places(where, map(str, run.flags.values()), list(self.steps))
             if run.of is not None and run.of not in names:
                 raise UserError(f"{where}: no run {run.of!r}")
+            if run.of is not None and run.seeds != names[run.of].seeds:
+                raise UserError(f"{where}: seeds {run.seeds}, {run.of} has {names[run.of].seeds}")
+            whole = all(type(seed) is int and seed >= 0 for seed in run.seeds)
+            if not whole or len(set(run.seeds)) < len(run.seeds):
+                raise UserError(f"{where}: seeds {list(run.seeds)}, expected other whole numbers")
+            for name, value in run.expected.items():
+                _check_number(where, f"expected {name}", value)
+            _check_number(where, "tolerance", run.tolerance)
+            _check_number(where, "minutes", run.minutes)
             if run.of is None and run.command not in COMMANDS:
                 raise UserError(f"{where}: command {run.command!r}, expected {', '.join(COMMANDS)}")
             if run.evaluation not in (None, "zero_shot"):
@@ -212,6 +242,17 @@ class Experiment:
     def rows(self) -> list[Step | Run]:
         """What has a row of a table: steps with something to expect, then runs."""
         return [*(step for step in self.steps.values() if step.expected), *self.runs]
+
+
+def _check_number(where: str, name: str, value: Any, above: bool = False) -> None:
+    """Refuse what is no number from 0 up, or above it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        hint = " (YAML writes 5.0e-5, with a point)" if isinstance(value, str) else ""
+        raise UserError(f"{where}: {name} is {value!r}, expected a number{hint}")
+    if value < 0 or (above and value == 0):
+        raise UserError(
+            f"{where}: {name} is {value}, expected {'above 0' if above else '0 or more'}"
+        )
 
 
 def _step(name: str, facts: dict[str, Any]) -> Step:

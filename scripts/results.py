@@ -62,7 +62,7 @@ def reproduced(name: str, figures: Path) -> str:
     if content is None:
         text += f"{experiment.title}\n"
     else:
-        text += f"{markdown(content)}\n{_origin(content)}\n"
+        text += markdown(content)
     lacking = [row for row in experiment.rows() if row.name not in _made(content)]
     if not lacking:
         return text
@@ -90,7 +90,7 @@ def _made(content: dict[str, Any] | None) -> list[str]:
 
 
 def _origin(content: dict[str, Any]) -> str:
-    """Machine, versions and day of a measurement."""
+    """Machine, versions and day of a study."""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     day = f"; {content['date']}" if "date" in content else ""
     return f"{content['machine']}; {versions}{day}"
@@ -278,7 +278,14 @@ def take(paths: Sequence[Path], figures: Path = FIGURES) -> list[Path]:
         if path.name == "reproduction.json":
             for row in content["rows"]:
                 del row["command"]
-            kept[figures / f"{content['experiment']}.json"] = content
+            place = figures / f"{content['experiment']}.json"
+            lost = set(_made(_reproduction(content["experiment"], figures))) - set(_made(content))
+            if lost:
+                raise UserError(
+                    f"{path} lacks rows that {place} has: {', '.join(sorted(lost))}; make them, or "
+                    "remove that file first"
+                )
+            kept[place] = content
         elif path.name == "study.json":
             kept[figures / "sessions.json"] = content
         elif path.name == "comparison.json":

@@ -35,7 +35,6 @@ def environment() -> list[tuple[str, str]]:
 
     import recformer
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
         ("recformer", recformer.__version__),
         ("Python", f"{platform.python_version()} ({platform.python_implementation()})"),
@@ -43,8 +42,8 @@ def environment() -> list[tuple[str, str]]:
         ("C library", " ".join(platform.libc_ver()).strip() or "unknown"),
         ("packages", ", ".join(_versions(NEEDED, missing=True))),
         ("extras", ", ".join(_versions(OPTIONAL, missing=False)) or "none"),
-        ("processor", f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"),
-        ("cores", f"{cores} of {os.cpu_count()} for this process"),
+        ("processor", f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"),
+        ("cores", f"{cores()} of {os.cpu_count()} for this process"),
         ("threads", f"{torch.get_num_threads()} of torch, {torch.get_num_interop_threads()} between"
                     " operators"),
         ("memory", _memory()),
@@ -71,7 +70,12 @@ def _cpuinfo() -> str:
     return path.read_text() if path.is_file() else ""
 
 
-def _processor() -> str:
+def cores() -> int | None:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def processor() -> str:
     """Name of the processor, where the system tells it."""
     found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     return found[1] if found else platform.processor() or "unknown"

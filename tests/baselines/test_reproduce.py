@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from baselines import reproduce
-from baselines.reproduce import FOLDER, Experiment, main
+from baselines import reproduce, reproduction
+from baselines.experiment import DATA_FILES, FOLDER, Experiment
+from baselines.reproduce import main
+from baselines.reproduction import DONE, Reproduction
 from recformer.__main__ import COMMANDS
 from recformer.files import UserError, read_json, write_json
 
@@ -60,7 +63,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return 0
 
     ran: list[str] = []
-    monkeypatch.setattr(reproduce, "run_command", in_this_process)
+    monkeypatch.setattr(reproduction, "run_command", in_this_process)
     monkeypatch.setattr("recformer.training.seeds.run_command", in_this_process)
     monkeypatch.setattr(reproduce, "ran", ran, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -109,8 +112,107 @@ def test_changed_flags_do_not_report_the_run_before(place):
     main(flags)
     text = Path("shop.yaml").read_text()
     Path("shop.yaml").write_text(text.replace("num_train_epochs: 1", "num_train_epochs: 2"))
-    with pytest.raises(UserError, match=r"holds another run \(different: num_train_epochs\)"):
+    with pytest.raises(UserError, match=r"sasrec was made by another recipe \(other flags\): rem"):
         main(flags)
+    # A changed recipe of the data is noticed as well, and so are texts that changed.
+    Path("shop.yaml").write_text(text.replace("process:", "process:\n      protocol: temporal"))
+    with pytest.raises(UserError, match=r"sasrec was made by another recipe \(other data\)"):
+        main(flags)
+    with pytest.raises(
+        UserError, match=r"out/data/shop was made by another recipe \(other process"
+    ):
+        main([*flags[:-1], "popularity"])
+    Path("shop.yaml").write_text(text)
+    items = Path("out/data/shop/meta_data.json")
+    items.write_text(items.read_text().replace("product 1", "product 7"))
+    with pytest.raises(UserError, match="meta_data.json was changed since it was made: remove"):
+        main(flags)
+    (Path("out/data/shop") / DONE).unlink()
+    with pytest.raises(UserError, match="out/data/shop does not say of which recipe it is"):
+        main(flags)
+
+
+def test_a_moved_folder_goes_on_and_lost_files_are_made_again(place, capsys):
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir"]
+    main([*flags, "out"])
+    Path("out").rename("elsewhere")
+    reproduce.ran.clear()
+    main([*flags, str(place / "elsewhere")])
+    assert reproduce.ran == []
+    main(["shop.yaml", "--output_dir", "elsewhere", "--table"])  # without the raw files
+    run = Path("elsewhere/runs/shop/popularity")
+    (run / DONE).write_text("{")
+    main([*flags, "elsewhere"])
+    assert reproduce.ran == ["baseline"]
+    content = read_json("elsewhere/reproduction.json")
+    assert {"date", "machine", "versions"} == content["rows"][0]["made"].keys()
+    assert reproduce.origin(content) in Path("elsewhere/reproduction.md").read_text()
+    assert reproduce.origin(content).count("recformer") == 1
+    content["rows"][0]["made"] = content["rows"][0]["made"] | {"date": "2020-02-02"}
+    lines = reproduce.origin(content).splitlines()
+    assert lines[0].startswith("- popularity: ")
+    assert lines[0].endswith("; 2020-02-02")
+    assert lines[1].startswith("- sasrec: ")
+    (run / "metrics.json").unlink()
+    main([*flags, "elsewhere"])  # evaluated again
+    shutil.rmtree(run / "ranks")
+    with pytest.raises(UserError, match="popularity has no figures or ranks though its .*: remove"):
+        main([*flags, "elsewhere"])
+    assert [row["name"] for row in read_json("elsewhere/reproduction.json")["rows"]] == ["sasrec"]
+
+
+def test_a_row_that_fails_stops_no_other_and_the_table_has_all_that_are_finished(place, capsys):
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    wrong = {"model": "text_neighbours", "text_encoder": "there/is/none"}
+    content["runs"] = {
+        "first": {"flags": wrong, "expected": {"Recall@10": 1.0}},
+        "after it": {"of": "first", "evaluation": "zero_shot", "expected": {"Recall@10": 1.0}},
+        **content["runs"],
+    }
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out"]
+    with pytest.raises(
+        UserError, match=r"failed: first \(.*there/is/none.*after it \(first failed"
+    ):
+        main(flags)
+    names = [row["name"] for row in read_json("out/reproduction.json")["rows"]]
+    assert names == ["popularity", "sasrec"]
+    # --only makes one row; the table keeps the others.
+    main([*flags, "--only", "popularity"])
+    names = [row["name"] for row in read_json("out/reproduction.json")["rows"]]
+    assert names == ["popularity", "sasrec"]
+    lines = Path("out/reproduction.csv").read_text().splitlines()
+    assert lines[0].startswith("data,name,seeds,NDCG@10,NDCG@10 low")
+    assert len(lines) == 3
+    assert Path("out/reproduction.tex").read_text().count("\\begin{tabular}") == 1
+
+
+def test_a_row_that_comes_with_another_has_it_made(place, capsys):
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    content["runs"]["beside"] = {"of": "sasrec", "expected": {"Recall@10": 1.0}}
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "beside"]
+    main([*flags, "--dry_run"])
+    said = capsys.readouterr().out
+    assert "|beside|comes with sasrec|0|" in said
+    assert "|all|any|4.5|" in said
+    main(flags)
+    rows = {row["name"]: row for row in read_json("out/reproduction.json")["rows"]}
+    assert rows["beside"]["seeds"] == [1, 2]
+    content["runs"]["beside"]["seeds"] = [3]
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=r"run beside: seeds \(3,\), sasrec has \(1, 2\)"):
+        Experiment.load("shop.yaml")
+
+
+def test_folders_and_values_that_are_not_there_are_said(place):
+    with pytest.raises(UserError, match="--raw nowhere: no such folder"):
+        main(["shop.yaml", "--raw", "nowhere", "--dry_run"])
+    with pytest.raises(UserError, match="--replace nonsense=…: no flag of shop has that value"):
+        main(["shop.yaml", "--replace", "nonsense=x", "--dry_run"])
+    Path("shop.yaml").write_text(Path("shop.yaml").read_text().replace("model: p", "modell: p"))
+    with pytest.raises(UserError, match="--modell is no flag"):
+        main(["shop.yaml", "--dry_run"])
 
 
 def test_a_name_is_no_pattern_and_flags_are_checked_first(place):
@@ -149,6 +251,15 @@ def test_raw_files_must_be_there_and_right(place, capsys):
         ("command: baseline", "command: rm", "command 'rm', expected baseline, finetune"),
         ("data: shop", "data: shop\n  evaluation: stage1", "'stage1', expected zero_shot or none"),
         ("Recall@10: 1.0", "Recall@7: 1.0", r"expected \['Recall@7'\]"),
+        ("tolerance: 5.0e-05", "tolerance: 5e-5", "tolerance is '5e-5', expected a number .YAML"),
+        ("tolerance: 5.0e-05", "tolerance: .inf", "tolerance is inf, expected a number"),
+        ("tolerance: 5.0e-05", "tolerance: -1", "tolerance is -1, expected 0 or more"),
+        ("Recall@10: 1.0", "Recall@10: .nan", "expected Recall@10 is nan, expected a number"),
+        ("Recall@10: 1.0", "Recall@10: abc", "expected Recall@10 is 'abc', expected a number"),
+        ("minutes: 0.5", "minutes: a lot", "data shop: minutes is 'a lot'"),
+        ("- 2", "- 1", r"seeds \[1, 1\], expected other whole numbers"),
+        ("- 2", "- a", r"seeds \[1, 'a'\], expected other whole numbers"),
+        ("file_path: clicks.csv", "file: clicks.csv", "process is .*expected file_path: NAME"),
         ("title:", "titel:", "is no experiment"),
         ("title:", "title: [", "is no YAML"),
     ],
@@ -166,7 +277,7 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
         "first": {"commands": [f"{process} --output_path {{here}}/copy"], "minutes": 3},
         "codes": {
             "commands": ["semantic-ids --data_path {first}/copy --output_dir {here}"],
-            "expected": {"lost": 0.5, "colliding_items": 10},
+            "expected": {"entropy": 0.5, "colliding_items": 10},
             "minutes": 4,
         },
         "other": {"commands": ["env"], "expected": {"colliding_items": 1}},
@@ -178,15 +289,14 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
     def run(line):
         ran.append(line[line.index("recformer") + 1 :])
         if ran[-1][0] == "semantic-ids":
-            figures = {"items": 5, "seconds": {"fit": 30.0}, "lost": [0.9, 0.53],
+            figures = {"items": 5, "seconds": {"fit": 30.0}, "entropy": [0.9, 0.53],
                        "reconstruction_error": [0.25, 0.125], "usage": [1.0, 0.5],
-                       "entropy": [2, 1], "colliding_items": 9,
-                       "largest_collision": 2}  # fmt: skip
+                       "colliding_items": 9, "largest_collision": 2}  # fmt: skip
             write_json(Path("out/steps/codes/report.json"), figures)
         return 0
 
-    monkeypatch.setattr(reproduce, "run_command", run)
-    monkeypatch.setattr(reproduce, "checked", lambda command, words: None)
+    monkeypatch.setattr(reproduction, "run_command", run)
+    monkeypatch.setattr(reproduction, "checked", lambda command, words: None)
     flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "codes"]
     with pytest.raises(UserError, match="no row is finished in out"):
         main([*flags, "--table"])
@@ -199,7 +309,7 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
          str(raw / "items.csv"), "--output_path", "out/steps/first/copy"],
         ["semantic-ids", "--data_path", "out/steps/first/copy", "--output_dir", "out/steps/codes"],
     ]  # fmt: skip
-    table = "|codes|5|0.250 0.125|100.0% 50.0%|2.00 1.00|9|2|0.5|reproduced|"  # 6 and 10 % off
+    table = "|codes|5|0.250 0.125|100.0% 50.0%|0.90 0.53|9|2|0.5|reproduced|"  # 6 and 10 % off
     assert table in capsys.readouterr().out
     main([*flags[:-2], "--table"])  # of all rows the one that is there
     assert table in capsys.readouterr().out
@@ -210,28 +320,36 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
     data, raw_files, steps = experiment.needed([popularity])
     assert [step.name for step in steps] == ["first", "codes"]
     assert ([d.name for d in data], [d.name for d in raw_files]) == (["shop"], ["shop"])
-    there = reproduce.Reproduction(experiment, Path("out"), [], {})
+    there = Reproduction(experiment, Path("out"), [], {})
     assert "out/steps/codes/x" in there.line(popularity)
-    # With other commands of a step that comes before it a run is another one.
-    there = reproduce.Reproduction(experiment, Path("out"), [Path("raw files")], {})
+    # With other commands of a step that comes before it a run is another one; of raw files that are
+    # not found, or lie elsewhere, it is the same.
     there.folder(popularity).mkdir(parents=True)
-    write_json(there.folder(popularity) / reproduce.DONE, there.commands(popularity))
+    (there.folder(popularity) / "metrics.json").write_text("{}")
+    (there.folder(popularity) / "ranks").mkdir()
+    (there.folder(popularity) / "ranks" / "a_test.parquet").touch()
+    there._mark(popularity, made=True)
     assert there.made(popularity)
     changed = {"{first}/copy": "elsewhere"}
-    assert not reproduce.Reproduction(experiment, Path("out"), there.raw, changed).made(popularity)
-    without = reproduce.Reproduction(experiment, Path("out"), [], {})
-    assert not without.made(popularity)
-    assert "cannot be had" in str(without.plan([popularity]))
+    assert not Reproduction(experiment, Path("out"), there.raw, changed).made(popularity)
+    without = Reproduction(experiment, Path("out"), [], {})
+    assert without.made(popularity)
+    (there.folder(popularity) / DONE).unlink()
+    for step in steps:
+        (there.step_folder(step) / DONE).unlink()
+    assert "cannot be had" in str(reproduce.plan(without, [popularity]))
     # What will be downloaded has its place in the plan.
     experiment.data["shop"] = replace(experiment.data["shop"], download="there")
-    plan = without.plan([popularity])
+    plan = reproduce.plan(without, [popularity])
     assert ["raw files of shop", "download", "0"] in plan
     assert "--file_path out/raw/shop/clicks.csv" in str(plan)
-    text = Path("shop.yaml").read_text().replace("lost: 0.5", "lost: 0.4")
+    for step in steps:
+        there._mark(step, made=True)
+    text = Path("shop.yaml").read_text().replace("entropy: 0.5", "entropy: 0.4")
     Path("shop.yaml").write_text(text)
     with pytest.raises(UserError, match="not as expected: codes"):
         main([*flags, "--table"])
-    assert read_json("out/reproduction.json")["steps"][0]["verdict"] == "differs: lost +32.5%"
+    assert read_json("out/reproduction.json")["steps"][0]["verdict"] == "differs: entropy +32.5%"
 
 
 @pytest.mark.parametrize("word", ["{later}", "{shop.other}", "{none}", "{none.file_path}"])
@@ -267,7 +385,7 @@ def test_every_experiment_of_the_package_has_flags_that_exist(path, capsys):
     for data in experiment.data.values():
         assert set(data.process) <= flags_of_process, data.name
         assert data.sample is not None or (data.origin and data.split_hash)
-        raw = {data.process[name] for name in reproduce.DATA_FILES}
+        raw = {data.process[name] for name in DATA_FILES}
         assert data.sample is not None or set(data.sha256) == raw
         assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in data.sha256.values())
     for step in experiment.steps.values():

@@ -1,0 +1,400 @@
+"""Carry out an experiment in a folder: what is done already stays, what failed is said.
+
+Every folder within says in `reproduced.json` of which recipe it is: commands, flags, data and the
+steps before, with names in braces where paths will stand. So it does not matter where the folder
+lies, and a changed recipe is noticed, whether commands or data changed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from baselines.command_lines import checked
+from baselines.experiment import DATA_FILES, PLACE, Data, Experiment, Run, Step
+from baselines.rows import Row, find_runs, rows_of, seeds_as_one
+from recformer.cli import flag_words
+from recformer.commands.env import cores, processor
+from recformer.data.processed import ProcessedFolder
+from recformer.evaluation.runs import METRICS_FILE
+from recformer.files import UserError, file_sha256, read_json, write_json
+from recformer.processes import say
+from recformer.training.seeds import run_command
+
+DONE = "reproduced.json"  # in the folder of data, a step or a run: its recipe, when and where made
+TEXTS = "meta_data.json"  # of a processed folder; its hash stands beside the recipe
+PACKAGES = ("recformer", "torch", "transformers", "numpy")
+
+
+class Reproduction:
+    """An experiment in a folder.
+
+    Args:
+        experiment: what to make.
+        output_dir: where to.
+        raw: folders in which raw files are looked for.
+        replaced: values of flags, and words of commands, that others stand in for.
+
+    Raises:
+        UserError: a value to be replaced that nothing has.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        output_dir: Path,
+        raw: Sequence[Path],
+        replaced: Mapping[str, str],
+    ) -> None:
+        self.experiment, self.output_dir, self.raw = experiment, output_dir, raw
+        self.replaced = {word: _place_of(other) for word, other in replaced.items()}
+        words = {word for step in experiment.steps.values() for word in step.words()}
+        words |= {value for run in experiment.runs for value in map(str, run.flags.values())}
+        for word in self.replaced:
+            if word not in words:
+                raise UserError(f"--replace {word}=…: no flag of {experiment.name} has that value")
+
+    # --- places and command lines -----------------------------------------------------------------
+
+    def folder(self, run: Run) -> Path:
+        """Output folder of a run."""
+        return self.output_dir / "runs" / run.data / (run.of or run.name)
+
+    def data_folder(self, data: Data) -> Path:
+        """Processed folder of the data."""
+        return self.output_dir / "data" / data.name
+
+    def step_folder(self, step: Step) -> Path:
+        """Output folder of a step."""
+        return self.output_dir / "steps" / step.name
+
+    def _word(self, word: str) -> str:
+        """A word of a command, or the one that stands in for it."""
+        return self.replaced.get(word, word)
+
+    def _filled(self, word: str, here: Path | None = None) -> str:
+        """A word with folders and raw files in the places of their names."""
+
+        def place(match: re.Match[str]) -> str:
+            name, _, flag = match[1].partition(".")
+            if flag:
+                data = self.experiment.data[name]
+                to_come = self.output_dir / "raw" / name / str(data.process[flag])
+                return str(self.raw_files(data).get(flag, to_come))
+            if name == "here" and here is not None:
+                return str(here)
+            if name in self.experiment.data:
+                return str(self.data_folder(self.experiment.data[name]))
+            return str(self.step_folder(self.experiment.steps[name]))
+
+        return PLACE.sub(place, self._word(word))
+
+    def step_lines(self, step: Step) -> list[list[str]]:
+        """The commands of a step; its raw files must be there."""
+        here = self.step_folder(step)
+        return [["recformer", *(self._filled(w, here) for w in line)] for line in step.commands]
+
+    def line(self, run: Run) -> list[str]:
+        """The command of a run."""
+        flags = {n: self._filled(v) if isinstance(v, str) else v for n, v in run.flags.items()}
+        line = ["recformer", run.command, *flag_words(flags)]
+        line += ["--data_path", str(self.data_folder(self.experiment.data[run.data]))]
+        line += ["--output_dir", str(self.folder(run))]
+        return line + (["--seeds", *map(str, run.seeds)] if run.seeds else [])
+
+    # --- what is done -----------------------------------------------------------------------------
+
+    def recipe(self, row: Run | Step) -> dict[str, Any]:
+        """All that a run or a step comes from, wherever it lies."""
+        data, raw, steps = self.experiment.needed([row])
+        before = {
+            step.name: [[self._word(w) for w in line] for line in step.commands] for step in steps
+        }
+        recipe: dict[str, Any] = {"data": {d.name: d.recipe() for d in (*data, *raw)}}
+        if isinstance(row, Step):
+            recipe["commands"] = before.pop(row.name)
+        else:
+            flags = {n: self._word(v) if isinstance(v, str) else v for n, v in row.flags.items()}
+            recipe |= {"command": row.command, "flags": flags, "seeds": row.seeds}
+        return json.loads(json.dumps(recipe | {"steps": before}))  # as it is read again
+
+    def place(self, row: Run | Step) -> Path:
+        """Folder of a run or a step."""
+        return self.folder(row) if isinstance(row, Run) else self.step_folder(row)
+
+    def record(self, row: Run | Step) -> dict[str, Any] | None:
+        """What a folder says of itself, None where it says nothing that can be read."""
+        return _record(self.place(row))
+
+    def made(self, row: Run | Step) -> bool:
+        """Whether a run or a step was finished by just this recipe and is all there."""
+        record = self.record(row)
+        if record is None or not record["made"] or record["recipe"] != self.recipe(row):
+            return False
+        if isinstance(row, Step):
+            return not row.expected or (self.place(row) / "report.json").is_file()
+        return all(
+            (place / METRICS_FILE).is_file() and any((place / "ranks").glob("*_test.parquet"))
+            for place in self._places(row)
+        )
+
+    def _places(self, run: Run) -> list[Path]:
+        folder = self.folder(run)
+        return [folder] if not run.seeds else [folder / f"seed_{seed}" for seed in run.seeds]
+
+    def _refuse_other(self, row: Run | Step) -> None:
+        """Refuse a folder that another recipe began."""
+        record = self.record(row)
+        recipe = self.recipe(row)
+        if record is not None and record["recipe"] != recipe:
+            before = record["recipe"]
+            other = sorted(k for k in recipe | before if recipe.get(k) != before.get(k))
+            raise UserError(
+                f"{self.place(row)} was made by another recipe (other {', '.join(other)}): remove "
+                "it, and the same command makes it anew; or choose another --output_dir"
+            )
+
+    def _mark(self, row: Run | Step, made: bool) -> None:
+        path = self.place(row)
+        path.mkdir(parents=True, exist_ok=True)
+        facts = {"recipe": self.recipe(row), "made": provenance() if made else None}
+        write_json(path / DONE, facts, indent=1)
+
+    # --- raw files and data -----------------------------------------------------------------------
+
+    def raw_files(self, data: Data) -> dict[str, Path]:
+        """Raw files of data by the flag that takes them; found, or to be downloaded.
+
+        Raises:
+            FileNotFoundError: a file is not in `--raw`, and no address is known.
+            UserError: a file of the name has another content.
+        """
+        found: dict[str, Path] = {}
+        for flag in DATA_FILES:
+            name = data.process.get(flag)
+            if name is None:
+                continue
+            every = (path for root in self._roots(data) for path in sorted(root.rglob("*")))
+            places = [path for path in every if path.name == name]
+            right = [path for path in places if self._is_right(data, path)]
+            if right:
+                found[flag] = right[0]
+            elif places:
+                raise UserError(f"{places[0]} is not the file that {data.name} was made of: its "
+                                f"SHA-256 is not {data.sha256[name]}")  # fmt: skip
+            elif data.download is None and data.sample is None:
+                raise FileNotFoundError(f"{name} of {data.name} is in no folder of --raw; "
+                                        f"{data.origin or 'it cannot be downloaded'}")  # fmt: skip
+        return found
+
+    def lacks_raw_files(self, data: Data) -> bool:
+        """Whether raw files are still to be downloaded or generated."""
+        return len(self.raw_files(data)) < sum(name in data.process for name in DATA_FILES)
+
+    def _roots(self, data: Data) -> list[Path]:
+        """Folders in which raw files may lie."""
+        own = [self.output_dir / "raw" / data.name]
+        return own if data.sample is not None else [*self.raw, *own]
+
+    @staticmethod
+    def _is_right(data: Data, path: Path) -> bool:
+        return path.name not in data.sha256 or file_sha256(path) == data.sha256[path.name]
+
+    def fetch(self, data: Data) -> dict[str, Path]:
+        """Raw files by flag, downloaded or generated where they are not there.
+
+        Raises:
+            FileNotFoundError, UserError: as `raw_files`, or a command failed.
+        """
+        if self.lacks_raw_files(data):
+            raw = self.output_dir / "raw" / data.name
+            if data.sample is not None:
+                fetch = ["sample", "--output_dir", str(raw), "--seed", str(data.sample)]
+            else:
+                fetch = ["download", str(data.download), "--output_path", str(raw)]
+            self._run(["recformer", *fetch])
+        return self.raw_files(data)
+
+    def has_data(self, data: Data) -> bool:
+        """Whether the processed folder is there."""
+        return (self.data_folder(data) / "dataset.json").exists()
+
+    def check_data(self, data: Data) -> None:
+        """Refuse a processed folder of another recipe, or that was changed since.
+
+        Raises:
+            UserError: what differs, and what to do.
+        """
+        folder, record = self.data_folder(data), _record(self.data_folder(data))
+        again = f"remove {folder}, and the same command makes it anew"
+        split = ProcessedFolder.load(folder).split_hash
+        if data.split_hash is not None and split != data.split_hash:
+            raise UserError(f"{folder} has the split {split[:12]}, the table was made on "
+                            f"{data.split_hash[:12]}: its figures cannot be compared")  # fmt: skip
+        if record is None:
+            raise UserError(f"{folder} does not say of which recipe it is ({DONE}): {again}")
+        recipe = json.loads(json.dumps(data.recipe()))
+        other = sorted(k for k in recipe if recipe[k] != record["recipe"].get(k))
+        if other:
+            raise UserError(f"{folder} was made by another recipe (other {', '.join(other)}): "
+                            f"{again}, and rows that differ are made anew")  # fmt: skip
+        if file_sha256(folder / TEXTS) != record[TEXTS]:
+            raise UserError(f"{folder / TEXTS} was changed since it was made: {again}")
+
+    def prepare(self, data: Data) -> None:
+        """Make the processed folder, where it is not there, and look whether it is the right one.
+
+        Raises:
+            UserError: a step failed, or as `check_data`.
+        """
+        folder = self.data_folder(data)
+        if not self.has_data(data):
+            files = self.fetch(data)
+            flags = {n: files.get(n, v) for n, v in data.process.items()}
+            self._run(["recformer", "process", *flag_words(flags), "--output_path", str(folder)])
+            facts = {"recipe": data.recipe(), "made": provenance()}
+            write_json(folder / DONE, facts | {TEXTS: file_sha256(folder / TEXTS)}, indent=1)
+        self.check_data(data)
+
+    # --- work -------------------------------------------------------------------------------------
+
+    def _run(self, line: Sequence[str]) -> None:
+        say(f"$ {shlex.join(line)}")
+        if run_command([sys.executable, "-m", *line]) != 0:
+            raise UserError(f"failed: {shlex.join(line)}")
+
+    def _carry_out(self, row: Run | Step) -> None:
+        """The commands of a step or a run, if that was not done.
+
+        Raises:
+            FileNotFoundError, UserError: a raw file is missing, or a command failed.
+        """
+        if self.made(row):
+            return
+        lines = self.step_lines(row) if isinstance(row, Step) else [self.line(row)]
+        self._mark(row, made=False)
+        for line in lines:
+            self._run(line)
+        self._mark(row, made=True)
+        if not self.made(row):
+            raise UserError(f"{self.place(row)} has no figures or ranks though its command ended: "
+                            "remove it, and the same command makes it anew")  # fmt: skip
+
+    def with_bases(self, chosen: Sequence[Step | Run]) -> list[Step | Run]:
+        """Rows in which those that come with others are replaced by these, each once."""
+        runs = {run.name: run for run in self.experiment.runs}
+        every = (runs[r.of] if isinstance(r, Run) and r.of else r for r in chosen)
+        return list({row.name: row for row in every}.values())
+
+    def check_flags(self, chosen: Sequence[Step | Run]) -> None:
+        """Refuse flags that a command lacks, and values that it does not take.
+
+        Raises:
+            UserError, FileNotFoundError: of the first.
+        """
+        for row in self.with_bases(chosen):
+            if isinstance(row, Run):
+                checked(row.command, self.line(row)[2:])
+
+    def make(self, chosen: Sequence[Step | Run]) -> dict[str, str]:
+        """Make what rows lack; what could be known to fail is said before anything is run.
+
+        Returns:
+            name of data, step or row -> why it failed, or why a row could not be begun.
+
+        Raises:
+            FileNotFoundError, UserError: flags, folders of another recipe, raw files.
+        """
+        rows = self.with_bases(chosen)
+        self.check_flags(rows)
+        sets, raw, steps = self.experiment.needed(rows)
+        for row in (*steps, *rows):
+            self._refuse_other(row)
+        for data in sets:
+            if self.has_data(data):
+                self.check_data(data)
+        for data in (*(d for d in sets if not self.has_data(d)), *raw):
+            self.raw_files(data)
+        failed: dict[str, str] = {}
+        for data in sets:
+            self._try(data.name, partial(self.prepare, data), failed)
+        for data in raw:
+            if data.name not in failed:
+                self._try(data.name, partial(self.fetch, data), failed)
+        for row in {row.name: row for row in (*steps, *rows)}.values():
+            needed = (each.name for part in self.experiment.needed([row]) for each in part)
+            lacking = next((each for each in needed if each != row.name and each in failed), None)
+            if lacking is not None:
+                failed[row.name] = f"{lacking} failed"
+            else:
+                self._try(row.name, partial(self._carry_out, row), failed)
+        for row in chosen:
+            if isinstance(row, Run) and row.of in failed:
+                failed[row.name] = f"{row.of} failed"
+        return failed
+
+    @staticmethod
+    def _try(name: str, work: Callable[[], object], failed: dict[str, str]) -> None:
+        try:
+            work()
+        except (UserError, FileNotFoundError) as error:
+            say(f"{name}: {error}")
+            failed[name] = str(error)
+
+    # --- what comes of it -------------------------------------------------------------------------
+
+    def finished(self, chosen: Iterable[Step | Run]) -> list[Step | Run]:
+        """Rows that can be put into a table as they are."""
+        return [row for row in chosen if all(map(self.made, self.with_bases([row])))]
+
+    def rows(self, chosen: Sequence[Run]) -> list[tuple[Run, Row]]:
+        """Rows of the runs that are finished, in the order of the experiment.
+
+        Raises:
+            UserError: a folder without the figures of its row.
+        """
+        found = []
+        for run in chosen:
+            folder, evaluation = self.folder(run), run.evaluation or ""
+            runs = [(p, e, n) for place in self._places(run) for p, e, n in find_runs(place.parent)
+                    if p == place and e == evaluation]  # fmt: skip
+            rows = seeds_as_one(rows_of(runs, None))
+            if len(rows) != 1:
+                what = f"the evaluation {evaluation}" if evaluation else "one row"
+                raise UserError(f"{folder} has not the figures of {what} ({len(rows)} rows): "
+                                "remove it, and the same command makes it anew")  # fmt: skip
+            found.append((run, rows[0]))
+        return found
+
+
+def provenance() -> dict[str, Any]:
+    """When, where and with what something was made."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, {cores()} cores; {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}",
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = read_json(folder / DONE)
+    except (FileNotFoundError, UserError):  # nothing there, or damaged
+        return None
+    known = isinstance(record, dict) and {"recipe", "made"} <= record.keys()
+    return record if known else None
+
+
+def _place_of(value: str) -> str:
+    """A folder or file from anywhere, another value as it is."""
+    return str(Path(value).absolute()) if Path(value).exists() else value
