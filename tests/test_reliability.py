@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -490,6 +491,29 @@ def test_a_run_goes_on_on_as_many_nodes(tmp_path, monkeypatch):
         (tmp_path / "one" / "run.json").write_text(json.dumps({"seed": 1, "num_nodes": before}))
         assert claim("one", 1, None)
         assert claim("one", 1, 1)
+
+
+def test_who_runs_others_words_the_advice_about_their_folders(tmp_path):
+    claim = run_folder.RunFolder.claim
+    with claim(tmp_path, {"seed": 1}, ()):
+        pass
+
+    def refused() -> str:
+        with pytest.raises(run_folder.FolderError) as error:
+            claim(tmp_path, {"seed": 2}, ())
+        return str(error.value).partition("; ")[2]
+
+    own = "choose another --output_dir, or give --overwrite_output_dir"
+    assert refused() == own
+    with run_folder.advising("remove all"):
+        assert refused() == "remove all"
+        with run_folder.advising("remove one"):
+            assert refused() == "remove one"
+        assert refused() == "remove all"
+        code = "import os; print(os.environ['RECFORMER_FOLDER_ADVICE'])"
+        started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert started.stdout == "remove all\n"
+    assert refused() == own
 
 
 def test_clearing_that_is_cut_off_goes_on(tmp_path):

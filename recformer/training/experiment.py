@@ -30,7 +30,7 @@ from recformer.training.arguments import RunArguments
 from recformer.training.callbacks import EarlyStop, ExtraFigures, LastEpochIsValidated
 from recformer.training.history import History
 from recformer.training.lit import LitWrapper
-from recformer.training.run_folder import RunFolder, checked
+from recformer.training.run_folder import FolderError, RunFolder, checked
 from recformer.training.trainer import Compute, Keeper, build_trainer, wandb_logger, whole_group
 
 
@@ -283,12 +283,12 @@ def _stage_result(path: Path) -> StageResult:
     """Read `done.json`.
 
     Raises:
-        UserError: it is damaged.
+        FolderError: it is damaged.
     """
     try:
         return StageResult(**read_checked_json(path))
     except (UserError, TypeError) as error:
-        raise UserError(
+        raise FolderError(
             f"{path} is damaged ({error}); remove it, and the same command makes it again from "
             "last.ckpt"
         ) from error

@@ -11,7 +11,8 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,33 @@ IGNORED = frozenset(
 RUN_FILE = "run.json"
 CLEARING = "clearing"  # in run.json while files of the run before are removed
 
+# What to do about a folder of another run; a variable, so that processes started here say it too.
+ADVICE = "RECFORMER_FOLDER_ADVICE"
+OWN_ADVICE = "choose another --output_dir, or give --overwrite_output_dir"
+
 # Seconds that a run waits for another one in its folder, which may be dying.
 PATIENCE = 10.0
+
+
+class FolderError(UserError):
+    """The folder of a run is at fault, not its flags: another run's, in use, or damaged."""
+
+
+@contextmanager
+def advising(text: str) -> Iterator[None]:
+    """Say `text` of folders that hold another run, here and in processes started within.
+
+    For commands that run others, whose user cannot give `--overwrite_output_dir`.
+    """
+    before = os.environ.get(ADVICE)
+    os.environ[ADVICE] = text
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADVICE]
+        else:
+            os.environ[ADVICE] = before
 
 
 @dataclass(frozen=True)
@@ -71,7 +97,7 @@ class RunFolder:
             overwrite: clear a folder of another run.
 
         Raises:
-            UserError: it holds another run, or files of an unknown one, and may not be
+            FolderError: it holds another run, or files of an unknown one, and may not be
                 overwritten; or another process is at work there.
         """
         path = Path(path)
@@ -109,13 +135,14 @@ def checked(path: Path) -> Path:
 
     Raises:
         FileNotFoundError: it is gone.
-        UserError: it is damaged.
+        FolderError: it is damaged.
     """
     try:
         check_torch_file(path)
     except (UserError, FileNotFoundError) as error:
+        kind = FolderError if isinstance(error, UserError) else FileNotFoundError
         advice = f"{error}; remove {path.parent}, and the same command trains that part again"
-        raise type(error)(advice) from error
+        raise kind(advice) from error
     return path
 
 
@@ -139,9 +166,7 @@ def _claim(path: Path, settings: dict[str, Any], written: Sequence[str], overwri
     elif present:
         other = f"has {', '.join(present)} and no {RUN_FILE} that says of which run"
     if other and not overwrite:
-        raise UserError(
-            f"{path} {other}; choose another --output_dir, or give --overwrite_output_dir"
-        )
+        raise FolderError(f"{path} {other}; {os.environ.get(ADVICE, OWN_ADVICE)}")
     if (other or clearing) and present:
         write_json(run_file, settings | {CLEARING: True}, indent=1)
         for name in present:
@@ -168,7 +193,7 @@ def _hold(path: Path) -> None:
     """Lock a folder.
 
     Raises:
-        UserError: another process has it.
+        FolderError: another process has it.
     """
     name = os.path.realpath(path)
     if name in _held:
@@ -182,7 +207,7 @@ def _hold(path: Path) -> None:
         except BlockingIOError:
             if time.monotonic() > until:
                 os.close(descriptor)
-                raise UserError(
+                raise FolderError(
                     f"another process is at work in {path}: wait for its end, or choose another "
                     "--output_dir"
                 ) from None

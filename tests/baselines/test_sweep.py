@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import os
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 pytest.importorskip("optuna_integration")
 
 from baselines import sweep
+from baselines.__main__ import main as baseline
 from baselines.command_lines import checked
 from baselines.sweep import Sweep, folder_of, main
 from recformer.data.processed import Sequences, write_processed
@@ -83,7 +88,9 @@ def test_a_search_by_validation_that_goes_on(place, capsys, monkeypatch):
     main(["sweep.yaml", "--output_dir", "out", "--trials", "3"])
     rows = trials()
     assert rows[:2] == first
-    assert [row["state"] for row in rows[2:]] == ["fail", "fail", "complete"]
+    assert [row["state"] for row in rows[2:]] == ["complete"]
+    assert "3 trials: 3 complete\n" in Path("out/sweep.md").read_text()
+    assert "trial & validation & " in Path("out/sweep.tex").read_text()
     assert {path.name for path in Path("out").glob("trial_*")} == begun
     said = capsys.readouterr().out
     best = max((row for row in rows if row["validation"]), key=lambda r: float(r["validation"]))
@@ -92,8 +99,149 @@ def test_a_search_by_validation_that_goes_on(place, capsys, monkeypatch):
     # Done: nothing is run again. Another search is refused there.
     monkeypatch.setattr(sweep, "objective", None)
     main(["sweep.yaml", "--output_dir", "out", "--trials", "3"])
-    with pytest.raises(UserError, match="holds another run .different: seed"):
+    said = r"another run \(different: seed\); choose another --output_dir, or remove out to search"
+    with pytest.raises(UserError, match=said):
         main(["sweep.yaml", "--output_dir", "out", "--trials", "3", "--seed", "1"])
+    # The folder of the best is gone: what to type is said, and works.
+    shutil.rmtree(Path("out") / best["folder"])
+    monkeypatch.setattr(sweep, "objective", whole)
+    with pytest.raises(UserError, match=rf"{best['folder']} of the best trial has no metrics") as e:
+        main(["sweep.yaml", "--output_dir", "out", "--trials", "3"])
+    words = shlex.split(str(e.value).split("`")[1])
+    assert words[:2] == ["recformer", "baseline"]
+    baseline(words[2:])
+    main(["sweep.yaml", "--output_dir", "out", "--trials", "3"])
+    assert trials() == rows
+
+
+def search_of(**search: object) -> None:
+    content = yaml.safe_load(Path("sweep.yaml").read_text())
+    flags = {name: value for name, value in content["flags"].items() if name not in search}
+    Path("sweep.yaml").write_text(yaml.safe_dump(content | {"flags": flags, "search": search}))
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Settings of the trials, which are only counted: the larger their sum the better."""
+    settings: list[dict] = []
+
+    def quick(sweep_, output_dir, trial):
+        settings.append(sweep.suggested(trial, sweep_.search))
+        folder = folder_of(output_dir, settings[-1])
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").touch()
+        trial.set_user_attr("folder", folder.name)
+        return float(sum(settings[-1].values()))
+
+    test = type("Result", (), {"test": {"NDCG@10": 0.5}, "load": classmethod(lambda cls, _: cls)})
+    monkeypatch.setattr(sweep, "RunResult", test)
+    monkeypatch.setattr(sweep, "objective", quick)
+    return settings
+
+
+def test_a_trial_that_fails_is_noted_and_the_others_go_on(place, capsys):
+    search_of(learning_rate=[1e30, 1e-3])
+    command = ["sweep.yaml", "--output_dir", "out", "--trials", "6"]
+    main(command)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    states = {float(row["learning_rate"]): row["state"] for row in trials()}
+    assert states == {1e30: "failed", 1e-3: "complete"}
+    (failed,) = [row for row in trials() if row["state"] == "failed"]
+    assert failed["error"].startswith("the user vector in row 0 holds NaN")
+    assert (
+        "2 trials: 1 complete, 1 failed; the search has no other settings, so it ends before "
+        "--trials 6; trials.csv has the errors of those that failed\n"
+    ) in out
+    # Nothing is tried again, but for the failed one once its folder is removed.
+    begun = Path("out") / failed["folder"] / "run.json"
+    before = begun.stat().st_mtime_ns
+    main(command)
+    assert begun.stat().st_mtime_ns == before
+    shutil.rmtree(begun.parent)
+    main(command)
+    assert begun.exists()
+    again = {row["folder"]: row for row in trials()}[failed["folder"]]
+    assert (again["state"], again["error"]) == ("failed", failed["error"])
+    assert int(again["trial"]) > int(failed["trial"])
+
+
+def test_a_search_of_which_nothing_comes_to_its_end_says_so(place, monkeypatch):
+    def fails(*arguments):
+        trial, settings = arguments[2], sweep.suggested(arguments[2], arguments[0].search)
+        trial.set_user_attr("folder", folder_of(arguments[1], settings).name)
+        (arguments[1] / trial.user_attrs["folder"]).mkdir()
+        raise UserError(f"no size {settings['hidden_size']}\nmore")
+
+    monkeypatch.setattr(sweep, "objective", fails)
+    search_of(hidden_size=[4, 8])
+    said = r"no trial came to its end \(2 trials: 2 failed; .*; the last error: no size [48]$"
+    with pytest.raises(UserError, match=said):
+        main(["sweep.yaml", "--output_dir", "out", "--trials", "2"])
+    assert [row["state"] for row in trials()] == ["failed", "failed"]
+
+
+def test_what_is_no_fault_of_the_settings_ends_the_sweep_and_is_tried_again(place, monkeypatch):
+    search_of(hidden_size=[4, 8])
+    command = ["sweep.yaml", "--output_dir", "out", "--trials", "1"]
+    whole = sweep.objective
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/x")
+
+    monkeypatch.setattr(sweep, "objective", full)
+    with pytest.raises(OSError, match="No space"):
+        main(command)
+    # A trial's folder that is of another run: the words are those of a sweep.
+    monkeypatch.setattr(sweep, "objective", whole)
+    for size in (4, 8):
+        folder = folder_of(Path("out"), {"hidden_size": size})
+        folder.mkdir()
+        (folder / "run.json").write_text('{"seed": 7}')
+    with pytest.raises(UserError) as refused:
+        main(command)
+    assert "; remove out/trial_" in str(refused.value)
+    assert "overwrite" not in str(refused.value)
+    shutil.rmtree(re.search(r"remove (out/trial_\w+),", str(refused.value))[1])
+    main(command)
+    assert [row["state"] for row in trials()] == ["complete"]
+
+
+def test_the_same_settings_are_not_tried_twice(place, tried, capsys):
+    search_of(hidden_size=[8, 16, 8], num_layers={"low": 1, "high": 2})
+    main(["sweep.yaml", "--output_dir", "out", "--trials", "3"])
+    assert len(tried) == 3
+    assert "other settings" not in capsys.readouterr().out
+    main(["sweep.yaml", "--output_dir", "out", "--trials", "9"])
+    all_there_are = {(8, 1), (8, 2), (16, 1), (16, 2)}
+    assert len(tried) == 4
+    assert {(t["hidden_size"], t["num_layers"]) for t in tried} == all_there_are
+    rows = trials()
+    assert {(int(r["hidden_size"]), int(r["num_layers"])) for r in rows} == all_there_are
+    assert [row["state"] for row in rows] == ["complete"] * 4
+    said = capsys.readouterr().out
+    assert "4 trials: 4 complete; the search has no other settings, so it ends before" in said
+    assert said.count("|18.0000|") == 1
+
+
+def test_a_damaged_study_is_refused_in_a_line(place, tried):
+    command = ["sweep.yaml", "--output_dir", "out", "--trials", "2"]
+    main(command)
+    path, page = Path("out/study.db"), 4096
+    content, first = path.read_bytes(), trials()
+    half = len(content) // 2 // page * page
+    for damaged in (b"garbage" * 1000, content[:half], content[: half + 100], b""):
+        path.write_bytes(damaged)
+        for _ in range(2):  # looking at it does not make it whole
+            with pytest.raises(UserError, match=r"study.db is damaged \(.*remove it, and") as said:
+                main(command)
+            assert "\n" not in str(said.value)
+    path.write_bytes(content)
+    main(command)
+    assert len(tried) == 2
+    path.unlink()
+    main(command)
+    assert trials() == first
 
 
 @pytest.mark.parametrize(
@@ -121,29 +269,27 @@ def test_files_of_another_form_are_refused(place, old, new, said):
     assert not Path("out").exists()
 
 
-def test_a_search_that_was_cut_off_tries_what_it_would_have_tried(place, monkeypatch):
-    def tried(flags):
+def test_a_search_that_was_cut_off_tries_what_it_would_have_tried(place, tried, monkeypatch):
+    def tries(flags):
         main(["sweep.yaml", *flags])
-        return [(row["learning_rate"], row["hidden_size"]) for row in trials()
-                if row["state"] != "fail"]  # fmt: skip
+        return [(row["learning_rate"], row["hidden_size"]) for row in trials()]
+
+    whole_objective = sweep.objective
 
     def quick(sweep_, output_dir, trial):
-        settings = sweep.suggested(trial, sweep_.search)
-        trial.set_user_attr("folder", folder_of(output_dir, settings).name)
+        value = whole_objective(sweep_, output_dir, trial)
         if trial.number == cut:
             raise KeyboardInterrupt
-        return settings["hidden_size"] + settings["learning_rate"]
+        return value
 
-    test = type("Result", (), {"test": {"NDCG@10": 0.5}, "load": classmethod(lambda cls, _: cls)})
-    monkeypatch.setattr(sweep, "RunResult", test)
     monkeypatch.setattr(sweep, "objective", quick)
     cut, flags = -1, ["--output_dir", "out", "--trials", "14", "--seed", "3"]
-    whole = tried(flags)
+    whole = tries(flags)
     Path("out").rename("whole")
     cut = 12  # past the ten trials that are drawn without regard to the others
     with pytest.raises(KeyboardInterrupt):
         main(["sweep.yaml", *flags])
-    assert tried(flags) == whole
+    assert tries(flags) == whole
     assert len(set(whole)) == 14
 
 
