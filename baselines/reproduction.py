@@ -23,10 +23,10 @@ from baselines.command_lines import checked
 from baselines.experiment import DATA_FILES, PLACE, Data, Experiment, Run, Step
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one
 from recformer.cli import flag_words
-from recformer.commands.env import cores, processor
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.runs import METRICS_FILE
 from recformer.files import UserError, file_sha256, read_json, write_json
+from recformer.machine import cores, processor
 from recformer.processes import say
 from recformer.training.seeds import run_command
 

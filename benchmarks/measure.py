@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from recformer.files import UserError
+from recformer.machine import cpuinfo, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 3
@@ -210,16 +212,11 @@ def pin_threads(count: int | None) -> int:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the figures were measured on, and how busy it was before."""
-    cpu, flags = platform.processor() or platform.machine(), set()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
-        cpu = fields.get("model name", cpu)
-        flags = set(fields.get("flags", fields.get("Features", "")).split())
+    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)
+    flags = set(listed[1].split()) if listed else set()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu,
+        "cpu": processor(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "threads": threads,

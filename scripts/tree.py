@@ -29,6 +29,7 @@ DOORS = (
 LAYERS: list[tuple[str, ...]] = [
     (
         "recformer.files",
+        "recformer.machine",
         "recformer.packing",
         "recformer.paper",
         "recformer.pictures",

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from recformer.cli import command_parser
+from recformer.machine import cores, cpuinfo, processor
 
 # Of the package itself, and then of extras, which are left out where they are not installed.
 NEEDED = (
@@ -65,25 +64,9 @@ def _versions(names: Sequence[str], missing: bool) -> list[str]:
     return found
 
 
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")  # of Linux
-    return path.read_text() if path.is_file() else ""
-
-
-def cores() -> int | None:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def processor() -> str:
-    """Name of the processor, where the system tells it."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    return found[1] if found else platform.processor() or "unknown"
-
-
 def _bfloat16() -> str:
     """Which instructions multiply bfloat16, by the system's list of the processor's flags."""
-    flags = _cpuinfo().split()
+    flags = cpuinfo().split()
     known = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags]
     return ", ".join(known) or "no instructions of the processor known"
 
