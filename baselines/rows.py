@@ -21,11 +21,10 @@ from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS, by_sequence, interval
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
-from recformer.evaluation.runs import METRICS_FILE, RULE, RankedRun, RunResult
+from recformer.evaluation.runs import METRICS_FILE, RULE, RUN_FILE, RankedRun, RunResult
 from recformer.evaluation.seeds import common_name, differ_in_seed_alone, mean_and_deviation
 from recformer.evaluation.statistics import holm, permutation_p
 from recformer.files import UserError, read_json
-from recformer.training.run_folder import RUN_FILE
 from recformer.training.seeds import FOLDERS
 
 # A folder of another program, a run that was not finished, a file cut off.
@@ -125,7 +124,7 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
         parameters = 0
     else:
         rows = [row for stage in result.stages.values() for row in stage.rows]
-        seconds = float(sum(row["seconds"] for row in rows))
+        seconds = float(sum(row["seconds"] for row in rows)) or result.train_seconds or 0.0
     parts = {
         slice_name: [part["num_users"], part[METRICS[0]]]
         for slice_name, part in figures.get("slices", {}).items()

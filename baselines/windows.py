@@ -25,7 +25,7 @@ from recformer.data.windows import Windows, WindowView
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.over_time import WindowRanks, figures_over_time, format_over_time
 from recformer.evaluation.ranks import TargetRanks
-from recformer.evaluation.runs import METRICS_FILE, RunResult, read_ranks
+from recformer.evaluation.runs import METRICS_FILE, RunResult, ranks_file, read_ranks
 from recformer.files import (
     CHECKSUMS_FILE,
     UserError,
@@ -101,8 +101,7 @@ def _sum_up(
         found = []
         evaluator = Evaluator(args.metric_ks, args.ties)
         for number in results:
-            own = path / FOLDER / f"{number:03d}" / "ranks" / f"{name}_{split}.parquet"
-            columns = read_ranks(own)
+            columns = read_ranks(ranks_file(path / FOLDER / f"{number:03d}", name, split))
             known = int(windows.about[number - 1]["items_known"])
             places, targets = columns["user_id"], columns["target"]
             ranks = TargetRanks(columns["above"], columns["tied"], columns["num_candidates"])
@@ -117,9 +116,7 @@ def _sum_up(
             every = np.searchsorted(
                 windows.joined.offsets, evaluator.state()["user_id"], side="right"
             )
-            evaluator.write_parquet(
-                path / "ranks" / f"{name}_{split}.parquet", {"sequence": every - 1}
-            )
+            evaluator.write_parquet(ranks_file(path, name, split), {"sequence": every - 1})
     stages = {
         f"{stage} {number}": entry
         for number, result in results.items()

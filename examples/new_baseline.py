@@ -1,19 +1,24 @@
-"""Write a baseline of one's own and test it against popularity, user by user.
+"""Write a baseline of one's own, keep its run, and test it against popularity, user by user.
 
-python examples/new_baseline.py FOLDER [--attribute category]
+python examples/new_baseline.py FOLDER [--attribute category] [--runs own_runs]
 
 The baseline: what is bought most among the items that share an attribute with the last one bought,
 then everything else by popularity. A model takes part as soon as it gives a score to every item.
+Both leave a folder in RUNS, which `recformer compare` and `recformer leaderboard` read beside those
+of the models of this package.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import compare
+from recformer.evaluation.evaluator import Evaluator
+from recformer.evaluation.outside import write_run
 from recformer.evaluation.ranks import count_ranks
 from recformer.evaluation.runs import RankedRun
 
@@ -38,10 +43,11 @@ class PopularInGroup:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Rank every test user's next item by both, and compare."""
+    """Rank every test user's next item by both, write both runs, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder")
     parser.add_argument("--attribute", default="category")
+    parser.add_argument("--runs", type=Path, default=Path("own_runs"), help="where both go")
     args = parser.parse_args(argv)
 
     folder = ProcessedFolder.load(args.folder)
@@ -51,12 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     ours = np.stack([model.scores(examples.histories[row]) for row in range(len(examples))])
     popularity = np.broadcast_to(model.counts, ours.shape)
 
-    rule = {"split_hash": folder.split_hash, "ties": "expected", "filter_seen": False}
-    runs = [
-        RankedRun(name, rule, examples.user_ids, examples.targets,
-                  count_ranks(scores.copy(), examples.targets))
-        for name, scores in ((f"popular by {args.attribute}", ours), ("popularity", popularity))
-    ]  # fmt: skip
+    runs = []
+    for name, scores in ((f"popular_by_{args.attribute}", ours), ("popularity", popularity)):
+        evaluator = Evaluator()
+        ranks = count_ranks(scores.copy(), examples.targets)
+        evaluator.update(examples.user_ids, examples.targets, ranks)
+        write_run(args.runs / name, folder, evaluator, model=name, parameters=0)
+        runs.append(RankedRun.load(str(args.runs / name)))
     rows, (pair,) = compare(runs)
     for row in rows:
         figure = row["NDCG@10"]

@@ -211,9 +211,6 @@ class SeqRecDataModule(LightningDataModule):
         tokens: of `max_tokens`; from sequences, and the rows to train on, to what counts tokens.
         every_prefix: an epoch has every beginning of a training sequence, see `TrainDataset`.
 
-    Attributes:
-        num_test_users: all of them, sampled or not.
-
     Raises:
         UserError: nobody to train on, or nobody to evaluate.
     """
@@ -250,7 +247,6 @@ class SeqRecDataModule(LightningDataModule):
         validation, test = folder.eval_examples("val"), folder.eval_examples("test")
         self.val_set = EvalDataset(validation, _sample(len(validation), eval_users, seed))
         self.test_set = EvalDataset(test, _sample(len(test), test_users, TEST_SEED))
-        self.num_test_users = len(test)
         for name, examples in (("val", self.val_set), ("test", self.test_set)):
             if len(examples) == 0:
                 raise UserError(f"{folder.path} has no user with a {name} target and a history")

@@ -58,6 +58,7 @@ def detailed_figures(
     Returns:
         `Evaluator.compute()`, with `intervals` ({metric: [low, high]}) and `slices` ({name:
         {`num_users`, metrics, `intervals`}}, see `slices`). Slices without users are left out.
+        Where some test users alone were ranked also `drawn_from`, of how many.
         With `sampled` also `sampled`: metrics and `intervals`, every name with its label, as in
         "NDCG@10 (100 sampled)".
 
@@ -75,6 +76,8 @@ def detailed_figures(
             **{metric: float(x.mean()) for metric, x in part.items()},
             "intervals": intervals(part),
         }
+    if split == "test" and len(state["user_id"]) < (count := len(folder.eval_examples(split))):
+        figures["drawn_from"] = count
     if sampled is not None:
         label = f"({sampled.state()['num_candidates'][0] - 1} sampled)"
         values = {f"{name} {label}": x for name, x in per_user(sampled).items()}

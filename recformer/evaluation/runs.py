@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 from recformer.evaluation.ranks import TargetRanks, columns_checksum
 from recformer.files import CHECKSUM, UserError, read_checked_json, write_checked_json
 
+if TYPE_CHECKING:
+    from recformer.data.processed import ProcessedFolder
+
 # Figures can be compared where these agree.
 RULE = ("split_hash", "ties", "filter_seen")
 
 
 METRICS_FILE = "metrics.json"
+RUN_FILE = "run.json"  # what its figures depend on
 
 # Figures of one evaluation, `recformer.evaluation.figures.detailed_figures` by split.
 Figures = dict[str, dict[str, Any]]
@@ -82,16 +86,22 @@ class RunResult:
 
     @property
     def validation(self) -> dict[str, Any]:
-        """Figures of the last evaluation on the validation users."""
+        """Figures of the last evaluation on the validation users.
+
+        Raises:
+            KeyError: a model from outside was judged on none.
+        """
         return self.evaluations[list(self.evaluations)[-1]]["val"]
 
     def as_dict(self) -> dict[str, Any]:
-        """As `metrics.json` holds it: `test` and `validation` stand out."""
+        """As `metrics.json` holds it: `test` and, where there is one, `validation` stand out."""
         values = asdict(self)
         for name in ("train_seconds", "model", "settings", "item_table"):  # not every run's
             if values[name] is None:
                 del values[name]
-        return {"test": self.test, "validation": self.validation} | values
+        names = {"test": "test", "val": "validation"}
+        last = self.evaluations[list(self.evaluations)[-1]]
+        return {names[split]: last[split] for split in names if split in last} | values
 
     def save(self, folder: Path) -> None:
         """Write `metrics.json`."""
@@ -116,6 +126,17 @@ class RunResult:
         except TypeError as error:
             raise UserError(f"{path} is damaged: {error}") from error
         return cls(**{k: v for k, v in values.items() if k in known} | {"stages": kept})
+
+
+def ranks_file(folder: Path, evaluation: str, split: str) -> Path:
+    """Where a run keeps the ranks of every user of a split, `val` or `test`."""
+    return folder / "ranks" / f"{evaluation}_{split}.parquet"
+
+
+def data_rules(folder: ProcessedFolder) -> dict[str, Any]:
+    """Fields of a `RunResult` that say which data its figures are of."""
+    protocol = (folder.dataset or {}).get("protocol")
+    return {"split_hash": folder.split_hash, "data_protocol": protocol}
 
 
 def read_ranks(path: Path) -> dict[str, NDArray[Any]]:
@@ -221,9 +242,9 @@ class RankedRun:
                 f"{folder} has the evaluations {', '.join(evaluations)}; {evaluation!r}?"
             )
         # A stage that brought nothing has no ranks of its own.
-        kept = [e for e in evaluations if (folder / "ranks" / f"{e}_test.parquet").exists()]
+        kept = [e for e in evaluations if ranks_file(folder, e, "test").exists()]
         chosen = evaluation or (kept or evaluations)[-1]
-        columns = read_ranks(folder / "ranks" / f"{chosen}_test.parquet")
+        columns = read_ranks(ranks_file(folder, chosen, "test"))
         return cls(
             name=name or (f"{folder.name}:{evaluation}" if evaluation else folder.name),
             rule={name: getattr(result, name) for name in RULE},

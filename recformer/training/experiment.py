@@ -23,7 +23,14 @@ from lightning import Callback
 from recformer.data.datamodule import SeqRecDataModule
 from recformer.evaluation.figures import SplitName, check_sampled_negatives, detailed_figures
 from recformer.evaluation.protocol import Protocol
-from recformer.evaluation.runs import METRICS_FILE, Figures, RunResult, StageResult
+from recformer.evaluation.runs import (
+    METRICS_FILE,
+    Figures,
+    RunResult,
+    StageResult,
+    data_rules,
+    ranks_file,
+)
 from recformer.files import UserError, read_checked_json, write_checked_json
 from recformer.processes import is_first, say
 from recformer.training.arguments import RunArguments
@@ -157,15 +164,11 @@ class Experiment:
                 module.evaluator, self.data.folder, split, module.sampled
             )
             self.seconds_a_user = seconds / figures[split]["num_users"]
-            if split == "test" and len(self.data.test_set) < self.data.num_test_users:
-                figures[split]["drawn_from"] = self.data.num_test_users
             for callback in around:
                 if isinstance(callback, ExtraFigures):
                     figures[split] |= callback.figures(trainer)
             if is_first():
-                module.evaluator.write_parquet(
-                    self.output_dir / "ranks" / f"{name}_{split}.parquet"
-                )
+                module.evaluator.write_parquet(ranks_file(self.output_dir, name, split))
         if is_first():
             write_checked_json(done, figures | {"seconds_a_user": self.seconds_a_user})
         return figures
@@ -247,9 +250,8 @@ class Experiment:
         return {
             "ties": args.ties,
             "filter_seen": args.filter_seen,
-            "split_hash": self.data.folder.split_hash,
+            **data_rules(self.data.folder),
             "protocol": args.protocol_record(),
-            "data_protocol": (self.data.folder.dataset or {}).get("protocol"),
             "eval_users": args.eval_users,
             "test_users": args.test_users,
             "sampled_negatives": args.sampled_negatives,

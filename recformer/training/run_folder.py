@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recformer.evaluation.runs import RUN_FILE
 from recformer.files import UserError, check_torch_file, read_json, remove_leftovers, write_json
 from recformer.processes import agreed, group, is_first, keeps
 
@@ -33,7 +34,6 @@ IGNORED = frozenset(
     }
 )
 
-RUN_FILE = "run.json"
 CLEARING = "clearing"  # in run.json while files of the run before are removed
 
 # What to do about a folder of another run; a variable, so that processes started here say it too.

@@ -167,7 +167,6 @@ def test_sample_of_test_users_is_one_for_all_runs(folder):
     assert len(chosen) == 2
     assert users(test_users=2, seed=4) == chosen
     assert users(test_users=99) == users() == [0, 1, 2, 4]
-    assert module(folder, test_users=2).num_test_users == 4
     assert len(module(folder, test_users=2).val_set) == 4
 
 

@@ -16,6 +16,7 @@ NAMED = (
     "recformer.evaluation.compare.compare",
     "recformer.evaluation.evaluator.Evaluator",
     "recformer.evaluation.metrics.per_user_metrics",
+    "recformer.evaluation.outside.write_run",
     "recformer.evaluation.ranking.rank_by_vectors",
     "recformer.evaluation.ranks.count_ranks",
     "recformer.evaluation.statistics.bootstrap_interval",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,13 +65,28 @@ def test_cold_items(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_new_baseline(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every customer buys one kind, so the category says where the next one is."""
-    example("new_baseline", place / "finetune_data" / "MyShop")
+    own = place / "own_runs"
+    example("new_baseline", place / "finetune_data" / "MyShop", "--runs", own)
     said = capsys.readouterr().out
-    figures = dict(re.findall(r"^(popular\w*(?: by category)?) +NDCG@10 ([\d.]+)", said, re.M))
-    assert float(figures["popular by category"]) > 3 * float(figures["popularity"])
+    figures = dict(re.findall(r"^(popular\w*) +NDCG@10 ([\d.]+)", said, re.M))
+    assert float(figures["popular_by_category"]) > 3 * float(figures["popularity"])
     popularity = json.loads((place / "runs" / "popularity" / "metrics.json").read_text())["test"]
     assert figures["popularity"] == f"{popularity['NDCG@10']:.4f}"
-    assert re.search(r"difference \+0\.\d+ \[\+.*\], p 0\.000", said)
+    (difference,) = re.findall(r"difference (\+0\.\d+ \[\+.*\]), p 0\.000", said)
+    difference = difference.replace(" ", "|", 1)
+    # Its folder beside one of `recformer baseline`, by both commands.
+    main(["compare", str(own / "popular_by_category"), str(place / "runs" / "popularity")])
+    said = capsys.readouterr().out
+    assert ", 80 test users, full ranking, ties expected, seen items kept;" in said
+    assert f"|popular_by_category - popularity|{difference}|" in said
+    shutil.copytree(place / "runs" / "popularity", own / "built_in")
+    main(["leaderboard", str(own)])
+    (table,) = json.loads((own / "leaderboard.json").read_text())
+    names = [row["name"] for row in table]
+    assert names == ["popular_by_category", "built_in", "popularity"]
+    assert table[1]["figures"] == table[2]["figures"]
+    assert table[1]["slices"] == table[2]["slices"]
+    assert [row["parameters"] for row in table] == [0, 0, 0]
     with pytest.raises(SystemExit, match="has the attribute colour"):
         example("new_baseline", place / "finetune_data" / "MyShop", "--attribute", "colour")
 
