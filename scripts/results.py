@@ -26,12 +26,13 @@ from experiments.sessions import tables_of as session_tables
 from recformer.commands.compare import captions, figure_cells, pair_cells
 from recformer.evaluation.table import markdown_table
 from recformer.files import UserError, read_json, write_json
+from scripts.summaries import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "results"
 SPEED, COMPARED = "speed", "compared"  # folders within it
 NAMES = ("results.md", "method.md", "performance.md", "scale.md")
-PAGES = tuple(ROOT / "docs" / name for name in NAMES)
+PAGES = (*(ROOT / "docs" / name for name in NAMES), ROOT / "README.md")
 AUDITS = "audits.json"
 TAG = re.compile("`?<s>`?")  # in the name of a row, which Markdown would take for HTML
 NOT_YET = "not measured on this state of the repository\n"
@@ -244,6 +245,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "benchmark": benchmark,
     "scale": scale,
     "audits": audits,
+    "summary": summary,
 }
 
 

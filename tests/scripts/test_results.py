@@ -71,6 +71,32 @@ def test_a_table_is_put_in_its_place_with_what_was_not_run(tmp_path: Path) -> No
     assert results.with_tables(page, tmp_path).count("|5e-05|0.2|") == 3
 
 
+def test_rows_side_by_side(tmp_path: Path) -> None:
+    """Measured rows with the slice and the deviation that a column shows, best first; in brackets
+    what is expected of one that was not run."""
+    page = "<!-- summary: method -->\n<!-- end -->\n"
+    content = json.loads((results.FIGURES / "scientific.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    rows["TF-IDF"]["figures"]["NDCG@10"][0] = 0.5
+    rows["TF-IDF"]["slices"]["rare target"] = [4, 0.25]
+    content["rows"] = [rows["head"], rows["TF-IDF"]]
+    (tmp_path / "scientific.json").write_text(json.dumps(content))
+    lines = results.with_tables(page, tmp_path).splitlines()
+    assert lines[4].startswith("|TF-IDF|.5000 / .1118|.2500|(.0543 / .1129)||(.0205 / .0480)|")
+    assert lines[5].startswith("|`--method head`|.1038 ± .0013 / .1523 ± .0018|.0472|(.0981 / ")
+    assert any(line.startswith("|co-occurrence|(.0736 / .1070)||(") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["README.md", "method.md"])
+def test_what_the_tables_of_models_say_is_in_files(name: str) -> None:
+    """The README has no other table of figures, and what method.md brings is no typed one."""
+    (page,) = (page for page in results.PAGES if page.name == name)
+    text = page.read_text(encoding="utf-8")
+    heading = {"README.md": "## Results", "method.md": "## What it brings"}[name]
+    part = results.TABLE.sub("", text.partition(heading)[2]).split("\n#")[0]
+    assert not re.findall(r"^\|.*", part, re.MULTILINE)
+
+
 def speed(**others: Any) -> dict[str, Any]:
     rows = [
         {"benchmark": "one", **row("a", 0.5, "peer", 1.25, amount=100, unit="items", note="said")},
