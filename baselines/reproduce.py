@@ -138,11 +138,13 @@ def _made(reproduction: Reproduction, row: Run | Step) -> Any:
 
 
 def tables_of(content: Mapping[str, Any]) -> list[Table]:
-    """Tables of a `reproduction.json`: semantic ids, and for each data set figures, best first, and
-    one metric by target."""
+    """Tables of a `reproduction.json`: semantic ids, and for each data set and rule of ranking
+    figures, best first, and one metric by target."""
     found = [_codes_table(content["steps"])] if content["steps"] else []
-    for name in dict.fromkeys(row["data"] for row in content["rows"]):
-        rows = [row for row in content["rows"] if row["data"] == name]
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault((row["data"], *row["rule"].values()), []).append(row)
+    for (name, *_), rows in groups.items():
         rows.sort(key=lambda row: -row["figures"][METRICS[0]][0])
         rule, several = rows[0]["rule"], any(row["deviation"] for row in rows)
         caption = (

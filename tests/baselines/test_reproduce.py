@@ -153,6 +153,12 @@ def test_a_moved_folder_goes_on_and_lost_files_are_made_again(place, capsys):
     assert lines[0].startswith("- popularity: ")
     assert lines[0].endswith("; 2020-02-02")
     assert lines[1].startswith("- sasrec: ")
+    # Rows of another rule are no rows of one table.
+    assert len(reproduce.tables_of(content)) == 1
+    content["rows"][0]["rule"] = content["rows"][0]["rule"] | {"split_hash": "another"}
+    captions = [caption for caption, *_ in reproduce.tables_of(content)]
+    assert captions[0].startswith("shop: split another,")
+    assert len(captions) == 2
     (run / "metrics.json").unlink()
     main([*flags, "elsewhere"])  # evaluated again
     shutil.rmtree(run / "ranks")
