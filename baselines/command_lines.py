@@ -6,9 +6,14 @@ point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
 from importlib import import_module
 from typing import Any
+
+from baselines.settings import SETTINGS
 
 # The module that parses and runs each command.
 COMMANDS = {"baseline": "baselines.__main__", "finetune": "recformer.finetune"}
@@ -28,3 +33,31 @@ def checked(command: str, words: Sequence[str]) -> tuple[Any, Callable[..., Any]
     args = module.parse(words)
     args.check()
     return args, module.run
+
+
+def defaults_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands for flags that the `run.json` of an older version lacks, by name.
+
+    Args:
+        settings: what that file holds; it says which command and model or method it is of.
+
+    Returns:
+        Values as JSON has them; none of a command, model or method that is not known.
+    """
+    if "model" in settings:
+        return _defaults("baseline", "model", str(settings["model"]))
+    if "pretrain_ckpt" in settings:
+        return _defaults("finetune", "method", str(settings.get("method", "published")))
+    return {}
+
+
+@cache
+def _defaults(command: str, flag: str, value: str) -> dict[str, Any]:
+    module = import_module(COMMANDS[command])
+    if value not in (SETTINGS if flag == "model" else module.METHODS):
+        return {}
+    values = asdict(module.parse([f"--{flag}", value]))
+    if flag == "model":
+        values |= SETTINGS[value]().as_dict()
+        values |= {name: x for name, x in module.SINCE.items() if values[name] is not None}
+    return json.loads(json.dumps(values))

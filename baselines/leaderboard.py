@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from baselines.command_lines import checked
+from baselines.command_lines import checked, defaults_of
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
 from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
@@ -191,8 +191,8 @@ def _refuse_another(path: Path, args: Any, data: ProcessedFolder) -> None:
         raise UserError(f"{path} is a run on other data than {data.path}")
     if not (path / RUN_FILE).is_file():
         return
-    held = read_json(path / RUN_FILE)
     asked = asdict(args) | args.settings().as_dict()
+    held = defaults_of(asked) | read_json(path / RUN_FILE)
     compared = (asked.keys() & held.keys()) - IGNORED - {"data_path"}
     different = sorted(name for name in compared if asked[name] != held[name])
     if different:

@@ -1,7 +1,7 @@
 """Runs of a folder as rows of tables: figures, intervals, slices, cost, and paired tests.
 
 Runs that differ in split, tie rule or `filter_seen` get tables of their own; runs that differ in
-their seed alone are one row.
+their seed alone are one row. A flag that a run of an older version lacks counts as its default.
 
 Shapes: U test users.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from baselines.command_lines import defaults_of
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS, by_sequence, interval
 from recformer.evaluation.figures import slices
@@ -135,7 +136,9 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
     if not parts and folder is not None and same and of_users:
         for name, chosen in slices(folder, "test", run.user_ids, run.targets).items():
             parts[name] = [int(chosen.sum()), float(values[METRICS[0]][chosen].mean())]
-    settings = path / RUN_FILE
+    settings = read_json(path / RUN_FILE) if (path / RUN_FILE).exists() else {}
+    if settings.get("num_nodes") == 1:  # of older runs, as `RunFolder.claim` reads them
+        del settings["num_nodes"]
     return Row(
         run,
         {name: values[name] for name in METRICS},
@@ -145,7 +148,7 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
         seconds,
         1000 * result.seconds_a_user if result.seconds_a_user else None,
         evaluation=evaluation,
-        settings=read_json(settings) if settings.exists() else {},
+        settings=settings,
         seeds=() if result.seed is None else (result.seed,),
     )
 
@@ -155,13 +158,23 @@ def seeds_as_one(rows: Sequence[Row]) -> list[Row]:
     groups: list[list[Row]] = []
     for row in rows:
         for group in groups:
-            same = row.evaluation == group[0].evaluation and _same_users(row, group[0])
-            if same and all(differ_in_seed_alone(row.settings, other.settings) for other in group):
+            if all(_of_one_setting(row, other) for other in group):
                 group.append(row)
                 break
         else:
             groups.append([row])
     return [group[0] if len(group) == 1 else _mean_of(group) for group in groups]
+
+
+def _of_one_setting(one: Row, other: Row) -> bool:
+    if one.evaluation != other.evaluation or one.parameters != other.parameters:
+        return False
+    if not differ_in_seed_alone(one.settings, other.settings) or not _same_users(one, other):
+        return False
+    if one.settings.keys() == other.settings.keys():
+        return True
+    # Only now: the flags of a command take seconds to import.
+    return differ_in_seed_alone(one.settings, other.settings, defaults_of(one.settings))
 
 
 def _same_users(one: Row, other: Row) -> bool:

@@ -16,15 +16,24 @@ import numpy as np
 # item table that was encoded with them.
 DRAWN = frozenset({"seed", "weights", "item_table"})
 
+# What may stand between the name of a model and its seed; signs that close something end a name.
+_SEPARATOR = r"[-_\s.,:;=/|#@~([{<]"
 
-def differ_in_seed_alone(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+
+def differ_in_seed_alone(
+    one: Mapping[str, Any], other: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> bool:
     """Whether the settings of two runs (their `run.json`) agree in all but the seed.
 
-    A setting that one of them lacks is none they differ in: its version did not have the flag yet.
+    Args:
+        one, other: the settings.
+        defaults: of flags. Where one run lacks a flag, which its version did not have yet, the
+            other must have the flag's default; what is no flag may be lacking.
     """
     if None in (one.get("seed"), other.get("seed")) or one["seed"] == other["seed"]:
         return False
-    return all(one[name] == other[name] for name in one.keys() & other.keys() - DRAWN)
+    left, right = {**(defaults or {}), **one}, {**(defaults or {}), **other}
+    return all(left[name] == right[name] for name in left.keys() & right.keys() - DRAWN)
 
 
 def common_name(names: Sequence[str]) -> str:
@@ -32,8 +41,10 @@ def common_name(names: Sequence[str]) -> str:
     folders = {name.rpartition("/")[0] for name in names}
     if len(folders) == 1 and "" not in folders:  # NAME/seed_1, NAME/seed_2
         return folders.pop()
-    prefix = "".join(x[0] for x in takewhile(lambda x: len(set(x)) == 1, zip(*names, strict=False)))
-    return re.sub(r"([\W_]+(seed|s)?)?[\W_]*$", "", prefix) or names[0]
+    names_of_all = [re.sub(r"\d+$", "", name) for name in names]  # of 1 and 10, "1" is no name
+    letters = takewhile(lambda x: len(set(x)) == 1, zip(*names_of_all, strict=False))
+    prefix = "".join(letter[0] for letter in letters)
+    return re.sub(rf"({_SEPARATOR}+(seed|s)?)?{_SEPARATOR}*$", "", prefix) or names[0]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

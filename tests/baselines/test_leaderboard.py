@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from baselines import leaderboard
+from baselines.command_lines import defaults_of
 from baselines.leaderboard import flags_without_training, main, markdown
 from baselines.rows import find_runs, row_of, tables
+from baselines.settings import SETTINGS
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
 from recformer.evaluation.ranks import TargetRanks
@@ -165,7 +167,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(tmp_path, monkeypatch, 
 
 def test_a_finished_run_of_other_flags_is_not_taken_for_the_one_asked_for(tmp_path, monkeypatch):
     write_run(tmp_path / "sasrec", [0, 1])
-    settings = {"num_train_epochs": 200, "hidden_size": 8, "metric_ks": [10, 50], "seed": 42}
+    settings = {"num_train_epochs": 200, "hidden_size": 8, "num_heads": 1, "seed": 42}
     write_json(tmp_path / "sasrec" / "run.json", settings)
     monkeypatch.setattr(leaderboard, "run_command", lambda command: pytest.fail("trained"))
     data = SimpleNamespace(path=Path("D"), split_hash="abc")
@@ -174,6 +176,8 @@ def test_a_finished_run_of_other_flags_is_not_taken_for_the_one_asked_for(tmp_pa
     main([*line, "--hidden_size", "8"])
     with pytest.raises(UserError, match=r"different: hidden_size, num_train_epochs"):
         main([*line, "--hidden_size", "16", "--num_train_epochs", "3"])
+    with pytest.raises(UserError, match=r"different: history_term\)"):  # which the run lacks
+        main([*line, "--hidden_size", "8", "--history_term"])
     # A flag that the last model lacks is said before the first one is trained.
     line = [str(tmp_path), "--data_path", "D", "--models", "gru4rec", "cooccurrence"]
     with pytest.raises(UserError, match="--num_heads is no flag of --model gru4rec"):
@@ -284,6 +288,38 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path, capsys):
     assert r"head (3 seeds) & " in latex
     assert r" $\pm$ " in latex
     assert r"many/seed\_7 & " in latex
+
+
+def test_a_flag_that_an_older_run_lacks_counts_as_its_default(tmp_path):
+    settings = {"model": "sasrec", "hidden_size": 8}
+    runs: dict[str, dict] = {
+        "old_s1": {},
+        "term_s2": {"history_term": True},
+        "new_s3": {"history_term": False, "num_nodes": 1},  # defaults
+        "nodes_s4": {"num_nodes": 2},
+        "inverse_s5": {"schedule": "inverse_sqrt"},
+        "unknown_s6": {"split_items": "of a later version"},
+    }
+    for seed, (name, own) in enumerate(runs.items(), 1):
+        write_run(tmp_path / name, [0, 1], seed=seed)
+        (tmp_path / name / "run.json").write_text(json.dumps(settings | {"seed": seed} | own))
+    # The settings say nothing of it, but these weights are others.
+    write_run(tmp_path / "larger_s7", [0, 1], seed=7, parameters=1236)
+    (tmp_path / "larger_s7" / "run.json").write_text(json.dumps(settings | {"seed": 7}))
+    main([str(tmp_path)])
+    (rows,) = read_json(tmp_path / "leaderboard.json")
+    assert sorted(row["seeds"] for row in rows) == [[1, 3, 6], [2], [4], [5], [7]]
+
+
+def test_defaults_of_older_runs():
+    tiger, sasrec = (defaults_of({"model": name}) for name in ("tiger", "sasrec"))
+    assert (tiger["optimizer"], tiger["user_tokens"]) == ("adamw", 0)  # before there were flags
+    assert (sasrec["optimizer"], sasrec["user_tokens"]) == ("adamw", None)
+    assert all(defaults_of({"model": name}) for name in SETTINGS)
+    assert defaults_of({"model": "cooccurrence"})["decay"] == 0.6
+    assert defaults_of({"pretrain_ckpt": None, "method": "head"})["learning_rate"] == 1e-3
+    assert defaults_of({"pretrain_ckpt": None})["learning_rate"] == 5e-5
+    assert defaults_of({"model": "gone"}) == defaults_of({}) == {}
 
 
 def test_names_with_the_signs_of_tables_and_formulas(tmp_path, capsys):

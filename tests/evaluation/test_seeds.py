@@ -10,7 +10,13 @@ from recformer.evaluation.seeds import common_name, differ_in_seed_alone, mean_a
 def test_what_is_a_difference():
     one = {"seed": 1, "weights": "a", "lr": 0.1}
     assert differ_in_seed_alone(one, {"seed": 2, "weights": "b", "lr": 0.1})
-    assert differ_in_seed_alone(one, {"seed": 2, "lr": 0.1, "flag_of_today": 3})
+    # A flag that a run lacks counts as its default, whichever of the two it is.
+    later = {"seed": 2, "lr": 0.1, "flag_of_today": 3}
+    assert differ_in_seed_alone(one, later, {"flag_of_today": 3, "lr": 0.5})
+    assert differ_in_seed_alone(later, one, {"flag_of_today": 3, "lr": 0.5})
+    assert not differ_in_seed_alone(one, later, {"flag_of_today": None})
+    assert not differ_in_seed_alone(later, one, {"flag_of_today": None})
+    assert differ_in_seed_alone(one, later)  # of what is no flag nothing is known
     assert not differ_in_seed_alone(one, {"seed": 2, "lr": 0.2})
     assert not differ_in_seed_alone(one, one)
     assert not differ_in_seed_alone({}, {})
@@ -25,6 +31,11 @@ def test_what_is_a_difference():
         (["head-seed-1", "head-seed-2"], "head"),
         (["sales1", "sales2"], "sales"),
         (["a", "b"], "a"),
+        (["pop_ular%[x]_s1", "pop_ular%[x]_s2"], "pop_ular%[x]"),
+        (["a (b) seed 1", "a (b) seed 2"], "a (b)"),
+        (["x[1]", "x[2]"], "x"),
+        (["head_s1", "head_s10", "head_s11"], "head"),
+        (["1", "2"], "1"),
     ],
 )
 def test_common_names(names, name):
