@@ -1,7 +1,8 @@
 """Runs against each other, user by user: intervals, paired tests, a table and a picture.
 
-A RUN is the output folder of `recformer finetune` or `recformer baseline`, with an evaluation of it
-after a colon where it is not the last one (`result:zero_shot`), and a name before an equals sign
+A RUN is the output folder of `recformer finetune` or `recformer baseline`, or of a model from
+outside (`recformer.evaluation.outside.write_run`), with an evaluation of it after a colon where it
+is not the last one (`result:zero_shot`), and a name before an equals sign
 (`before=result:zero_shot`). Runs on different splits, users, tie rules or `filter_seen` are
 refused.
 """

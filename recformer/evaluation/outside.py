@@ -126,7 +126,9 @@ def write_run(
 
 
 def _check_place(path: Path) -> None:
-    """Refuse a folder with a run that `write_run` did not write."""
+    """Refuse a folder with a run that `write_run` did not write, and what is no folder."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is no folder: name another place for the run")
     held = [name for name in (METRICS_FILE, RUN_FILE, "ranks") if (path / name).exists()]
     if not held:
         return

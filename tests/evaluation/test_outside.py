@@ -116,3 +116,5 @@ def test_other_runs_are_not_overwritten(folder: ProcessedFolder, tmp_path: Path)
     with pytest.raises(UserError, match="holds run.json of a run that `write_run` did not write"):
         write_run(tmp_path, folder, ranked([0] * 5), model="mine")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    with pytest.raises(UserError, match="run.json is no folder"):
+        write_run(tmp_path / "run.json", folder, ranked([0] * 5), model="mine")
