@@ -5,10 +5,10 @@ python experiments/sessions.py --output_dir DIR [--ml100k FOLDER] [--seeds 1 2 3
 Three data sets: the generated season; the same season with categories, brands and prices exchanged
 between products, where features must not help; and MovieLens-100K in weekly windows, where FOLDER
 holds RecBole's `ml-100k.inter` (or `.inter.gz`) and `ml-100k.item`. Each model is trained up to
-every window and judged on the next, with and without features, once a seed; `study.md` and
-`study.json` have means and deviations over seeds, and paired tests over sessions of each model with
-features against itself without, and of each against co-occurrence. What is finished is not done
-again.
+every window and judged on the next, with and without features, once a seed; `study.md`, `.tex`
+and `.json` have means and deviations over seeds, and paired tests over sessions of each model with
+features against itself without, and of each against co-occurrence; `study.csv` has the figures.
+What is finished is not done again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.runs import RankedRun, RunResult
 from recformer.evaluation.seeds import mean_and_deviation
 from recformer.evaluation.statistics import holm, permutation_p
-from recformer.evaluation.table import markdown_table
+from recformer.evaluation.table import csv_table, latex_table, markdown_table
 from recformer.files import UserError, atomic_write, write_json
 from recformer.preparation.sample_season import FILE, write_season
 
@@ -248,8 +248,8 @@ def study(output: Path, names: list[str]) -> dict[str, Any]:
     }
 
 
-def tables_of(content: dict[str, Any], name: str) -> list[str]:
-    """Tables of a data set, as Markdown, from what `study` returned."""
+def cells_of(content: dict[str, Any], name: str) -> list[tuple[list[str], list[list[str]]]]:
+    """Heads and rows of the tables of a data set, from what `study` returned."""
     cells = []
     for record in content["figures"][name]:
         row = [record["name"]]
@@ -258,11 +258,28 @@ def tables_of(content: dict[str, Any], name: str) -> list[str]:
             row.append(f"{mean:.4f} ± {deviation:.4f}" if deviation else f"{mean:.4f}")
         row += [f"{record['new items']:.4f}", str(record["seeds"]), f"{record['seconds']:.0f} s"]
         cells.append(row)
-    tables = [markdown_table([name, *METRICS, "new items", "seeds", "training"], cells)]
+    tables = [([name, *METRICS, "new items", "seeds", "training"], cells)]
     for test in content["tests"][name]:
         rows = [[r["name"], f"{r['difference']:+.4f}", f"{r['p']:.4f}"] for r in test["rows"]]
-        tables.append(markdown_table([test["title"], "NDCG@20 of all targets", "p (Holm)"], rows))
+        tables.append(([test["title"], "NDCG@20 of all targets", "p (Holm)"], rows))
     return tables
+
+
+def tables_of(content: dict[str, Any], name: str) -> list[str]:
+    """Tables of a data set, as Markdown."""
+    return [markdown_table(*table) for table in cells_of(content, name)]
+
+
+def csv_of(content: dict[str, Any]) -> str:
+    """Figures of all data sets, numbers in full."""
+    lines = []
+    for name, records in content["figures"].items():
+        for record in records:
+            line = {"data": name, "name": record["name"]}
+            for metric in METRICS:
+                line[metric], line[f"{metric} deviation"] = record[metric]
+            lines.append(line | {key: record[key] for key in ("new items", "seeds", "seconds")})
+    return csv_table(lines)
 
 
 def main() -> None:
@@ -292,10 +309,13 @@ def main() -> None:
     content = study(args.output_dir, names)
     if not content["figures"]:
         raise UserError(f"no run is finished in {args.output_dir / 'runs'}")
-    text = "\n".join(table for name in content["figures"] for table in tables_of(content, name))
+    tables = [table for name in content["figures"] for table in cells_of(content, name)]
+    text = "\n".join(markdown_table(*table) for table in tables)
+    latex = "\n".join(latex_table(*table) for table in tables)
     write_json(args.output_dir / "study.json", content, indent=1)
-    with atomic_write(args.output_dir / "study.md") as handle:
-        handle.write(text)
+    for ending, words in (("md", text), ("tex", latex), ("csv", csv_of(content))):
+        with atomic_write(args.output_dir / f"study.{ending}") as handle:
+            handle.write(words)
     print(text)
     if failed:
         raise UserError(f"{failed} runs failed, see above; the others are in the table")

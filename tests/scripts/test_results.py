@@ -12,7 +12,7 @@ import pytest
 
 from baselines.experiment import FOLDER
 from benchmarks.measure import row
-from experiments.sessions import Row, tables_of
+from experiments.sessions import Row, csv_of, tables_of
 from recformer.files import UserError
 from scripts import results
 
@@ -183,6 +183,11 @@ def test_tables_of_a_study() -> None:
         "|with against without|NDCG@20 of all targets|p (Holm)|\n|---|---|---|\n"
         "|a|+0.1000|0.0300|\n",
     ]
+    assert csv_of(content) == (
+        "data,name,NDCG@20,NDCG@20 deviation,Recall@20,Recall@20 deviation,"
+        "new items,seeds,seconds\n"
+        "shop,a,0.25,0.01,0.5,0.0,0.125,2,12.4\n"
+    )
 
 
 def test_rows_of_the_study_are_paired_by_the_seeds_that_both_have() -> None:
