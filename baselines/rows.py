@@ -22,6 +22,7 @@ from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS, by_sequence, interval
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
+from recformer.evaluation.outside import WRITTEN_BY
 from recformer.evaluation.runs import METRICS_FILE, RULE, RUN_FILE, RankedRun, RunResult
 from recformer.evaluation.seeds import common_name, differ_in_seed_alone, mean_and_deviation
 from recformer.evaluation.statistics import holm, permutation_p
@@ -173,6 +174,8 @@ def _of_one_setting(one: Row, other: Row) -> bool:
         return False
     if one.settings.keys() == other.settings.keys():
         return True
+    if WRITTEN_BY in one.settings.keys() | other.settings.keys():  # from outside: no flags
+        return False
     # Only now: the flags of a command take seconds to import.
     return differ_in_seed_alone(one.settings, other.settings, defaults_of(one.settings))
 

@@ -20,7 +20,7 @@ from recformer.evaluation.ranks import not_compared
 from recformer.evaluation.runs import METRICS_FILE, RUN_FILE, RunResult, data_rules, ranks_file
 from recformer.files import UserError, read_json, write_json
 
-WRITER = "recformer.evaluation.outside.write_run"
+WRITTEN_BY, WRITER = "written_by", "recformer.evaluation.outside.write_run"  # in run.json
 EVALUATION = "trained"
 
 
@@ -79,7 +79,7 @@ def write_run(
         0.0
     """
     path = Path(output_dir)
-    about = {"written_by": WRITER, "model": model, "filter_seen": filter_seen, "ties": test.ties}
+    about = {WRITTEN_BY: WRITER, "model": model, "filter_seen": filter_seen, "ties": test.ties}
     about |= {"split_hash": folder.split_hash} | ({} if seed is None else {"seed": seed})
     if both := sorted(about.keys() & (settings or {}).keys()):
         raise UserError(f"settings hold {both[0]}, which `write_run` takes or finds by itself")
@@ -133,7 +133,7 @@ def _check_place(path: Path) -> None:
     if not held:
         return
     run = read_json(path / RUN_FILE) if RUN_FILE in held else None
-    if not isinstance(run, dict) or run.get("written_by") != WRITER:
+    if not isinstance(run, dict) or run.get(WRITTEN_BY) != WRITER:
         raise UserError(
             f"{path} holds {held[0]} of a run that `write_run` did not write: take another folder, "
             "or remove it"

@@ -74,6 +74,19 @@ def test_seeds_are_one_row(folder: ProcessedFolder, tmp_path: Path) -> None:
     assert rows[0].figures["MRR"][0] == pytest.approx((1 + 1 / 5) / 2)
 
 
+def test_other_settings_and_models_of_the_package_are_rows_of_their_own(
+    folder: ProcessedFolder, tmp_path: Path
+) -> None:
+    for seed, settings in enumerate([{"width": 8}, {}, {}]):
+        write_run(tmp_path / str(seed), folder, ranked([0] * 5), model="sasrec", seed=seed,
+                  settings=settings)  # fmt: skip
+    about = read_json(tmp_path / "2" / "run.json")
+    del about["written_by"]  # as `recformer baseline` writes it
+    write_json(tmp_path / "2" / "run.json", about)
+    rows = seeds_as_one([row_of(*run) for run in find_runs(tmp_path)])
+    assert [row.seeds for row in rows] == [(0,), (1,), (2,)]
+
+
 def test_candidates_are_all_items_or_those_not_seen(
     folder: ProcessedFolder, tmp_path: Path
 ) -> None:
