@@ -426,10 +426,8 @@ def report(sweep: Sweep, study: Any, output_dir: Path, trials: int) -> None:
     if len(done) > 1 and len(names) > 1 and len({t.value for t in done}) > 1:
         draw_importance(study, output_dir / "importance.png")
         written += ", importance.png"
-    for ending, content in (
-        ("md", text),
-        ("tex", latex_table(heads, rows) + "".join(f"% {line}\n" for line in below)),
-    ):
+    comments = "".join(f"% {' '.join(line.split())}\n" for line in below)
+    for ending, content in (("md", text), ("tex", latex_table(heads, rows) + comments)):
         with atomic_write(output_dir / f"sweep.{ending}") as handle:
             handle.write(content)
     print(f"written to {output_dir}: {written}")

@@ -41,7 +41,7 @@ from recformer.data.texts import attribute_counts
 from recformer.data.token_batches import HistoryTokens
 from recformer.evaluation.protocol import with_protocol
 from recformer.evaluation.report import report
-from recformer.evaluation.runs import Figures, RunResult, StageResult
+from recformer.evaluation.runs import Figures, RunResult, StageResult, judged
 from recformer.files import UserError, atomic_folder, atomic_write, write_checksums
 from recformer.models import RecformerForSeqRec
 from recformer.models.catalogue import HeadOptions, RecformerForCatalogue
@@ -356,12 +356,14 @@ class Run:
         args, data = self.args, self.folder
         name = Path(args.data_path).resolve().name
         seen = "left out" if args.filter_seen else "kept"
+        users = judged(test["num_users"], test.get("drawn_from"))
         facts = {
             "data": f"{name}: {data.num_users:,} users, {data.num_items:,} items",
             "split": data.split_hash,
             "start": args.pretrain_ckpt or args.model_name_or_path,
             "method": args.method,
-            "evaluation": f"all items ranked, ties {args.ties}, items of the history {seen}",
+            "evaluation": f"{users}, all items ranked, ties {args.ties}, items of the history "
+            f"{seen}",
         }
         figures = {key: x for key, x in test.items() if "@" in key and isinstance(x, float)}
         write_card(

@@ -134,6 +134,8 @@ def test_the_best_model_is_a_folder_that_recommends(data, finished):
     assert not model.item_embedding.weight.requires_grad
 
     examples = folder.eval_examples("test")
+    card = (output / "best_model" / "README.md").read_text()
+    assert f"|evaluation|{len(examples)} test users, all items ranked, ties expected" in card
     histories = [[f"item{i}" for i in examples.histories[row]] for row in range(len(examples))]
     answers = CatalogueRecommender.load(output / "best_model").recommend(histories, k=5)
     found = [f"item{i}" in answer.items for i, answer in zip(examples.targets, answers)]

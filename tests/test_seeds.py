@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_each_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(seeds, "run_command", in_this_process)
     flags = ["--model", "sasrec", "--data_path", str(folder), "--num_train_epochs", "1"]
-    flags += ["--hidden_size", "8", "--num_heads", "1", "--device", "-1"]
+    flags += ["--hidden_size", "8", "--num_heads", "1", "--device", "-1", "--test_users", "2"]
     output = tmp_path / "out"
     baseline([*flags, "--output_dir", str(output), "--seeds", "1", "2"])
     assert lines == [
@@ -64,13 +65,23 @@ def test_each_seed_is_a_run_of_its_own(tmp_path, monkeypatch, capsys):
     assert summary["seeds"] == [1, 2]
     assert summary["MRR"]["values"] == values
     assert summary["MRR"]["mean"] == pytest.approx(sum(values) / 2)
-    assert f"|MRR|{sum(values) / 2:.4f}|" in capsys.readouterr().out
+    mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
+    table = (output / "seeds.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.startswith("|2 of 3 test users|mean|deviation|seed 1|seed 2|\n")
+    assert f"|MRR|{mean:.4f}|{deviation:.4f}|{values[0]:.4f}|{values[1]:.4f}|\n" in table
+    assert summary["judged"] == "2 of 3 test users"
+    (line,) = [line for line in (output / "seeds.tex").read_text().splitlines() if "MRR &" in line]
+    assert line == f"MRR & {mean:.4f} & {deviation:.4f} & {values[0]:.4f} & {values[1]:.4f} \\\\"
+    with (output / "seeds.csv").open() as handle:
+        (row,) = [row for row in csv.DictReader(handle) if row["metric"] == "MRR"]
+    assert [float(row[n]) for n in ("mean", "seed 1", "seed 2")] == pytest.approx([mean, *values])
     # One fails: the others are run, and the command fails.
     lines.clear()
     with pytest.raises(UserError, match="seeds 9 failed"):
         baseline([*flags, "--output_dir", str(output), "--seeds", "9", "2"])
     assert [line[-3] for line in lines] == ["9", "2"]
-    assert not (output / "seeds.json").exists()  # what is there is of other runs
+    assert not list(output.glob("seeds.*"))  # what is there is of other runs
 
 
 RUN_OF_SEEDS = """

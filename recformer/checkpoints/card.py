@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from recformer.evaluation.table import cell_text
+
 CARD_FILE = "README.md"
 
 RECOMMENDING = """\
@@ -71,14 +73,10 @@ def write_card(
     ]
     if facts:
         lines += ["| | |", "|---|---|"]
-        lines += [f"|{name}|{_cell(value)}|" for name, value in facts.items()] + [""]
+        lines += [f"|{name}|{cell_text(str(value))}|" for name, value in facts.items()] + [""]
     if figures:
         lines += ["## Figures", "", "| metric | test |", "|---|---|"]
         lines += [f"|{name}|{value:.4f}|" for name, value in figures.items()] + [""]
     text = "\n".join(lines) + "\n" + LOADING.format(code=code)
     # Written plainly: it lies in a folder that is put in place as a whole.
     (Path(folder) / CARD_FILE).write_text(text, encoding="utf-8")
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -26,6 +26,12 @@ RUN_FILE = "run.json"  # what its figures depend on
 Figures = dict[str, dict[str, Any]]
 
 
+def judged(number: int, drawn_from: int | None = None, of: str = "test users") -> str:
+    """How many of whom were ranked, in words; `drawn_from`: where they are a sample of so many."""
+    drawn = "" if drawn_from is None else f" of {drawn_from:,}"
+    return f"{number:,}{drawn} {of}"
+
+
 @dataclass
 class StageResult:
     """Result of training one stage.
@@ -193,10 +199,8 @@ class RankedRun:
     @property
     def judged(self) -> str:
         """How many of whom were ranked, in words."""
-        number = f"{len(self.user_ids):,}"
-        if self.drawn_from is not None:
-            number += f" of {self.drawn_from:,}"
-        return f"{number} {'test users' if self.sequences is None else 'targets'}"
+        of = "test users" if self.sequences is None else "targets"
+        return judged(len(self.user_ids), self.drawn_from, of)
 
     @property
     def resampled(self) -> str:

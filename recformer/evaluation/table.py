@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +12,18 @@ from typing import Any
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "→": r"$\rightarrow$",
 }  # fmt: skip
 
 
 def cell_text(name: str) -> str:
-    """A name in a cell of a Markdown table, which a bare `|` would end."""
-    return name.replace("|", "\\|")
+    """Text in a cell of a Markdown table, which a bare `|` or the end of a line would end.
+
+    Backslashes that stand before either are doubled, or they would take it for themselves.
+    """
+    line = re.sub(r"\s*[\r\n]+\s*", " ", name)
+    return re.sub(r"(\\*)(\||$)", lambda m: m[1] * 2 + (m[2] and "\\|"), line)
 
 
 def figure_text(value: float, low: float, high: float, deviation: float | None = None) -> str:
@@ -27,10 +33,12 @@ def figure_text(value: float, low: float, high: float, deviation: float | None =
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column's cells are names."""
-    lines = ["| |" + "|".join(heads[1:]) + "|" if not heads[0] else "|" + "|".join(heads) + "|"]
-    lines.append("|" + "---|" * len(heads))
-    lines += ["|" + "|".join([cell_text(row[0]), *row[1:]]) + "|" for row in rows]
+    """A Markdown table of any texts."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "|" + "|".join(map(cell_text, cells)) + "|"
+
+    lines = [line([heads[0] or " ", *heads[1:]]), "|" + "---|" * len(heads), *map(line, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -38,7 +46,9 @@ def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A `tabular` of LaTeX; its document needs the package booktabs."""
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
+        text = " & ".join("".join(_LATEX.get(c, c) for c in " ".join(x.split())) for x in cells)
+        # `\\` and rules before it would take these for an option of theirs.
+        return re.sub(r"^[\[*]", r"{\g<0>}", text) + r" \\"
 
     return "\n".join(
         [

@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recformer.evaluation.runs import METRICS_FILE, RunResult
+from recformer.evaluation.runs import METRICS_FILE, RunResult, judged
 from recformer.evaluation.seeds import mean_and_deviation
-from recformer.evaluation.table import markdown_table
-from recformer.files import UserError, write_json
+from recformer.evaluation.table import csv_table, latex_table, markdown_table
+from recformer.files import UserError, atomic_write, write_json
 from recformer.processes import environments_of_runs, is_first, say
 
 FOLDERS = "seed_*"
 SUMMARY = "seeds.json"
+TABLES = ("md", "tex", "csv")  # endings of the same as tables
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -67,7 +68,8 @@ def run_seeds(
     folders = [Path(output_dir) / f"seed_{seed}" for seed in seeds]
     environments = environments_of_runs(len(seeds), num_nodes)
     if is_first():  # of other runs, should one of these fail
-        (Path(output_dir) / SUMMARY).unlink(missing_ok=True)
+        for path in (Path(output_dir) / SUMMARY, *_table_files(output_dir)):
+            path.unlink(missing_ok=True)
     failed = []
     for seed, folder, environment in zip(seeds, folders, environments, strict=True):
         say(f"== seed {seed}")
@@ -94,7 +96,14 @@ def run_command(line: Sequence[str], environment: Mapping[str, str] | None = Non
 def summarize(folders: Sequence[Path], output_dir: str) -> dict[str, Any]:
     """Mean and deviation over seeds of runs on a processed folder: their last test figures."""
     results = [RunResult.load(folder) for folder in folders]
-    return write_summary([r.seed for r in results], [r.test for r in results], output_dir, "test")
+    test = results[0].test
+    of = "targets" if "num_sequences" in test else "test users"
+    users = judged(test["num_users"], test.get("drawn_from"), of)
+    return write_summary([r.seed for r in results], [r.test for r in results], output_dir, users)
+
+
+def _table_files(output_dir: str) -> list[Path]:
+    return [(Path(output_dir) / SUMMARY).with_suffix(f".{ending}") for ending in TABLES]
 
 
 def write_summary(
@@ -103,27 +112,39 @@ def write_summary(
     output_dir: str,
     users: str,
 ) -> dict[str, Any]:
-    """Mean and deviation over seeds, printed and written to `seeds.json`.
+    """Mean and deviation over seeds, printed and written to `seeds.json`, `.md`, `.tex` and `.csv`.
 
     Args:
         seeds: of the runs.
         figures: of each run; what is a number in all of them is summed up.
         output_dir: where to.
-        users: whose figures they are, as a word.
+        users: whose figures they are, in words.
 
     Returns:
-        `seeds`, and by metric `mean`, `deviation` and `values`, as the file holds them.
+        `seeds`, `judged` (`users`), and by metric `mean`, `deviation` and `values`, as the file
+        holds them.
     """
     names = [n for n in figures[0] if all(isinstance(f.get(n), float) for f in figures)]
-    summary: dict[str, Any] = {"seeds": list(seeds)}
-    rows = []
+    summary: dict[str, Any] = {"seeds": list(seeds), "judged": users}
+    rows, records = [], []
     for name in names:
         values = [each[name] for each in figures]
         mean, deviation = mean_and_deviation(values)
         summary[name] = {"mean": mean, "deviation": deviation, "values": values}
+        of_seeds = {f"seed {seed}": value for seed, value in zip(seeds, values, strict=True)}
+        records.append({"metric": name, "mean": mean, "deviation": deviation, **of_seeds})
         rows.append([name, f"{mean:.4f}", f"{deviation:.4f}", *(f"{x:.4f}" for x in values)])
     write_json(Path(output_dir) / SUMMARY, summary, indent=1)
     heads = [users, "mean", "deviation", *(f"seed {seed}" for seed in seeds)]
-    print("\n" + markdown_table(heads, rows), end="")
-    print(f"written to {output_dir}: {SUMMARY}, and {METRICS_FILE} in a folder a seed")
+    table = markdown_table(heads, rows)
+    caption = f"% mean and standard deviation over seeds, {users}\n"
+    contents = (table, caption + latex_table(heads, rows), csv_table(records))
+    for path, content in zip(_table_files(output_dir), contents, strict=True):
+        with atomic_write(path) as handle:
+            handle.write(content)
+    print("\n" + table, end="")
+    print(
+        f"written to {output_dir}: {SUMMARY}, .md, .tex, .csv, and {METRICS_FILE} in a folder a "
+        "seed"
+    )
     return summary

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from recformer.evaluation.runs import judged
 from recformer.evaluation.seeds import common_name, differ_in_seed_alone, mean_and_deviation
+
+
+def test_who_was_ranked_in_words():
+    assert judged(1234) == "1,234 test users"
+    assert judged(500, 1000, "targets") == "500 of 1,000 targets"
 
 
 def test_what_is_a_difference():
