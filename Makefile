@@ -29,7 +29,7 @@ types: ## mypy
 	$(PYTHON) -m mypy
 
 docs: ## the site, strictly, into site/
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 fresh: ## everything that the pages say, on a machine that has only Python and pip; ten minutes
 	$(PYTHON) scripts/fresh_machine.py $(ARGS)

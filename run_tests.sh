@@ -35,7 +35,8 @@ step "ruff check" "$PYTHON" -m ruff check .
 step "ruff format --check" "$PYTHON" -m ruff format --check .
 step "mypy recformer" "$PYTHON" -m mypy
 export NO_MKDOCS_2_WARNING=1
-step "mkdocs build --strict" "$PYTHON" -m mkdocs build --strict --quiet
+# Not --quiet, which keeps from --strict the warnings that it counts.
+step "mkdocs build --strict" "$PYTHON" -m mkdocs build --strict
 # Two tests at a time, a file in one process, each on one thread: two processes of two threads on
 # two cores wait for each other. Whatever is asked for by name runs in this process.
 tests=("$@")

@@ -413,8 +413,8 @@ class RecformerForPretraining(RecformerPreTrainedModel):
         """The published forward pass over right-padded sides a and b.
 
         Args:
-            input_ids_*, attention_mask_*, global_attention_mask_*, token_type_ids_*,
-                item_position_ids_*: (B, L), as `RecformerModel.forward`.
+            input_ids_*: (B, L), as `RecformerModel.forward`, and so are attention_mask_*,
+                global_attention_mask_*, token_type_ids_* and item_position_ids_*.
             mlm_input_ids_*: (B, L) masked ids; without them that side has no MLM loss.
             mlm_labels_*: (B, L) true ids, -100 where nothing is predicted.
             return_dict: False returns the tuple of the output's fields.
