@@ -1,8 +1,8 @@
 """All runs of a folder in one table: figures, intervals, paired tests, slices, cost.
 
-`recformer leaderboard FOLDER` collects every run under FOLDER: output folders of
-`recformer baseline` and of `recformer finetune` (its last evaluation; zero-shot as a row of its
-own). With `--data_path` and `--models` it first runs those that are not there yet, each into
+`recformer leaderboard FOLDER` collects every run in FOLDER, at any depth, by its path there: output
+folders of `recformer baseline` and of `recformer finetune` (its last evaluation; zero-shot as a row
+of its own). With `--data_path` and `--models` it first runs those that are not there yet, each into
 FOLDER/NAME; a model is a name (`sasrec`) or a file of flags (`baselines/configs/t4r.yaml`). Further
 flags go to `recformer baseline`; untrained models get none of the trained models' settings. If a
 run fails, the others go on, the table is written, and the exit status is 1. `--data_path` also

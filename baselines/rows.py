@@ -8,7 +8,9 @@ Shapes: U test users.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,19 +75,53 @@ class Row:
 
 
 def find_runs(folder: Path) -> list[tuple[Path, str, str]]:
-    """Arguments of `RankedRun.read` for every run right under `folder`, by name; and for those of
-    `--seeds` one level below.
+    """Arguments of `RankedRun.read` for every run in `folder`, at any depth; by name, the path
+    within it.
 
     Folders of something else are named on stderr and left out.
     """
     found = []
-    places = [*folder.glob(f"*/{METRICS_FILE}"), *folder.glob(f"*/{FOLDERS}/{METRICS_FILE}")]
-    for path in sorted(place.parent for place in places):
+    for path in sorted(_run_folders(folder)):
+        name = folder.resolve().name if path == folder else path.relative_to(folder).as_posix()
         try:
-            found += _evaluations_of(path, path.relative_to(folder).as_posix())
+            found += _evaluations_of(path, name)
         except UNREADABLE as error:
             _leave_out(path, error)
     return found
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """Folders that hold a `metrics.json`, each once; of what lies in a run's folder (checkpoints,
+    its windows) only runs of their own."""
+    found, seen, waiting = [], set(), deque([folder])
+    while waiting:
+        path = waiting.popleft()
+        real = os.path.realpath(path)
+        if real in seen or not path.is_dir():
+            continue
+        seen.add(real)
+        try:
+            entries = [entry for entry in os.scandir(path) if entry.is_dir()]
+        except OSError as error:
+            _leave_out(path, error)
+            continue
+        if (path / METRICS_FILE).exists():
+            found.append(path)
+        children = [
+            Path(entry.path)
+            for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+            if not entry.name.startswith(".")
+        ]
+        waiting += [each for each in children if not _is_run(path) or _holds_runs(each)]
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    return (path / METRICS_FILE).exists() or (path / RUN_FILE).exists()
+
+
+def _holds_runs(path: Path) -> bool:
+    return _is_run(path) or any(path.glob(FOLDERS))
 
 
 def _evaluations_of(path: Path, name: str) -> list[tuple[Path, str, str]]:

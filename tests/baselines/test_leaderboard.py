@@ -215,6 +215,8 @@ def test_a_run_that_fails_leaves_the_others_and_their_table(tmp_path, monkeypatc
 def test_flags_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds a metrics.json"):
         main([str(tmp_path)])
+    with pytest.raises(UserError, match="no folder in .*gone holds a metrics.json"):
+        main([str(tmp_path / "gone")])
     with pytest.raises(UserError, match="--models needs --data_path"):
         main([str(tmp_path), "--models", "sasrec"])
     with pytest.raises(UserError, match="--loss: flags of models need --models"):
@@ -288,6 +290,44 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path, capsys):
     assert r"head (3 seeds) & " in latex
     assert r" $\pm$ " in latex
     assert r"many/seed\_7 & " in latex
+
+
+def test_runs_are_found_at_any_depth_and_once(tmp_path, capsys):
+    def names(folder: Path) -> list[str]:
+        return [name for _, _, name in find_runs(folder)]
+
+    shop = tmp_path / "runs" / "shop"
+    for seed in (1, 2):  # as `recformer reproduce` lays them
+        write_run(shop / "sasrec" / f"seed_{seed}", [0, seed], seed=seed)
+        (shop / "sasrec" / f"seed_{seed}" / "run.json").write_text(json.dumps({"seed": seed}))
+    write_run(shop / "popularity", [1, 1], parameters=0)
+    (shop / "popularity" / "run.json").write_text("{}")
+    # What a run keeps for itself is no run beside it, of a finished one and of one under way.
+    for run in (shop / "popularity", shop / "under_way"):
+        write_run(run / "windows" / "window_1", [0, 0])
+        (run / "windows" / "window_1" / "run.json").write_text("{}")
+        write_run(run / "training" / "last.ckpt" / "old", [0, 0])
+        (run / "run.json").write_text("{}")
+    write_run(tmp_path / ".trash" / "gone", [0, 0])
+    (shop / "again").symlink_to(tmp_path)
+    every = ["popularity", "sasrec/seed_1", "sasrec/seed_2"]
+    assert names(tmp_path) == [f"runs/shop/{name}" for name in every]
+    assert names(shop) == every
+    assert names(shop / "popularity") == ["popularity"]
+    assert names(shop / "sasrec") == ["seed_1", "seed_2"]
+    main([str(tmp_path)])
+    (rows,) = read_json(tmp_path / "leaderboard.json")
+    assert {row["name"]: row["seeds"] for row in rows} == {
+        "runs/shop/sasrec (2 seeds)": [1, 2], "runs/shop/popularity": [],
+    }  # fmt: skip
+    main([str(shop / "sasrec" / "seed_1")])
+    assert "|seed_1|" in capsys.readouterr().out
+    # Runs within a run's folder: of the default --output_dir's of two commands, and of a sweep.
+    write_run(shop / "popularity" / "sasrec", [0, 0])
+    write_run(shop / "under_way" / "trial_1", [0, 0])
+    write_run(shop / "under_way" / "gru4rec" / "seed_3", [0, 0])
+    assert names(shop)[:2] == ["popularity", "popularity/sasrec"]
+    assert names(shop)[-2:] == ["under_way/gru4rec/seed_3", "under_way/trial_1"]
 
 
 def test_a_flag_that_an_older_run_lacks_counts_as_its_default(tmp_path):
