@@ -43,5 +43,4 @@ wheel: ## the wheel of this commit, into dist/
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 hooks: ## ruff before every commit
-	$(PYTHON) -m pip install --quiet pre-commit
-	$(PYTHON) -m pre_commit install
+	. scripts/environment.sh && use_environment dev && "$$PYTHON" -m pre_commit install --install-hooks

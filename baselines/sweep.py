@@ -378,7 +378,7 @@ def summary(sweep: Sweep, states: Sequence[str], trials: int) -> str:
         text += f"; the search has no other settings, so it ends before --trials {trials}"
     if counts["failed"]:
         text += "; trials.csv has the errors of those that failed"
-    return f"{len(states)} trials: {text}"
+    return f"{len(states)} trial{'s' if len(states) > 1 else ''}: {text}"
 
 
 def report(sweep: Sweep, study: Any, output_dir: Path, trials: int) -> None:

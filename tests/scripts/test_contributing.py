@@ -29,16 +29,17 @@ def test_targets_are_named_and_run_what_is_there(repository: Path) -> None:
     assert {line.split()[0] for line in listed.stdout.splitlines()} == targets
 
 
-def test_hooks_are_ruff_of_the_environment(repository: Path) -> None:
+def test_hooks_are_ruff_of_the_version_that_the_tests_use(repository: Path) -> None:
+    """In an environment of pre-commit's own: `python` of the shell that commits may lack ruff."""
     content = yaml.safe_load((repository / ".pre-commit-config.yaml").read_text())
+    (pinned,) = re.findall(r"(?m)^ruff==.*$", (repository / "constraints.txt").read_text())
     (local,) = content["repos"]
-    assert local["repo"] == "local"  # nothing is downloaded
-    assert {hook["language"] for hook in local["hooks"]} == {"system"}
-    entries = [hook["entry"].split()[:4] for hook in local["hooks"]]
-    assert [" ".join(words) for words in entries] == [
-        "python -m ruff check",
-        "python -m ruff format",
-    ]
+    assert local["repo"] == "local"
+    assert [" ".join(hook["entry"].split()[:2]) for hook in local["hooks"]] == [
+        "ruff check", "ruff format"
+    ]  # fmt: skip
+    for hook in local["hooks"]:
+        assert (hook["language"], hook["additional_dependencies"]) == ("python", [pinned])
 
 
 def test_a_report_of_a_fault_asks_for_the_environment(repository: Path) -> None:
