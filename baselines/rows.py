@@ -112,7 +112,7 @@ def _run_folders(folder: Path) -> list[Path]:
             for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
             if not entry.name.startswith(".")
         ]
-        waiting += [each for each in children if not _is_run(path) or _holds_runs(each)]
+        waiting += filter(_holds_runs, children) if _is_run(path) else children
     return found
 
 

@@ -377,7 +377,7 @@ def summary(sweep: Sweep, states: Sequence[str], trials: int) -> str:
     if grid is not None and done >= math.prod(map(len, grid)) and done < trials:
         text += f"; the search has no other settings, so it ends before --trials {trials}"
     if counts["failed"]:
-        text += "; trials.csv has the errors of those that failed"
+        text += "; trials.csv has the errors, a failed one is tried again without its folder"
     return f"{len(states)} trial{'s' if len(states) > 1 else ''}: {text}"
 
 

@@ -9,12 +9,15 @@ import os
 import re
 import shlex
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
 pytest.importorskip("optuna_integration")
+
+from optuna.exceptions import StorageInternalError
 
 from baselines import sweep
 from baselines.__main__ import main as baseline
@@ -151,7 +154,7 @@ def test_a_trial_that_fails_is_noted_and_the_others_go_on(place, capsys):
     assert failed["error"].startswith("the user vector in row 0 holds NaN")
     assert (
         "2 trials: 1 complete, 1 failed; the search has no other settings, so it ends before "
-        "--trials 6; trials.csv has the errors of those that failed\n"
+        "--trials 6; trials.csv has the errors, a failed one is tried again without its folder\n"
     ) in out
     # Nothing is tried again, but for the failed one once its folder is removed.
     begun = Path("out") / failed["folder"] / "run.json"
@@ -242,6 +245,17 @@ def test_a_damaged_study_is_refused_in_a_line(place, tried):
     path.unlink()
     main(command)
     assert trials() == first
+
+
+def test_errors_of_the_study_are_a_line(tmp_path):
+    path = tmp_path / "study.db"
+    said = "study.db: database or disk is full; once that is mended the same command goes on"
+    with pytest.raises(UserError, match=said), sweep.errors_of_storage(path):
+        raise StorageInternalError("long words") from sqlite3.OperationalError(
+            "database or disk is full"
+        )
+    with pytest.raises(UserError, match="a trial's own"), sweep.errors_of_storage(path):
+        raise UserError("a trial's own")
 
 
 @pytest.mark.parametrize(
