@@ -142,9 +142,11 @@ class Experiment:
             runs = [replace(r, seeds=r.seeds or seeds.get(r.of or "", ())) for r in runs]
             steps = {name: _step(name, facts) for name, facts in content.get("steps", {}).items()}
             this = cls(path.stem, content["title"], content["hardware"], data, runs, steps)
+            this.check(path)
+        except UserError:
+            raise
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is no experiment: {error}") from error
-        this.check(path)
         return this
 
     def check(self, path: Path) -> None:
@@ -158,6 +160,8 @@ class Experiment:
             where = f"{path}, data {data.name}"
             if not isinstance(data.process, dict) or "file_path" not in data.process:
                 raise UserError(f"{where}: process is {data.process!r}, expected file_path: NAME")
+            if not isinstance(data.sha256, dict):
+                raise UserError(f"{where}: sha256 is {data.sha256!r}, expected NAME: HASH")
             _check_number(where, "minutes", data.minutes)
         twice = self.steps.keys() & ({run.name for run in self.runs} | self.data.keys())
         if twice or "here" in self.steps:
@@ -195,6 +199,8 @@ class Experiment:
                 raise UserError(
                     f"{where}: evaluation {run.evaluation!r}, expected zero_shot or none"
                 )
+            if run.evaluation and names.get(run.of or run.name, run).command == "baseline":
+                raise UserError(f"{where}: evaluation {run.evaluation}, which a baseline has not")
             unknown = [name for name in run.expected if name not in METRICS]
             if unknown or not run.expected:
                 raise UserError(f"{where}: expected {unknown or 'nothing'}; of {METRICS}")
@@ -238,6 +244,14 @@ class Experiment:
                 data[row.data] = self.data[row.data]
                 add(map(str, row.flags.values()))
         return list(data.values()), list(raw.values()), list(steps.values())
+
+    def read_by(self, rows: Iterable[Step | Run]) -> list[Data]:
+        """Data of which commands of these rows themselves read raw files."""
+        names: list[str] = []
+        for row in rows:
+            words = row.words() if isinstance(row, Step) else map(str, row.flags.values())
+            names += [name.partition(".")[0] for name in places_in(words) if "." in name]
+        return [self.data[name] for name in dict.fromkeys(names) if name in self.data]
 
     def rows(self) -> list[Step | Run]:
         """What has a row of a table: steps with something to expect, then runs."""

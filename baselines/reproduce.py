@@ -3,8 +3,8 @@
 `recformer reproduce NAME` reads NAME.yaml of `recformer/experiments` (or the path of such a file):
 data, commands, seeds, what to expect and by how much a row may differ. Raw files are looked for by
 name in `--raw` and checked, or downloaded where a public address is known. What is done already is
-left as it is, so that the same command goes on where it was cut off, wherever OUTPUT_DIR lies by
-then. `--dry_run` says what would be run and about how long it takes. If a row fails, the others are
+left as it is, also where OUTPUT_DIR was moved, and the same command goes on where it was cut off.
+`--dry_run` says what would be run and about how long it takes. If a row fails, the others are
 made all the same. Exit status 1 if a row failed or differs.
 
 It leaves OUTPUT_DIR/data, steps, runs, and the table of all rows that are finished there as
@@ -58,10 +58,7 @@ def plan(reproduction: Reproduction, chosen: Sequence[Step | Run]) -> list[list[
         if reproduction.made(step):
             rows.append([step.name, "is there", "0"])
             continue
-        try:
-            how = "; ".join(shlex.join(line) for line in reproduction.step_lines(step))
-        except FileNotFoundError as error:
-            how = f"cannot be made: {error}"
+        how = "; ".join(shlex.join(line) for line in reproduction.step_lines(step))
         rows.append([step.name, how, f"{step.minutes:.1f}"])
     for run in (row for row in made if isinstance(row, Run)):
         if reproduction.made(run):
@@ -100,15 +97,23 @@ def step_record(step: Step, folder: Path) -> dict[str, Any]:
     )
 
 
-def report(reproduction: Reproduction, rows: Sequence[Step | Run]) -> dict[str, Any]:
+def report(
+    reproduction: Reproduction, rows: Sequence[Step | Run], failed: dict[str, str]
+) -> dict[str, Any]:
     """Content of reproduction.json: a record a row, with tests within each data set.
 
     Args:
         reproduction: where they lie.
         rows: finished ones.
+        failed: those that cannot be read are put in.
     """
     steps = [row for row in rows if isinstance(row, Step)]
-    found = reproduction.rows([row for row in rows if isinstance(row, Run)])
+    found = []
+    for run in (row for row in rows if isinstance(row, Run)):
+        try:
+            found.append((run, reproduction.row(run)))
+        except UserError as error:
+            failed[run.name] = str(error)
     records = []
     for name in dict.fromkeys(run.data for run, _ in found):
         ours = [(run, row) for run, row in found if run.data == name]
@@ -134,7 +139,9 @@ def report(reproduction: Reproduction, rows: Sequence[Step | Run]) -> dict[str, 
 
 def _made(reproduction: Reproduction, row: Run | Step) -> Any:
     record = reproduction.record(row)
-    return None if record is None else record["made"]
+    if record is None or not record["replaced"]:
+        return record and record["made"]
+    return record["made"] | {"replaced": sorted(record["replaced"])}
 
 
 def tables_of(content: Mapping[str, Any]) -> list[Table]:
@@ -210,8 +217,9 @@ def origin(content: Mapping[str, Any]) -> str:
     for row in (*content["steps"], *content["rows"]):
         if made := row.get("made"):
             versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-            day = f"; {made['date']}" if made["date"] else ""
-            lines.setdefault(f"{made['machine']}; {versions}{day}", []).append(row["name"])
+            parts = [made["machine"], versions, made["date"]]
+            parts += [f"with another {word} (--replace)" for word in made.get("replaced", ())]
+            lines.setdefault("; ".join(filter(None, parts)), []).append(row["name"])
     if len(lines) == 1:
         return f"{next(iter(lines))}\n"
     return "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
@@ -298,11 +306,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not finished:
         if failed:
             raise UserError(f"failed: {_listed(failed)}")
-        raise UserError(
-            f"no row is finished in {output_dir}: without --table they are made (with other "
-            "--replace than they were made with, rows are others)"
-        )
-    content = report(reproduction, finished)
+        raise UserError(f"no row is finished in {output_dir}: without --table they are made")
+    content = report(reproduction, finished, failed)
     text = markdown(content)
     print("\n" + text, end="")
     for name, words in (("md", text), ("tex", latex(content)), ("csv", csv(content))):

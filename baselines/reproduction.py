@@ -8,12 +8,14 @@ lies, and a changed recipe is noticed, whether commands or data changed.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +26,17 @@ from baselines.experiment import DATA_FILES, PLACE, Data, Experiment, Run, Step
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one
 from recformer.cli import flag_words
 from recformer.data.processed import ProcessedFolder
-from recformer.evaluation.runs import METRICS_FILE
+from recformer.evaluation.runs import METRICS_FILE, RUN_FILE
 from recformer.files import UserError, file_sha256, read_json, write_json
 from recformer.machine import cores, processor
 from recformer.processes import say
+from recformer.training.run_folder import advising
 from recformer.training.seeds import run_command
 
 DONE = "reproduced.json"  # in the folder of data, a step or a run: its recipe, when and where made
 TEXTS = "meta_data.json"  # of a processed folder; its hash stands beside the recipe
+MARKS = "content"  # split and texts of the data that something was made from
+_AGAIN = "remove it, and the same command makes it anew"
 PACKAGES = ("recformer", "torch", "transformers", "numpy")
 
 
@@ -58,10 +63,12 @@ class Reproduction:
         self.experiment, self.output_dir, self.raw = experiment, output_dir, raw
         self.replaced = {word: _place_of(other) for word, other in replaced.items()}
         words = {word for step in experiment.steps.values() for word in step.words()}
-        words |= {value for run in experiment.runs for value in map(str, run.flags.values())}
+        words |= {v for run in experiment.runs for v in run.flags.values() if isinstance(v, str)}
         for word in self.replaced:
             if word not in words:
-                raise UserError(f"--replace {word}=…: no flag of {experiment.name} has that value")
+                raise UserError(
+                    f"--replace {word}=…: no flag of {experiment.name} has that text as its value"
+                )
 
     # --- places and command lines -----------------------------------------------------------------
 
@@ -89,7 +96,9 @@ class Reproduction:
             if flag:
                 data = self.experiment.data[name]
                 to_come = self.output_dir / "raw" / name / str(data.process[flag])
-                return str(self.raw_files(data).get(flag, to_come))
+                with suppress(FileNotFoundError):  # where it is needed `make` says so
+                    return str(self.raw_files(data).get(flag, to_come))
+                return str(to_come)
             if name == "here" and here is not None:
                 return str(here)
             if name in self.experiment.data:
@@ -99,7 +108,7 @@ class Reproduction:
         return PLACE.sub(place, self._word(word))
 
     def step_lines(self, step: Step) -> list[list[str]]:
-        """The commands of a step; its raw files must be there."""
+        """The commands of a step."""
         here = self.step_folder(step)
         return [["recformer", *(self._filled(w, here) for w in line)] for line in step.commands]
 
@@ -114,18 +123,29 @@ class Reproduction:
     # --- what is done -----------------------------------------------------------------------------
 
     def recipe(self, row: Run | Step) -> dict[str, Any]:
-        """All that a run or a step comes from, wherever it lies."""
+        """All that a run or a step comes from, wherever it lies, but for seeds and `--replace`."""
         data, raw, steps = self.experiment.needed([row])
-        before = {
-            step.name: [[self._word(w) for w in line] for line in step.commands] for step in steps
-        }
+        before: dict[str, Any] = {step.name: step.commands for step in steps}
         recipe: dict[str, Any] = {"data": {d.name: d.recipe() for d in (*data, *raw)}}
         if isinstance(row, Step):
             recipe["commands"] = before.pop(row.name)
         else:
-            flags = {n: self._word(v) if isinstance(v, str) else v for n, v in row.flags.items()}
-            recipe |= {"command": row.command, "flags": flags, "seeds": row.seeds}
-        return json.loads(json.dumps(recipe | {"steps": before}))  # as it is read again
+            recipe |= {"command": row.command, "flags": row.flags}
+        return _as_json(recipe | {"steps": before})
+
+    def _replaced_in(self, row: Run | Step) -> dict[str, str]:
+        """What stands in for words of a row and of the steps before it."""
+        _, _, steps = self.experiment.needed([row])
+        words = {word for step in steps for word in step.words()}
+        if isinstance(row, Run):
+            words |= {value for value in row.flags.values() if isinstance(value, str)}
+        return {word: other for word, other in self.replaced.items() if word in words}
+
+    def _marks(self, row: Run | Step) -> dict[str, Any]:
+        """Split and texts of the processed folders that a row reads, of those that are there."""
+        data, _, _ = self.experiment.needed([row])
+        records = {each.name: _record(self.data_folder(each)) for each in data}
+        return {name: r[MARKS] for name, r in records.items() if r is not None and r["made"]}
 
     def place(self, row: Run | Step) -> Path:
         """Folder of a run or a step."""
@@ -136,10 +156,30 @@ class Reproduction:
         return _record(self.place(row))
 
     def made(self, row: Run | Step) -> bool:
-        """Whether a run or a step was finished by just this recipe and is all there."""
+        """Whether a run or a step was finished by this recipe from these data and is all there.
+
+        One that was made with other values of `--replace` counts where these are not given.
+        """
         record = self.record(row)
-        if record is None or not record["made"] or record["recipe"] != self.recipe(row):
-            return False
+        return (
+            record is not None
+            and bool(record["made"])
+            and not self._differences(row, record)
+            and self._complete(row)
+        )
+
+    def _differences(self, row: Run | Step, record: Mapping[str, Any]) -> list[str]:
+        """In what a folder is another row than this one."""
+        recipe, before = self.recipe(row), record["recipe"]
+        other = sorted(k for k in recipe | before if recipe.get(k) != before.get(k))
+        if self._replaced_in(row).items() - record["replaced"].items():
+            other.append("--replace")
+        marks = self._marks(row)
+        if any(marks[name] != record[MARKS].get(name, marks[name]) for name in marks):
+            other.append("content of the data")
+        return other
+
+    def _complete(self, row: Run | Step) -> bool:
         if isinstance(row, Step):
             return not row.expected or (self.place(row) / "report.json").is_file()
         return all(
@@ -151,23 +191,26 @@ class Reproduction:
         folder = self.folder(run)
         return [folder] if not run.seeds else [folder / f"seed_{seed}" for seed in run.seeds]
 
-    def _refuse_other(self, row: Run | Step) -> None:
-        """Refuse a folder that another recipe began."""
+    def refuse_other(self, row: Run | Step) -> None:
+        """Refuse a folder in which something else was made.
+
+        Raises:
+            UserError: in what it differs, and what to do.
+        """
         record = self.record(row)
-        recipe = self.recipe(row)
-        if record is not None and record["recipe"] != recipe:
-            before = record["recipe"]
-            other = sorted(k for k in recipe | before if recipe.get(k) != before.get(k))
+        begun = isinstance(row, Run) and any(self.place(row).rglob(RUN_FILE))
+        if record is None or not (record["made"] or begun):
+            return
+        if other := self._differences(row, record):
             raise UserError(
-                f"{self.place(row)} was made by another recipe (other {', '.join(other)}): remove "
-                "it, and the same command makes it anew; or choose another --output_dir"
+                f"{self.place(row)} was made otherwise (other {', '.join(other)}): {_AGAIN}"
             )
 
-    def _mark(self, row: Run | Step, made: bool) -> None:
+    def _mark(self, row: Run | Step, made: dict[str, Any] | None) -> None:
         path = self.place(row)
         path.mkdir(parents=True, exist_ok=True)
-        facts = {"recipe": self.recipe(row), "made": provenance() if made else None}
-        write_json(path / DONE, facts, indent=1)
+        facts = {"recipe": self.recipe(row), "replaced": self._replaced_in(row)}
+        write_json(path / DONE, facts | {MARKS: self._marks(row), "made": made}, indent=1)
 
     # --- raw files and data -----------------------------------------------------------------------
 
@@ -228,42 +271,37 @@ class Reproduction:
         """Whether the processed folder is there."""
         return (self.data_folder(data) / "dataset.json").exists()
 
-    def check_data(self, data: Data) -> None:
-        """Refuse a processed folder of another recipe, or that was changed since.
-
-        Raises:
-            UserError: what differs, and what to do.
-        """
-        folder, record = self.data_folder(data), _record(self.data_folder(data))
-        again = f"remove {folder}, and the same command makes it anew"
-        split = ProcessedFolder.load(folder).split_hash
-        if data.split_hash is not None and split != data.split_hash:
-            raise UserError(f"{folder} has the split {split[:12]}, the table was made on "
-                            f"{data.split_hash[:12]}: its figures cannot be compared")  # fmt: skip
-        if record is None:
-            raise UserError(f"{folder} does not say of which recipe it is ({DONE}): {again}")
-        recipe = json.loads(json.dumps(data.recipe()))
-        other = sorted(k for k in recipe if recipe[k] != record["recipe"].get(k))
-        if other:
-            raise UserError(f"{folder} was made by another recipe (other {', '.join(other)}): "
-                            f"{again}, and rows that differ are made anew")  # fmt: skip
-        if file_sha256(folder / TEXTS) != record[TEXTS]:
-            raise UserError(f"{folder / TEXTS} was changed since it was made: {again}")
-
     def prepare(self, data: Data) -> None:
         """Make the processed folder, where it is not there, and look whether it is the right one.
 
         Raises:
-            UserError: a step failed, or as `check_data`.
+            UserError: a step failed; or a folder of another recipe, that was changed since it was
+                made, or of another split than the table's: what differs, and what to do.
         """
         folder = self.data_folder(data)
+        recipe = _as_json(data.recipe())
         if not self.has_data(data):
             files = self.fetch(data)
             flags = {n: files.get(n, v) for n, v in data.process.items()}
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / DONE, {"recipe": recipe, "made": None}, indent=1)
             self._run(["recformer", "process", *flag_words(flags), "--output_path", str(folder)])
-            facts = {"recipe": data.recipe(), "made": provenance()}
-            write_json(folder / DONE, facts | {TEXTS: file_sha256(folder / TEXTS)}, indent=1)
-        self.check_data(data)
+        record = _record(folder)
+        if record is None:
+            raise UserError(f"{folder} does not say of which recipe it is ({DONE}): {_AGAIN}")
+        other = sorted(k for k in recipe if recipe[k] != record["recipe"].get(k))
+        if other:
+            raise UserError(f"{folder} was made otherwise (other {', '.join(other)}): {_AGAIN}")
+        split = ProcessedFolder.load(folder).split_hash
+        marks = {"split": split, TEXTS: file_sha256(folder / TEXTS)}
+        if not record["made"]:  # the commands ended, or were cut off while they audited
+            facts = {"recipe": recipe, MARKS: marks, "made": provenance()}
+            write_json(folder / DONE, facts, indent=1)
+        elif record[MARKS] != marks:
+            raise UserError(f"{folder} was changed since it was made: {_AGAIN}")
+        if data.split_hash is not None and split != data.split_hash:
+            raise UserError(f"{folder} has the split {split[:12]}, the table was made on "
+                            f"{data.split_hash[:12]}: its figures cannot be compared")  # fmt: skip
 
     # --- work -------------------------------------------------------------------------------------
 
@@ -276,18 +314,32 @@ class Reproduction:
         """The commands of a step or a run, if that was not done.
 
         Raises:
-            FileNotFoundError, UserError: a raw file is missing, or a command failed.
+            FileNotFoundError, UserError: a raw file is missing, a command failed, or a folder in
+                which something else was made.
         """
         if self.made(row):
             return
+        self.refuse_other(row)  # now that the data are there
         lines = self.step_lines(row) if isinstance(row, Step) else [self.line(row)]
-        self._mark(row, made=False)
+        before = self._newest(row)
+        self._mark(row, made=None)
         for line in lines:
             self._run(line)
-        self._mark(row, made=True)
-        if not self.made(row):
+        if not self._complete(row):
             raise UserError(f"{self.place(row)} has no figures or ranks though its command ended: "
-                            "remove it, and the same command makes it anew")  # fmt: skip
+                            f"{_AGAIN}")  # fmt: skip
+        made = provenance()
+        if before is not None and before == self._newest(row):  # it was finished before
+            day = time.strftime("%Y-%m-%d", time.localtime(before))
+            made = {"date": day, "machine": "machine not recorded", "versions": {}}
+        self._mark(row, made)
+
+    def _newest(self, row: Run | Step) -> float | None:
+        """When the last of a row's figures was written, None where there are none."""
+        places = self._places(row) if isinstance(row, Run) else [self.place(row)]
+        name = METRICS_FILE if isinstance(row, Run) else "report.json"
+        times = [path.stat().st_mtime for place in places if (path := place / name).is_file()]
+        return max(times, default=None)
 
     def with_bases(self, chosen: Sequence[Step | Run]) -> list[Step | Run]:
         """Rows in which those that come with others are replaced by these, each once."""
@@ -312,29 +364,30 @@ class Reproduction:
             name of data, step or row -> why it failed, or why a row could not be begun.
 
         Raises:
-            FileNotFoundError, UserError: flags, folders of another recipe, raw files.
+            FileNotFoundError, UserError: flags, folders in which something else was made, raw
+                files.
         """
         rows = self.with_bases(chosen)
         self.check_flags(rows)
-        sets, raw, steps = self.experiment.needed(rows)
-        for row in (*steps, *rows):
-            self._refuse_other(row)
-        for data in sets:
-            if self.has_data(data):
-                self.check_data(data)
+        for row in (*self.experiment.needed(rows)[2], *rows):
+            self.refuse_other(row)
+        lacking = [row for row in rows if not self.made(row)]
+        sets, _, steps = self.experiment.needed(lacking)
+        raw = self.experiment.read_by(row for row in (*steps, *lacking) if not self.made(row))
         for data in (*(d for d in sets if not self.has_data(d)), *raw):
             self.raw_files(data)
         failed: dict[str, str] = {}
-        for data in sets:
-            self._try(data.name, partial(self.prepare, data), failed)
+        for data in self.experiment.needed(rows)[0]:
+            if data in sets or self.has_data(data):
+                self._try(data.name, partial(self.prepare, data), failed)
         for data in raw:
             if data.name not in failed:
                 self._try(data.name, partial(self.fetch, data), failed)
         for row in {row.name: row for row in (*steps, *rows)}.values():
             needed = (each.name for part in self.experiment.needed([row]) for each in part)
-            lacking = next((each for each in needed if each != row.name and each in failed), None)
-            if lacking is not None:
-                failed[row.name] = f"{lacking} failed"
+            broken = next((each for each in needed if each != row.name and each in failed), None)
+            if broken is not None:
+                failed[row.name] = f"{broken} failed"
             else:
                 self._try(row.name, partial(self._carry_out, row), failed)
         for row in chosen:
@@ -345,7 +398,8 @@ class Reproduction:
     @staticmethod
     def _try(name: str, work: Callable[[], object], failed: dict[str, str]) -> None:
         try:
-            work()
+            with advising(_AGAIN):
+                work()
         except (UserError, FileNotFoundError) as error:
             say(f"{name}: {error}")
             failed[name] = str(error)
@@ -356,24 +410,19 @@ class Reproduction:
         """Rows that can be put into a table as they are."""
         return [row for row in chosen if all(map(self.made, self.with_bases([row])))]
 
-    def rows(self, chosen: Sequence[Run]) -> list[tuple[Run, Row]]:
-        """Rows of the runs that are finished, in the order of the experiment.
+    def row(self, run: Run) -> Row:
+        """The row of a finished run.
 
         Raises:
-            UserError: a folder without the figures of its row.
+            UserError: a folder without its figures.
         """
-        found = []
-        for run in chosen:
-            folder, evaluation = self.folder(run), run.evaluation or ""
-            runs = [(p, e, n) for place in self._places(run) for p, e, n in find_runs(place.parent)
-                    if p == place and e == evaluation]  # fmt: skip
-            rows = seeds_as_one(rows_of(runs, None))
-            if len(rows) != 1:
-                what = f"the evaluation {evaluation}" if evaluation else "one row"
-                raise UserError(f"{folder} has not the figures of {what} ({len(rows)} rows): "
-                                "remove it, and the same command makes it anew")  # fmt: skip
-            found.append((run, rows[0]))
-        return found
+        folder, evaluation = self.folder(run), run.evaluation or ""
+        runs = [(p, e, n) for place in self._places(run) for p, e, n in find_runs(place.parent)
+                if p == place and e == evaluation]  # fmt: skip
+        rows = seeds_as_one(rows_of(runs, None))
+        if len(rows) != 1:
+            raise UserError(f"{folder} has not the figures of a row ({len(rows)}): {_AGAIN}")
+        return rows[0]
 
 
 def provenance() -> dict[str, Any]:
@@ -384,6 +433,10 @@ def provenance() -> dict[str, Any]:
         f"Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
     }
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -397,4 +450,4 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def _place_of(value: str) -> str:
     """A folder or file from anywhere, another value as it is."""
-    return str(Path(value).absolute()) if Path(value).exists() else value
+    return os.path.abspath(value) if Path(value).exists() else value

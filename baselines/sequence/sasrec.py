@@ -17,6 +17,9 @@ from baselines.sequence.recommender import SequenceNetwork
 from recformer.models import fused
 from recformer.models.dropout import with_fast_dropout
 
+# offsets (B+1,) of the sequences, row and column (T,) the place of each item among (B, L), and B, L
+Layout = tuple[Tensor, Tensor, Tensor, tuple[int, int]]
+
 
 class SelfAttention(nn.Module):
     """Causal attention whose queries are normalised and whose keys and values are not.
@@ -32,14 +35,13 @@ class SelfAttention(nn.Module):
         self.key_proj = nn.Linear(hidden_size, hidden_size)
         self.val_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, normed: Tensor, hidden: Tensor, offsets: Tensor) -> Tensor:
-        """normed and hidden (T, D) of items laid end to end, offsets (B+1,) of the sequences."""
+    def forward(self, normed: Tensor, hidden: Tensor, layout: Layout) -> Tensor:
+        """normed and hidden (T, D) of items laid end to end."""
+        offsets, row, column, size = layout
         parts = self.query_proj(normed), self.key_proj(hidden), self.val_proj(hidden)
         dropout = self.dropout if self.training else 0.0
         if fused.attends(parts[0], self.num_heads):
             return fused.causal_attention(torch.cat(parts, dim=1), offsets, self.num_heads, dropout)
-        row, column, lengths = places(offsets, len(hidden))
-        size = (len(lengths), int(lengths.max()))
 
         def heads(values: Tensor) -> Tensor:  # (T, D) -> (B, A, L, D / A)
             padded = values.new_zeros(*size, values.shape[1])
@@ -67,9 +69,9 @@ class Block(nn.Module):
         self.dense2 = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
         normed = self.first_norm(hidden)
-        attended = self.multihead_attention(normed, hidden, offsets) + normed
+        attended = self.multihead_attention(normed, hidden, layout) + normed
         attended = self.second_norm(attended)
         inner = self.dropout(F.relu(self.dense1(attended)))
         return attended + self.dropout(self.dense2(inner))
@@ -117,8 +119,9 @@ class SASRec(SequenceNetwork):
             (T, D).
         """
         row, column, lengths = places(offsets, len(vectors))
+        layout = offsets, row, column, (len(lengths), int(lengths.max()))
         position = self.max_length - lengths[row] + column
         hidden = self.embeddings_dropout(vectors + self.position_embedding(position))
         for block in self.transformer_blocks:
-            hidden = block(hidden, offsets)
+            hidden = block(hidden, layout)
         return self.seq_norm(hidden)

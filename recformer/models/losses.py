@@ -65,8 +65,8 @@ def full_softmax_loss(
         item_table: (N, H), likewise, on the same device.
         labels: item ids of the targets, int64 (B,).
         temperature: above 0.
-        chunk_size: items a chunk; by default all at once, up to 131,072, and above it as many as
-            make 64 MB of scores, 4 MB on a CPU.
+        chunk_size: items a chunk; by default all at once, up to 131,072 and a table of 64 MB, and
+            above it as many as make 64 MB of scores, a few MB on a CPU.
         cosine: score by cosine similarity; otherwise by the dot product.
 
     Returns:
@@ -83,7 +83,7 @@ def full_softmax_loss(
     elements = CACHE_ELEMENTS if users.device.type == "cpu" else CHUNK_ELEMENTS
     if chunk_size is None:
         chunk_size = max(LEAST_ITEMS, elements // max(hidden, len(users)))
-        if num_items * LEAST_USERS <= CHUNK_ELEMENTS:
+        if num_items * max(LEAST_USERS, hidden) <= CHUNK_ELEMENTS:
             chunk_size = num_items
     with torch.autocast(users.device.type, enabled=False):
         users = _normalised(users) if cosine else users.float()
@@ -196,11 +196,11 @@ class _CrossEntropy(torch.autograd.Function):
             scores = own @ items.T  # (P, N), and below what is made of them in their place
             if inverse is not None:
                 scores.mul_(inverse)
+            scores.sub_(scores.amax(dim=1, keepdim=True))
             target = scores.gather(1, columns)
-            largest = scores.amax(dim=1, keepdim=True)
-            weights = scores.sub_(largest).exp_()
+            weights = scores.exp_()
             total = weights.sum(dim=1, keepdim=True)
-            losses[part] = (total.log() + largest - target)[:, 0]
+            losses[part] = (total.log() - target)[:, 0]
             if user_grad is None and item_grad is None:
                 continue
             # d loss / d score = softmax - one-hot; the softmax's sum divides the smaller factors
@@ -212,7 +212,7 @@ class _CrossEntropy(torch.autograd.Function):
             if item_grad is not None:
                 item_grad.addmm_(grad.T, own / total)
         if item_grad is not None and inverse is not None:  # a step along an item changes its norm
-            along = (item_grad * items).sum(dim=1) * inverse.square()
+            along = (item_grad * items).sum(dim=1) * inverse.square() * (inverse < 1 / MIN_NORM)
             item_grad.addcmul_(along[:, None], items, value=-1)
         ctx.save_for_backward(user_grad, item_grad)
         ctx.dtype, ctx.count = item_table.dtype, len(users)
@@ -284,8 +284,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if item_grad is not None:
                     step = grad.T @ users  # (C, H)
                     if ctx.cosine:  # through item / norm: a step along it changes its norm only
-                        unit = items * (inverse[part] * ctx.temperature)[:, None]
-                        step.addcmul_((step * unit).sum(dim=1, keepdim=True), unit, value=-1)
+                        length = inverse[part] * ctx.temperature
+                        unit = items * length[:, None]
+                        along = (step * unit).sum(dim=1) * (length < 1 / MIN_NORM)
+                        step.addcmul_(along[:, None], unit, value=-1)
                     item_grad[part] = step.to(item_grad.dtype)
         return user_grad, item_grad, None, None, None, None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -112,24 +113,78 @@ def test_changed_flags_do_not_report_the_run_before(place):
     main(flags)
     text = Path("shop.yaml").read_text()
     Path("shop.yaml").write_text(text.replace("num_train_epochs: 1", "num_train_epochs: 2"))
-    with pytest.raises(UserError, match=r"sasrec was made by another recipe \(other flags\): rem"):
+    with pytest.raises(UserError, match=r"sasrec was made otherwise \(other flags\): remove it"):
         main(flags)
-    # A changed recipe of the data is noticed as well, and so are texts that changed.
+    # A changed recipe of the data is noticed as well.
     Path("shop.yaml").write_text(text.replace("process:", "process:\n      protocol: temporal"))
-    with pytest.raises(UserError, match=r"sasrec was made by another recipe \(other data\)"):
+    with pytest.raises(UserError, match=r"sasrec was made otherwise \(other data\)"):
         main(flags)
-    with pytest.raises(
-        UserError, match=r"out/data/shop was made by another recipe \(other process"
-    ):
+    with pytest.raises(UserError, match=r"data/shop was made otherwise \(other process\)"):
         main([*flags[:-1], "popularity"])
+    # So are texts that changed, and rows of data that were made anew from other files.
     Path("shop.yaml").write_text(text)
     items = Path("out/data/shop/meta_data.json")
-    items.write_text(items.read_text().replace("product 1", "product 7"))
-    with pytest.raises(UserError, match="meta_data.json was changed since it was made: remove"):
+    before = items.read_text()
+    items.write_text(before.replace("product 1", "product 7"))
+    with pytest.raises(UserError, match="failed: shop .*data/shop was changed since it was made"):
         main(flags)
+    items.write_text(before)
     (Path("out/data/shop") / DONE).unlink()
     with pytest.raises(UserError, match="out/data/shop does not say of which recipe it is"):
         main(flags)
+    shutil.rmtree("out/data/shop")
+    (place / "raw files" / "deep" / "items.csv").write_text(ITEMS.replace("product", "thing"))
+    main([*flags[:-1], "popularity"])
+    with pytest.raises(UserError, match=r"sasrec was made otherwise \(other content of the data\)"):
+        main(flags)
+    assert [row["name"] for row in read_json("out/reproduction.json")["rows"]] == ["popularity"]
+
+
+def test_data_that_were_cut_off_in_their_audit_are_taken(place):
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "popularity"]
+    main(flags)
+    record = Path("out/data/shop") / DONE
+    content = read_json(record)
+    write_json(record, {"recipe": content["recipe"], "made": None})
+    main(flags)
+    assert read_json(record)["content"] == content["content"]
+
+
+def test_seeds_may_be_added_and_a_typo_mended(place):
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "sasrec"]
+    text = Path("shop.yaml").read_text()
+    Path("shop.yaml").write_text(
+        text.replace("model: sasrec", "model: sasrec\n      loss: in_batc")
+    )
+    with pytest.raises(UserError, match="in_batc"):
+        main(flags)
+    Path("shop.yaml").write_text(text)
+    main(flags)
+    reproduce.ran.clear()
+    Path("shop.yaml").write_text(text.replace("- 2", "- 2\n    - 3"))
+    main(flags)
+    assert reproduce.ran[0] == "baseline"
+    assert read_json("out/reproduction.json")["rows"][0]["seeds"] == [1, 2, 3]
+
+
+def test_another_value_in_place_of_a_flags(place, tmp_path):
+    Path("shop.yaml").write_text(
+        Path("shop.yaml").read_text().replace("model: popularity", "model: pop")
+    )
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "popularity"]
+    with pytest.raises(UserError, match="--replace 8=…: no flag of shop has that text"):
+        main([*flags, "--replace", "8=16"])  # a number
+    main([*flags, "--replace", "pop=popularity"])
+    text = Path("out/reproduction.md").read_text()
+    assert "; with another pop (--replace)\n" in text
+    main([*flags, "--table"])  # the row stays, also without the flag
+    assert Path("out/reproduction.md").read_text() == text
+    with pytest.raises(UserError, match=r"popularity was made otherwise \(other --replace\)"):
+        main([*flags, "--replace", "pop=cooccurrence"])
+    Path("folder").mkdir()
+    given = reproduction.Reproduction(Experiment.load("shop.yaml"), Path("out"), [],
+                                      {"pop": f"../{tmp_path.name}/folder"})  # fmt: skip
+    assert given.replaced == {"pop": str(tmp_path / "folder")}
 
 
 def test_a_moved_folder_goes_on_and_lost_files_are_made_again(place, capsys):
@@ -159,8 +214,21 @@ def test_a_moved_folder_goes_on_and_lost_files_are_made_again(place, capsys):
     captions = [caption for caption, *_ in reproduce.tables_of(content)]
     assert captions[0].startswith("shop: split another,")
     assert len(captions) == 2
+    # A record that was lost: the row is of the day when its figures were written.
+    os.utime(run / "metrics.json", (86400 * 366, 86400 * 366))
+    (run / DONE).unlink()
+    main([*flags, "elsewhere"])
+    made = read_json(run / DONE)["made"]
+    assert made == {"date": "1971-01-02", "machine": "machine not recorded", "versions": {}}
+    assert "machine not recorded; 1971-01-02" in Path("elsewhere/reproduction.md").read_text()
     (run / "metrics.json").unlink()
     main([*flags, "elsewhere"])  # evaluated again
+    # A damaged row is named, and the others stand in the table.
+    (run / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="failed: popularity .*has not the figures of a row"):
+        main(["shop.yaml", "--output_dir", "elsewhere", "--table"])
+    (run / "metrics.json").unlink()
+    main([*flags, "elsewhere"])
     shutil.rmtree(run / "ranks")
     with pytest.raises(UserError, match="popularity has no figures or ranks though its .*: remove"):
         main([*flags, "elsewhere"])
@@ -172,7 +240,7 @@ def test_a_row_that_fails_stops_no_other_and_the_table_has_all_that_are_finished
     wrong = {"model": "text_neighbours", "text_encoder": "there/is/none"}
     content["runs"] = {
         "first": {"flags": wrong, "expected": {"Recall@10": 1.0}},
-        "after it": {"of": "first", "evaluation": "zero_shot", "expected": {"Recall@10": 1.0}},
+        "after it": {"of": "first", "expected": {"Recall@10": 1.0}},
         **content["runs"],
     }
     Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -214,7 +282,7 @@ def test_a_row_that_comes_with_another_has_it_made(place, capsys):
 def test_folders_and_values_that_are_not_there_are_said(place):
     with pytest.raises(UserError, match="--raw nowhere: no such folder"):
         main(["shop.yaml", "--raw", "nowhere", "--dry_run"])
-    with pytest.raises(UserError, match="--replace nonsense=…: no flag of shop has that value"):
+    with pytest.raises(UserError, match="--replace nonsense=…: no flag of shop has that text"):
         main(["shop.yaml", "--replace", "nonsense=x", "--dry_run"])
     Path("shop.yaml").write_text(Path("shop.yaml").read_text().replace("model: p", "modell: p"))
     with pytest.raises(UserError, match="--modell is no flag"):
@@ -266,6 +334,8 @@ def test_raw_files_must_be_there_and_right(place, capsys):
         ("- 2", "- 1", r"seeds \[1, 1\], expected other whole numbers"),
         ("- 2", "- a", r"seeds \[1, 'a'\], expected other whole numbers"),
         ("file_path: clicks.csv", "file: clicks.csv", "process is .*expected file_path: NAME"),
+        ("command: baseline", "command: baseline\n  evaluation: zero_shot", "which a baseline has"),
+        ("flags:\n      model: popularity", "flags: null", "is no experiment"),
         ("title:", "titel:", "is no experiment"),
         ("title:", "title: [", "is no YAML"),
     ],
@@ -334,10 +404,14 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
     (there.folder(popularity) / "metrics.json").write_text("{}")
     (there.folder(popularity) / "ranks").mkdir()
     (there.folder(popularity) / "ranks" / "a_test.parquet").touch()
-    there._mark(popularity, made=True)
+    there._mark(popularity, reproduction.provenance())
     assert there.made(popularity)
     changed = {"{first}/copy": "elsewhere"}
     assert not Reproduction(experiment, Path("out"), there.raw, changed).made(popularity)
+    first = experiment.steps["first"]
+    experiment.steps["first"] = replace(first, commands=[["env"]])
+    assert not there.made(popularity)
+    experiment.steps["first"] = first
     without = Reproduction(experiment, Path("out"), [], {})
     assert without.made(popularity)
     (there.folder(popularity) / DONE).unlink()
@@ -350,7 +424,7 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
     assert ["raw files of shop", "download", "0"] in plan
     assert "--file_path out/raw/shop/clicks.csv" in str(plan)
     for step in steps:
-        there._mark(step, made=True)
+        there._mark(step, reproduction.provenance())
     text = Path("shop.yaml").read_text().replace("entropy: 0.5", "entropy: 0.4")
     Path("shop.yaml").write_text(text)
     with pytest.raises(UserError, match="not as expected: codes"):

@@ -188,6 +188,38 @@ def test_sharp_temperatures_and_zero_vectors_stay_finite():
     assert alone.item() == pytest.approx(math.log(N), abs=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [4, None])
+def test_items_shorter_than_the_least_norm_have_the_gradient_of_autograd(chunk_size):
+    users, items = vectors(B, H, seed=1), vectors(N, H, seed=2, scale=1.0)
+    items[2] *= 1e-10
+    labels = torch.tensor([2, 22, 7, 7, 3])
+    expected = items.clone().requires_grad_()
+    F.cross_entropy(losses.scores_of_all(users, expected, 0.5, True), labels).backward()
+    ours = items.clone().requires_grad_()
+    full_softmax_loss(users, ours, labels, 0.5, chunk_size).backward()
+    torch.testing.assert_close(ours.grad, expected.grad, atol=1e-6, rtol=1e-5)
+    assert expected.grad[2].norm() > 1e6  # its direction is what scores follow
+
+
+def test_the_loss_of_what_is_nearly_sure_keeps_its_digits():
+    users, items = torch.tensor([[18.5, 0.0]]), torch.eye(2)
+    loss = full_softmax_loss(users, items, torch.tensor([0]), 1.0, cosine=False)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-18.5)), rel=1.0)
+    assert full_softmax_loss(users, items, torch.tensor([1]), 1.0, cosine=False).item() == 18.5
+
+
+def test_a_large_table_is_read_in_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 40 * 4)
+    monkeypatch.setattr(losses, "LEAST_USERS", 1)
+    monkeypatch.setattr(losses, "LEAST_ITEMS", 8)
+    monkeypatch.setattr(losses, "CACHE_ELEMENTS", 8)
+    for count, largest in ((40, 40 * 4), (41, 41)):  # no float32 copy of 41 x 4 numbers
+        table = vectors(count, 4).bfloat16()
+        with LargestTensor() as seen:
+            full_softmax_loss(vectors(3, 4).requires_grad_(), table, torch.arange(3))
+        assert seen.elements == largest
+
+
 def test_a_chunked_loss_makes_no_tensor_as_large_as_table_or_scores():
     users, items = vectors(8, 32, seed=1).requires_grad_(), vectors(20_000, 32, seed=2)
     labels = torch.arange(8)

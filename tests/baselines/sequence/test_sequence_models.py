@@ -35,6 +35,7 @@ from recformer.cli import flags_parser
 from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
+from recformer.models import kernel
 from recformer.models.losses import candidate_scores
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -119,6 +120,32 @@ def test_histories_by_hand():
 
 
 # Networks
+
+
+def test_sasrec_by_the_kernel_is_sasrec_in_torch(monkeypatch):
+    if kernel.library() is None:
+        pytest.skip("no AVX-512, or no C++ compiler")
+    torch.manual_seed(0)
+    sasrec = SASRec(64, 2, 2, 12, dropout=0.5)
+    lengths = [1, 12, 5, 3]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    vectors = torch.randn(sum(lengths), 64)
+    results = []
+    for switch in ("0", "1"):
+        monkeypatch.setenv("RECFORMER_KERNEL", switch)
+        sasrec.eval().zero_grad()
+        own = vectors.clone().requires_grad_()
+        hidden = sasrec(own, offsets)
+        (hidden * vectors.flip(0)).sum().backward()
+        grads = [own.grad, *(p.grad for p in sasrec.parameters())]
+        results.append([hidden.detach(), *(g.clone() for g in grads)])
+        torch.manual_seed(1)
+        attention = sasrec.transformer_blocks[0].multihead_attention.train()
+        dropped = sasrec(vectors, offsets)  # of the weights of attention alone
+        assert not torch.allclose(dropped, hidden, atol=1e-2)
+        attention.eval()
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_golden_gsasrec():
