@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.sequence.candidates import candidate_scores
 from baselines.sequence.collators import ItemSequences, met_before
 from baselines.sequence.item_table import ItemTable
 from baselines.sequence.losses import (
@@ -26,7 +27,6 @@ from recformer.data.batches import TrainBatch
 from recformer.evaluation.additions import Additions
 from recformer.evaluation.recommender import VectorRecommender
 from recformer.models.losses import (
-    candidate_scores,
     full_softmax_loss,
     gbce_loss,
     mean_over_processes,

@@ -17,7 +17,9 @@ from baselines import models
 from baselines.__main__ import main, run
 from baselines.arguments import BaselineArguments, read_config
 from baselines.semantic_ids.ids import SemanticIds
+from baselines.sequence import candidates as candidates_module
 from baselines.sequence import padding
+from baselines.sequence.candidates import candidate_scores
 from baselines.sequence.collators import (
     CausalCollator,
     ItemHistoryCollator,
@@ -36,7 +38,6 @@ from recformer.data.collators import EvalExample, TrainExample
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.files import UserError, read_json
 from recformer.models import kernel
-from recformer.models.losses import candidate_scores
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 N, D = 12, 16
@@ -422,10 +423,9 @@ def test_negatives_of_a_large_catalogue_are_read_alone(monkeypatch, all_items):
 
 @pytest.mark.parametrize("per_candidate", [0, 1000])
 def test_candidate_scores_and_gradients_either_way(monkeypatch, per_candidate):
-    import recformer.models.losses as losses
 
-    monkeypatch.setattr(losses, "ITEMS_PER_CANDIDATE", per_candidate)
-    monkeypatch.setattr(losses, "CANDIDATE_ELEMENTS", 40)  # several chunks
+    monkeypatch.setattr(candidates_module, "ITEMS_PER_CANDIDATE", per_candidate)
+    monkeypatch.setattr(candidates_module, "CANDIDATE_ELEMENTS", 40)  # several chunks
     users = torch.randn(5, 4, dtype=torch.float32, requires_grad=True)
     table = torch.randn(9, 4, requires_grad=True)
     candidates = torch.tensor([[0, 0, 8], [1, 2, 3], [8, 7, 8], [4, 4, 4], [5, 0, 6]])
