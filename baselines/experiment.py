@@ -166,6 +166,8 @@ class Experiment:
         twice = self.steps.keys() & ({run.name for run in self.runs} | self.data.keys())
         if twice or "here" in self.steps:
             raise UserError(f"{path}, step {min(twice or ['here'])}: the name is taken")
+        if twice := self.data.keys() & {run.name for run in self.runs}:
+            raise UserError(f"{path}, run {min(twice)}: data have that name")
         before: list[str] = ["here"]
         for step in self.steps.values():
             where = f"{path}, step {step.name}"

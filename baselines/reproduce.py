@@ -107,7 +107,14 @@ def report(
         rows: finished ones.
         failed: those that cannot be read are put in.
     """
-    steps = [row for row in rows if isinstance(row, Step)]
+    made_steps = []
+    for step in (row for row in rows if isinstance(row, Step)):
+        try:
+            record = step_record(step, reproduction.step_folder(step))
+            made_steps.append(record | {"made": _made(reproduction, step)})
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            place = reproduction.step_folder(step) / "report.json"
+            failed[step.name] = f"{place} cannot be read: {error!r}"
     found = []
     for run in (row for row in rows if isinstance(row, Run)):
         try:
@@ -129,10 +136,7 @@ def report(
     return {
         "experiment": reproduction.experiment.name,
         "title": reproduction.experiment.title,
-        "steps": [
-            step_record(step, reproduction.step_folder(step)) | {"made": _made(reproduction, step)}
-            for step in steps
-        ],
+        "steps": made_steps,
         "rows": records,
     }
 
@@ -303,10 +307,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     failed = {} if args.table else reproduction.make(chosen)
     finished = [row for row in reproduction.finished(experiment.rows()) if row.name not in failed]
+    left_out = reproduction.left_out(row for row in experiment.rows() if row.name not in failed)
     if not finished:
         if failed:
             raise UserError(f"failed: {_listed(failed)}")
-        raise UserError(f"no row is finished in {output_dir}: without --table they are made")
+        some = f" ({_listed(left_out)})" if left_out else ": without --table they are made"
+        raise UserError(f"no row is finished in {output_dir}{some}")
     content = report(reproduction, finished, failed)
     text = markdown(content)
     print("\n" + text, end="")
@@ -315,10 +321,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             handle.write(words)
     write_json(output_dir / "reproduction.json", content, indent=1)
     print(f"written to {output_dir}: reproduction.md, .tex, .csv, .json")
+    if left_out:
+        print(f"not in the table: {_listed(left_out)}")
     wanted = {row.name for row in chosen}
     records = [row for row in (*content["steps"], *content["rows"]) if row["name"] in wanted]
     different = [record["name"] for record in records if record["verdict"] != "reproduced"]
     said = [f"failed: {_listed(failed)}"] if failed else []
+    absent = wanted - {row["name"] for row in records} - failed.keys()
+    if args.only and absent:
+        said.append(f"not made: {', '.join(sorted(absent))}")
     if different:
         said.append(f"not as expected: {', '.join(different)}")
     if said:

@@ -158,7 +158,7 @@ class Reproduction:
     def made(self, row: Run | Step) -> bool:
         """Whether a run or a step was finished by this recipe from these data and is all there.
 
-        One that was made with other values of `--replace` counts where these are not given.
+        One that was finished with values of `--replace` counts where these are not given, too.
         """
         record = self.record(row)
         return (
@@ -170,10 +170,12 @@ class Reproduction:
 
     def _differences(self, row: Run | Step, record: Mapping[str, Any]) -> list[str]:
         """In what a folder is another row than this one."""
-        recipe, before = self.recipe(row), record["recipe"]
-        other = sorted(k for k in recipe | before if recipe.get(k) != before.get(k))
-        if self._replaced_in(row).items() - record["replaced"].items():
-            other.append("--replace")
+        recipe, known = self.recipe(row), record["recipe"]
+        other = sorted(k for k in recipe | known if recipe.get(k) != known.get(k))
+        given, before = self._replaced_in(row), record["replaced"]
+        if given != before and (given or not record["made"] or not self._complete(row)):
+            words = [f"{word}={other}" for word, other in before.items()] or ["none"]
+            other.append(f"--replace: {' '.join(words)}")
         marks = self._marks(row)
         if any(marks[name] != record[MARKS].get(name, marks[name]) for name in marks):
             other.append("content of the data")
@@ -209,8 +211,12 @@ class Reproduction:
     def _mark(self, row: Run | Step, made: dict[str, Any] | None) -> None:
         path = self.place(row)
         path.mkdir(parents=True, exist_ok=True)
-        facts = {"recipe": self.recipe(row), "replaced": self._replaced_in(row)}
-        write_json(path / DONE, facts | {MARKS: self._marks(row), "made": made}, indent=1)
+        record = self.record(row) or {"made": None, "before": None}
+        facts: dict[str, Any] = {"recipe": self.recipe(row), "replaced": self._replaced_in(row)}
+        facts |= {MARKS: self._marks(row), "made": made}
+        if made is None:  # what is there of it already
+            facts["before"] = record["made"] or record["before"]
+        write_json(path / DONE, facts, indent=1)
 
     # --- raw files and data -----------------------------------------------------------------------
 
@@ -328,10 +334,13 @@ class Reproduction:
         if not self._complete(row):
             raise UserError(f"{self.place(row)} has no figures or ranks though its command ended: "
                             f"{_AGAIN}")  # fmt: skip
-        made = provenance()
+        record = self.record(row)
+        earlier, made = (record or {}).get("before"), provenance()
         if before is not None and before == self._newest(row):  # it was finished before
             day = time.strftime("%Y-%m-%d", time.localtime(before))
-            made = {"date": day, "machine": "machine not recorded", "versions": {}}
+            made = earlier or {"date": day, "machine": "machine not recorded", "versions": {}}
+        elif earlier is not None:
+            made = _joined(earlier, made)
         self._mark(row, made)
 
     def _newest(self, row: Run | Step) -> float | None:
@@ -410,6 +419,18 @@ class Reproduction:
         """Rows that can be put into a table as they are."""
         return [row for row in chosen if all(map(self.made, self.with_bases([row])))]
 
+    def left_out(self, rows: Iterable[Step | Run]) -> dict[str, str]:
+        """Rows that something is there of and that are no rows of a table, with why."""
+        found = {}
+        for row in rows:
+            (base,) = self.with_bases([row])
+            record = self.record(base)
+            if record is None or self.made(base):
+                continue
+            other = self._differences(base, record)
+            found[row.name] = f"made otherwise: other {', '.join(other)}" if other else "unfinished"
+        return found
+
     def row(self, run: Run) -> Row:
         """The row of a finished run.
 
@@ -435,17 +456,36 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def _joined(earlier: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """Provenance of what was made in parts, one seed today and one before."""
+
+    def both(one: str, other: str) -> str:
+        return one if other in ("", one) else f"{one} and {other}" if one else other
+
+    versions = {
+        name: both(earlier["versions"].get(name, ""), number)
+        for name, number in made["versions"].items()
+    }
+    joined = {name: both(earlier[name], made[name]) for name in ("date", "machine")}
+    return joined | {"versions": versions}
+
+
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
+    """What a folder says of itself; None where it says nothing, or not in today's form."""
     try:
         record = read_json(folder / DONE)
     except (FileNotFoundError, UserError):  # nothing there, or damaged
         return None
-    known = isinstance(record, dict) and {"recipe", "made"} <= record.keys()
-    return record if known else None
+    if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict):
+        return None
+    made = record.get("made")
+    if made and not (isinstance(made, dict) and isinstance(record.get(MARKS), dict)):
+        return None
+    return {"made": None, MARKS: {}, "replaced": {}, "before": None} | record
 
 
 def _place_of(value: str) -> str:

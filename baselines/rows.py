@@ -162,7 +162,7 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
         parameters = 0
     else:
         rows = [row for stage in result.stages.values() for row in stage.rows]
-        seconds = float(sum(row["seconds"] for row in rows)) or result.train_seconds or 0.0
+        seconds = float(sum(row["seconds"] for row in rows)) or result.train_seconds
     parts = {
         slice_name: [part["num_users"], part[METRICS[0]]]
         for slice_name, part in figures.get("slices", {}).items()
@@ -174,7 +174,10 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
         for name, chosen in slices(folder, "test", run.user_ids, run.targets).items():
             parts[name] = [int(chosen.sum()), float(values[METRICS[0]][chosen].mean())]
     settings = read_json(path / RUN_FILE) if (path / RUN_FILE).exists() else {}
-    if settings.get("num_nodes") == 1:  # of older runs, as `RunFolder.claim` reads them
+    if seconds is None and WRITTEN_BY not in settings:
+        seconds = 0.0  # not trained
+    # Of older runs, as `RunFolder.claim` reads them.
+    if settings.get("num_nodes") == 1 and WRITTEN_BY not in settings:
         del settings["num_nodes"]
     return Row(
         run,

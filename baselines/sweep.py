@@ -346,7 +346,10 @@ def _try(sweep: Sweep, study: Any, output_dir: Path, trial: Any) -> None:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except FolderError:  # says nothing about the settings
         raise
-    except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, MemoryError, RuntimeError) as error:
+        lacks_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not lacks_memory:
+            raise  # a fault of the code; torch says of a CPU without memory no more than that
         line = (str(error) or "out of memory").splitlines()[0]
         trial.set_user_attr(ERROR, line)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)

@@ -79,6 +79,11 @@ def write_run(
         0.0
     """
     path = Path(output_dir)
+    # Sums of numpy are no numbers of JSON.
+    seed, parameters = (None if n is None else int(n) for n in (seed, parameters))
+    seconds_a_user, train_seconds = (
+        None if n is None else float(n) for n in (seconds_a_user, train_seconds)
+    )
     about = {WRITTEN_BY: WRITER, "model": model, "filter_seen": filter_seen, "ties": test.ties}
     about |= {"split_hash": folder.split_hash} | ({} if seed is None else {"seed": seed})
     if both := sorted(about.keys() & (settings or {}).keys()):

@@ -38,8 +38,8 @@ def differ_in_seed_alone(
 
 def common_name(names: Sequence[str]) -> str:
     """The common part of the names of one model's runs: `head` of `head_s1` and `head_s2`."""
-    folders = {name.rpartition("/")[0] for name in names}
-    if len(folders) == 1 and "" not in folders:  # NAME/seed_1, NAME/seed_2
+    folders = {re.sub(r"/seed_\d+$", "", name) for name in names}
+    if len(folders) == 1 and folders.isdisjoint(names):  # NAME/seed_1, NAME/seed_2
         return folders.pop()
     names_of_all = [re.sub(r"\d+$", "", name) for name in names]  # of 1 and 10, "1" is no name
     letters = takewhile(lambda x: len(set(x)) == 1, zip(*names_of_all, strict=False))

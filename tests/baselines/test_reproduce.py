@@ -150,7 +150,7 @@ def test_data_that_were_cut_off_in_their_audit_are_taken(place):
     assert read_json(record)["content"] == content["content"]
 
 
-def test_seeds_may_be_added_and_a_typo_mended(place):
+def test_seeds_may_be_added_and_a_typo_mended(place, capsys):
     flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "sasrec"]
     text = Path("shop.yaml").read_text()
     Path("shop.yaml").write_text(
@@ -165,26 +165,69 @@ def test_seeds_may_be_added_and_a_typo_mended(place):
     main(flags)
     assert reproduce.ran[0] == "baseline"
     assert read_json("out/reproduction.json")["rows"][0]["seeds"] == [1, 2, 3]
+    # When and where: of what was there before too, and of nothing else if nothing was made.
+    record = Path("out/runs/shop/sasrec") / DONE
+    content = read_json(record)
+    content["made"] |= {"date": "2020-02-02", "machine": "another"}
+    write_json(record, content)
+    main(flags)
+    assert read_json(record)["made"] == content["made"]
+    Path("shop.yaml").write_text(text.replace("- 2", "- 2\n    - 3\n    - 4"))
+    main(flags)
+    made = read_json(record)["made"]
+    assert made["date"].startswith("2020-02-02 and 20")
+    assert made["machine"].startswith("another and ")
+    assert made["versions"] == content["made"]["versions"]
+    # A row of another recipe is said to be left out, and one that was asked for is missed.
+    main([*flags[:-1], "popularity"])
+    capsys.readouterr()
+    Path("shop.yaml").write_text(text.replace("hidden_size: 8", "hidden_size: 16"))
+    main([*flags[:-2], "--table"])
+    assert "not in the table: sasrec (made otherwise: other flags)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not made: sasrec"):
+        main([*flags, "--table"])
+
+
+def test_records_of_another_form_are_none(place):
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "popularity"]
+    main(flags)
+    record = Path("out/runs/shop/popularity") / DONE
+    content = read_json(record)
+    for other in ([], {"recipe": 1, "made": 2}, {"recipe": {}, "made": content["made"]}):
+        write_json(record, other)
+        main(flags)
+        assert read_json(record)["recipe"] == content["recipe"]
+    write_json(Path("out/data/shop") / DONE, {"recipe": {}, "made": {"date": ""}})
+    with pytest.raises(UserError, match="out/data/shop does not say of which recipe it is"):
+        main(flags)
 
 
 def test_another_value_in_place_of_a_flags(place, tmp_path):
     Path("shop.yaml").write_text(
-        Path("shop.yaml").read_text().replace("model: popularity", "model: pop")
+        Path("shop.yaml")
+        .read_text()
+        .replace("model: popularity", "model: popularity\n      ties: expected")
     )
     flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "popularity"]
     with pytest.raises(UserError, match="--replace 8=…: no flag of shop has that text"):
         main([*flags, "--replace", "8=16"])  # a number
-    main([*flags, "--replace", "pop=popularity"])
+    main([*flags, "--replace", "expected=pessimistic"])
     text = Path("out/reproduction.md").read_text()
-    assert "; with another pop (--replace)\n" in text
+    assert "; with another expected (--replace)\n" in text
     main([*flags, "--table"])  # the row stays, also without the flag
     assert Path("out/reproduction.md").read_text() == text
-    with pytest.raises(UserError, match=r"popularity was made otherwise \(other --replace\)"):
-        main([*flags, "--replace", "pop=cooccurrence"])
+    other = r"popularity was made otherwise \(other --replace: expected=pessimistic\): remove it"
+    with pytest.raises(UserError, match=other):
+        main([*flags, "--replace", "expected=optimistic"])
+    # What is not whole is not gone on with without it.
+    (Path("out/runs/shop/popularity") / "metrics.json").unlink()
+    with pytest.raises(UserError, match=other):
+        main(flags)
+    main([*flags, "--replace", "expected=pessimistic"])
     Path("folder").mkdir()
     given = reproduction.Reproduction(Experiment.load("shop.yaml"), Path("out"), [],
-                                      {"pop": f"../{tmp_path.name}/folder"})  # fmt: skip
-    assert given.replaced == {"pop": str(tmp_path / "folder")}
+                                      {"expected": f"../{tmp_path.name}/folder"})  # fmt: skip
+    assert given.replaced == {"expected": str(tmp_path / "folder")}
 
 
 def test_a_moved_folder_goes_on_and_lost_files_are_made_again(place, capsys):
@@ -336,6 +379,7 @@ def test_raw_files_must_be_there_and_right(place, capsys):
         ("file_path: clicks.csv", "file: clicks.csv", "process is .*expected file_path: NAME"),
         ("command: baseline", "command: baseline\n  evaluation: zero_shot", "which a baseline has"),
         ("flags:\n      model: popularity", "flags: null", "is no experiment"),
+        ("popularity:", "shop:", "run shop: data have that name"),
         ("title:", "titel:", "is no experiment"),
         ("title:", "title: [", "is no YAML"),
     ],
@@ -425,6 +469,12 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
     assert "--file_path out/raw/shop/clicks.csv" in str(plan)
     for step in steps:
         there._mark(step, reproduction.provenance())
+    report = Path("out/steps/codes/report.json")
+    figures = report.read_text()
+    report.write_text("{}")
+    with pytest.raises(UserError, match="failed: codes .*report.json cannot be read"):
+        main([*flags[:-2], "--table"])
+    report.write_text(figures)
     text = Path("shop.yaml").read_text().replace("entropy: 0.5", "entropy: 0.4")
     Path("shop.yaml").write_text(text)
     with pytest.raises(UserError, match="not as expected: codes"):

@@ -13,6 +13,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import torch
 import yaml  # type: ignore[import-untyped]
 
 pytest.importorskip("optuna_integration")
@@ -169,16 +170,20 @@ def test_a_trial_that_fails_is_noted_and_the_others_go_on(place, capsys):
     assert int(again["trial"]) > int(failed["trial"])
 
 
-def test_a_search_of_which_nothing_comes_to_its_end_says_so(place, monkeypatch):
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_search_of_which_nothing_comes_to_its_end_says_so(place, monkeypatch, memory):
     def fails(*arguments):
         trial, settings = arguments[2], sweep.suggested(arguments[2], arguments[0].search)
         trial.set_user_attr("folder", folder_of(arguments[1], settings).name)
         (arguments[1] / trial.user_attrs["folder"]).mkdir()
+        if memory:
+            torch.empty(2**60)  # as a table of too many numbers
         raise UserError(f"no size {settings['hidden_size']}\nmore")
 
     monkeypatch.setattr(sweep, "objective", fails)
     search_of(hidden_size=[4, 8])
-    said = r"no trial came to its end \(2 trials: 2 failed; .*; the last error: no size [48]$"
+    error = ".*can't allocate memory: .*" if memory else "no size [48]"
+    said = rf"no trial came to its end \(2 trials: 2 failed; .*; the last error: {error}$"
     with pytest.raises(UserError, match=said):
         main(["sweep.yaml", "--output_dir", "out", "--trials", "2"])
     assert [row["state"] for row in trials()] == ["failed", "failed"]

@@ -35,7 +35,7 @@ def ranked(above: list[int], split: str = "test", candidates: int = 5) -> Evalua
 
 def test_what_is_written_is_read(folder: ProcessedFolder, tmp_path: Path) -> None:
     test, validation = ranked([0, 4, 0, 0, 0]), ranked([1, 0, 0, 1], "val")
-    about: dict[str, Any] = {"settings": {"width": 8}, "parameters": 70, "seed": 3}
+    about: dict[str, Any] = {"settings": {"width": 8}, "parameters": np.int64(70), "seed": 3}
     cost = {"train_seconds": 9.0, "seconds_a_user": 0.5}
     write_run(tmp_path / "mine", folder, test, validation, model="mine", **about, **cost)
     result = RunResult.load(tmp_path / "mine")

@@ -34,6 +34,8 @@ def test_what_is_a_difference():
     [
         (["head_s1", "head_s2"], "head"),
         (["sasrec/seed_1", "sasrec/seed_12"], "sasrec"),
+        (["beauty/head_s1", "beauty/head_s2"], "beauty/head"),
+        (["beauty/sasrec/seed_1", "beauty/sasrec/seed_2"], "beauty/sasrec"),
         (["head-seed-1", "head-seed-2"], "head"),
         (["sales1", "sales2"], "sales"),
         (["a", "b"], "a"),

@@ -93,6 +93,7 @@ def test_what_the_tables_of_models_say_is_in_files(name: str) -> None:
     (page,) = (page for page in results.PAGES if page.name == name)
     text = page.read_text(encoding="utf-8")
     heading = {"README.md": "## Results", "method.md": "## What it brings"}[name]
+    assert heading in text
     part = results.TABLE.sub("", text.partition(heading)[2]).split("\n#")[0]
     assert not re.findall(r"^\|.*", part, re.MULTILINE)
 
