@@ -247,7 +247,11 @@ class Reproduction:
 
     def lacks_raw_files(self, data: Data) -> bool:
         """Whether raw files are still to be downloaded or generated."""
-        return len(self.raw_files(data)) < sum(name in data.process for name in DATA_FILES)
+        return self._lacking(data, self.raw_files(data))
+
+    @staticmethod
+    def _lacking(data: Data, files: Mapping[str, Path]) -> bool:
+        return len(files) < sum(name in data.process for name in DATA_FILES)
 
     def _roots(self, data: Data) -> list[Path]:
         """Folders in which raw files may lie."""
@@ -264,14 +268,16 @@ class Reproduction:
         Raises:
             FileNotFoundError, UserError: as `raw_files`, or a command failed.
         """
-        if self.lacks_raw_files(data):
+        files = self.raw_files(data)  # hashed each time, which takes seconds a gigabyte
+        if self._lacking(data, files):
             raw = self.output_dir / "raw" / data.name
             if data.sample is not None:
                 fetch = ["sample", "--output_dir", str(raw), "--seed", str(data.sample)]
             else:
                 fetch = ["download", str(data.download), "--output_path", str(raw)]
             self._run(["recformer", *fetch])
-        return self.raw_files(data)
+            files = self.raw_files(data)
+        return files
 
     def has_data(self, data: Data) -> bool:
         """Whether the processed folder is there."""
