@@ -28,6 +28,7 @@ BENCHMARKS = {
     "lengths": "benchmarks.encoder:length_rows",
     "sentences": "benchmarks.sentences:rows",
     "stages": "benchmarks.stages:rows",
+    "ceilings": "benchmarks.ceilings:rows",
     "tricks": "benchmarks.tricks:rows",
     "items": "benchmarks.item_encoding:rows",
     "ranking": "benchmarks.ranking:rows",

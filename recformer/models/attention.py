@@ -208,7 +208,8 @@ class RecformerSelfAttention(nn.Module):
             idle = (self.query, self.key, self.value)
             return _ZeroGradient.apply(context, *(p for layer in idle for p in layer.parameters()))
         local = (self.query, self.key, self.value)
-        qkv = F.linear(
+        product = F.linear if self.window in layout.bands else fused.linear
+        qkv = product(
             hidden,
             torch.cat([layer.weight for layer in local]),
             torch.cat([layer.bias for layer in local]),

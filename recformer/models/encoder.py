@@ -136,7 +136,7 @@ class _ResidualOutput(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         if _trains_in_cpp(self, residual, self.dense) and fused.plain(self.LayerNorm, nn.LayerNorm):
-            hidden = F.linear(hidden, self.dense.weight)
+            hidden = fused.linear(hidden, self.dense.weight)
             dropout_p = self.dropout_p if self.training else 0.0
             return fused.residual_norm(hidden, self.dense.bias, residual, self.LayerNorm, dropout_p)
         hidden = self.dense(hidden)
@@ -183,7 +183,7 @@ class RecformerIntermediate(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         exact_gelu = fused.plain(self.activation, GELUActivation)
         if exact_gelu and _trains_in_cpp(self, hidden, self.dense):
-            return fused.bias_gelu(F.linear(hidden, self.dense.weight), self.dense.bias)
+            return fused.bias_gelu(fused.linear(hidden, self.dense.weight), self.dense.bias)
         hidden = self.dense(hidden)
         if isinstance(self.activation, GELUActivation) and _only_infers(self):
             return torch.ops.aten.gelu_(hidden)

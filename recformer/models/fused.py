@@ -1,4 +1,5 @@
-"""Parts of a layer that trains on a CPU, in C++: what lies between its products (`cpp/training.h`).
+"""Parts of a layer that trains on a CPU, in C++: what lies between its products (`cpp/training.h`),
+and on processors of AMD its products of float32 (`cpp/training_products.h`).
 
 Attention in place of products over blocks, softmax and masks; bias, dropout, residual and LayerNorm
 in one pass; bias and GELU in one; each with the gradients of all that goes in. Random bits of
@@ -11,12 +12,15 @@ Shapes: B sequences, T packed tokens, H hidden, A heads.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from recformer.machine import cpuinfo
 from recformer.models import kernel
 from recformer.models.dropout import num_dropped
 
@@ -95,6 +99,67 @@ def _checked(starts: Tensor, num_tokens: int, least: int = 1) -> Tensor:
     if starts[0] != 0 or starts[-1] != num_tokens or (starts.diff() < least).any():
         raise ValueError(f"sequences begin at {starts.tolist()} of {num_tokens} tokens")
     return starts
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def torch_is_slow() -> bool:
+    """Whether torch multiplies float32 with AVX2 alone, as MKL does on processors of AMD."""
+    return torch.backends.mkl.is_available() and "AuthenticAMD" in cpuinfo()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, in half the time where torch is slow.
+
+    Args:
+        x: (T, K), for which `usable` holds.
+        weight: (N, K).
+        bias: (N,).
+
+    Returns:
+        (T, N); sums and gradients do not depend on the number of threads where they are made here.
+    """
+    if (
+        torch_is_slow()
+        and x.dtype == weight.dtype == torch.float32
+        and x.ndim == 2
+        and len(x)
+        and x.shape[1] % kernel.PANEL == 0
+        and type(weight) in (nn.Parameter, Tensor)
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y = x.new_empty(len(x), len(weight))
+        bias = None if bias is None else _numbers(bias)
+        _call("linear", x, *x.shape, len(weight), x, weight, bias, y)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        sizes = (*x.shape, len(weight))
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.empty_like(x)
+            _call("linear_back", x, *sizes, grad, weight, of_x)
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.empty_like(weight)
+            _call("linear_back_weight", x, *sizes, grad, x, of_weight)
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum(0)
+        return of_x, of_weight, of_bias
 
 
 # --- bias, dropout, residual and LayerNorm; bias and GELU -----------------------------------------

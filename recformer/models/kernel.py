@@ -78,6 +78,9 @@ TRAINING = {
     "recformer_band_back": "npnnnnppppsnpn",
     "recformer_gather": "npnnppsnpppn",
     "recformer_gather_back": "npnnpppppsnppn",
+    "recformer_linear": "nnnppppn",
+    "recformer_linear_back": "nnnpppn",
+    "recformer_linear_back_weight": "nnnpppn",
 }
 LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, GELUActivation)
 # Modules of this package whose classes may hold them.

@@ -15,7 +15,16 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import encoder, measure, ranking, sentences, sequence_models, stages, tricks
+from benchmarks import (
+    ceilings,
+    encoder,
+    measure,
+    ranking,
+    sentences,
+    sequence_models,
+    stages,
+    tricks,
+)
 from benchmarks.measure import Work, in_turns, line, measure_case, row, run_alone
 from recformer import RecformerConfig
 from recformer.files import UserError
@@ -296,6 +305,24 @@ def test_a_peer_prints_its_seconds_or_is_named(tmp_path: Path) -> None:
 def test_operators_of_a_step_are_sorted_by_what_they_do() -> None:
     kinds = [stages._kind(name) for name in ("aten::addmm", "aten::add_", "aten::gelu_backward")]
     assert kinds == ["products of the linear layers", "sums and other arithmetic", "GELU"]
+
+
+def test_products_that_are_measured_are_products() -> None:
+    if kernel.library() is None:
+        pytest.skip("no AVX-512, or no C++ compiler")
+    library = ceilings.compiled()
+    kinds = [kernel.FLOAT]
+    if "avx512_bf16" in kernel.cpu_flags():
+        kinds.append(kernel.BFLOAT16)
+    if library.use_amx():
+        kinds.append(kernel.THREE_BFLOAT16)
+    generator = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(rows, 96, generator=generator) for rows in (50, 64))
+    for kind in kinds:
+        if kind == kernel.BFLOAT16:
+            states, weight = states.bfloat16(), weight.bfloat16()
+        sums = ceilings.Multiplication(library, kind, states, weight)()
+        torch.testing.assert_close(sums, states.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow  # compiles the kernel with counters

@@ -19,6 +19,7 @@
 #include "encoder.h"
 #include "training.h"
 #include "training_attention.h"
+#include "training_products.h"
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
@@ -179,6 +180,27 @@ int recformer_gather_back(int numbers, int64_t sequences, const int64_t *starts,
         gather_back({sequences, starts}, hidden, heads, as(of, asked), as(of, states), weights,
                     as(of, grad_summed), grad_mass, {seed, dropped}, as(of, grad_asked),
                     as(of, grad_states), threads);
+    });
+}
+
+// Of float alone; `bias` may be null.
+int recformer_linear(int, int64_t tokens, int64_t inputs, int64_t outputs, const float *x,
+                     const float *weight, const float *bias, float *y, int64_t threads) {
+    return by_type(0, [&](auto) { linear({tokens, inputs, outputs}, x, weight, bias, y, threads); });
+}
+
+int recformer_linear_back(int, int64_t tokens, int64_t inputs, int64_t outputs, const float *grad,
+                          const float *weight, float *grad_x, int64_t threads) {
+    return by_type(0, [&](auto) {
+        linear_back({tokens, inputs, outputs}, grad, weight, grad_x, threads);
+    });
+}
+
+int recformer_linear_back_weight(int, int64_t tokens, int64_t inputs, int64_t outputs,
+                                 const float *grad, const float *x, float *grad_weight,
+                                 int64_t threads) {
+    return by_type(0, [&](auto) {
+        linear_back_weight({tokens, inputs, outputs}, grad, x, grad_weight, threads);
     });
 }
 
