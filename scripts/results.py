@@ -146,6 +146,30 @@ def benchmark(name: str, figures: Path) -> str:
     return f"`{command}`\n\n{table}\n{_machine(content)}\n"
 
 
+def stages(_: str, figures: Path) -> str:
+    """The rows of `python -m benchmarks stages`: a table a size, a column a dtype, shares of time."""
+    path = figures / SPEED / "stages.json"
+    if not path.is_file():
+        return NOT_YET
+    content = read_json(path)
+    tables: dict[str, dict[str, dict[str, str]]] = {}  # by size, column and stage
+    for row in content["rows"]:
+        whole, _, stage = row["what"].partition(": ")
+        size, _, dtype = whole.rpartition(", ")
+        columns = tables.setdefault(size, {})
+        if stage:
+            columns[column][stage] = row["note"]
+        else:
+            column = f"{dtype}, {_number(row['ours_seconds'])} s"
+            columns[column] = {}
+    texts = []
+    for size, columns in tables.items():
+        names = dict.fromkeys(stage for shares in columns.values() for stage in shares)
+        cells = [[name, *(shares.get(name, "") for shares in columns.values())] for name in names]
+        texts.append(markdown_table([size, *columns], cells))
+    return "\n".join((*texts, f"{_machine(content)}\n"))
+
+
 def _machine(content: dict[str, Any]) -> str:
     found = content["machine"]
     amx = ", AMX" if "amx_tile" in found["isa"] else ""
@@ -243,6 +267,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "compared": compared,
     "sessions": sessions,
     "benchmark": benchmark,
+    "stages": stages,
     "scale": scale,
     "audits": audits,
     "summary": summary,

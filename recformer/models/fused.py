@@ -12,7 +12,6 @@ Shapes: B sequences, T packed tokens, H hidden, A heads.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from recformer.machine import cpuinfo
 from recformer.models import kernel
 from recformer.models.dropout import num_dropped
+from recformer.models.products import torch_is_slow
 
 # Heads that a row of the weights of `<s>` has place for.
 LANES = 32
@@ -102,12 +101,6 @@ def _checked(starts: Tensor, num_tokens: int, least: int = 1) -> Tensor:
 
 
 # --- products -------------------------------------------------------------------------------------
-
-
-@functools.cache
-def torch_is_slow() -> bool:
-    """Whether torch multiplies float32 with AVX2 alone, as MKL does on processors of AMD."""
-    return torch.backends.mkl.is_available() and "AuthenticAMD" in cpuinfo()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

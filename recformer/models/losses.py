@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recformer.files import UserError
+from recformer.models import products
 
 MIN_NORM = 1e-8  # least norm a vector is divided by, as in F.cosine_similarity
 CHUNK_ELEMENTS = 2**24  # of a chunk of items, and of users x items: 64 MB in float32
@@ -190,10 +191,14 @@ class _CrossEntropy(torch.autograd.Function):
         user_grad = torch.empty_like(users) if need_users else None
         item_grad = torch.zeros_like(items) if need_items else None
         losses = users.new_empty(len(users))
+        slow = users.device.type == "cpu" and products.torch_is_slow()
         for start in range(0, len(users), step):
             part = slice(start, start + step)
             own, columns = users[part], labels[part, None]
-            scores = own @ items.T  # (P, N), and below what is made of them in their place
+            mm, addmm_ = torch.mm, Tensor.addmm_
+            if slow and len(own) == step:  # the last part's size does not come back
+                mm, addmm_ = products.mm, products.addmm_
+            scores = mm(own, items.T)  # (P, N), and below what is made of them in their place
             if inverse is not None:
                 scores.mul_(inverse)
             scores.sub_(scores.amax(dim=1, keepdim=True))
@@ -208,9 +213,9 @@ class _CrossEntropy(torch.autograd.Function):
             if inverse is not None:
                 grad.mul_(inverse)
             if user_grad is not None:
-                torch.mm(grad, items, out=user_grad[part]).div_(total)
+                mm(grad, items, out=user_grad[part]).div_(total)
             if item_grad is not None:
-                item_grad.addmm_(grad.T, own / total)
+                addmm_(item_grad, grad.T, own / total)
         if item_grad is not None and inverse is not None:  # a step along an item changes its norm
             along = (item_grad * items).sum(dim=1) * inverse.square() * (inverse < 1 / MIN_NORM)
             item_grad.addcmul_(along[:, None], items, value=-1)

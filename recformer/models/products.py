@@ -1,0 +1,44 @@
+"""Products of float32 on processors on which torch's are slow.
+
+MKL, which torch multiplies float32 with, does so with AVX2 alone where the processor is not Intel's:
+half the speed of oneDNN, which torch carries too and which takes AVX-512.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from recformer.machine import cpuinfo
+from recformer.models.kernel import cpu_flags
+
+
+@functools.cache
+def torch_is_slow() -> bool:
+    """Whether torch multiplies float32 with AVX2 alone on a processor that has AVX-512."""
+    return (
+        torch.backends.mkl.is_available()
+        and "AuthenticAMD" in cpuinfo()
+        and "avx512f" in cpu_flags()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`torch.mm` by oneDNN, which compiles for each new size: for sizes that come back.
+
+    Args:
+        a: (M, K) float32 on a CPU.
+        b: (K, N).
+        out: (M, N), written to.
+    """
+    # An operator of torch's own compiler, without gradients; the weight of a layer is (N, K).
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    return product if out is None else out.copy_(product)
+
+
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`total.addmm_(a, b)` by oneDNN, likewise."""
+    return total.add_(mm(a, b))
