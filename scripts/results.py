@@ -147,26 +147,28 @@ def benchmark(name: str, figures: Path) -> str:
 
 
 def stages(_: str, figures: Path) -> str:
-    """The rows of `python -m benchmarks stages`: a table a size, a column a dtype, shares of time."""
+    """Shares of time of `python -m benchmarks stages`: a table a size, a column a dtype."""
     path = figures / SPEED / "stages.json"
     if not path.is_file():
-        return NOT_YET
+        return f"`python -m benchmarks stages`: {NOT_YET}"
     content = read_json(path)
-    tables: dict[str, dict[str, dict[str, str]]] = {}  # by size, column and stage
+    seconds: dict[str, dict[str, float]] = {}  # of all of it, by size and dtype
+    shares: dict[str, dict[str, dict[str, str]]] = {}  # by size, stage and dtype
     for row in content["rows"]:
         whole, _, stage = row["what"].partition(": ")
         size, _, dtype = whole.rpartition(", ")
-        columns = tables.setdefault(size, {})
         if stage:
-            columns[column][stage] = row["note"]
+            shares.setdefault(size, {}).setdefault(stage, {})[dtype] = row["note"]
         else:
-            column = f"{dtype}, {_number(row['ours_seconds'])} s"
-            columns[column] = {}
-    texts = []
-    for size, columns in tables.items():
-        names = dict.fromkeys(stage for shares in columns.values() for stage in shares)
-        cells = [[name, *(shares.get(name, "") for shares in columns.values())] for name in names]
-        texts.append(markdown_table([size, *columns], cells))
+            seconds.setdefault(size, {})[dtype] = row["ours_seconds"]
+    texts = ["`python -m benchmarks stages`\n"]
+    for size, found in seconds.items():
+        heads = [size, *(f"{dtype}, {_number(value)} s" for dtype, value in found.items())]
+        cells = [
+            [stage, *(each.get(dtype, "") for dtype in found)]
+            for stage, each in shares[size].items()
+        ]
+        texts.append(markdown_table(heads, cells))
     return "\n".join((*texts, f"{_machine(content)}\n"))
 
 

@@ -195,7 +195,8 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(users), step):
             part = slice(start, start + step)
             own, columns = users[part], labels[part, None]
-            mm, addmm_ = torch.mm, Tensor.addmm_
+            mm: Callable[..., Tensor] = torch.mm
+            addmm_: Callable[..., Tensor] = Tensor.addmm_
             if slow and len(own) == step:  # the last part's size does not come back
                 mm, addmm_ = products.mm, products.addmm_
             scores = mm(own, items.T)  # (P, N), and below what is made of them in their place

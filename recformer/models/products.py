@@ -1,6 +1,6 @@
 """Products of float32 on processors on which torch's are slow.
 
-MKL, which torch multiplies float32 with, does so with AVX2 alone where the processor is not Intel's:
+MKL, which torch multiplies float32 with, takes AVX2 alone on processors that are not Intel's, at
 half the speed of oneDNN, which torch carries too and which takes AVX-512.
 """
 

@@ -129,6 +129,31 @@ def test_benchmarks_are_kept_and_shown(tmp_path: Path) -> None:
     )
 
 
+def test_stages_are_shares_side_by_side(tmp_path: Path) -> None:
+    assert "not measured" in results.stages("", tmp_path)
+    rows = [
+        {"benchmark": "stages", **row(what, 0.25, note=note)}
+        for what, note in (
+            ("MiniLM, items, float32", ""),
+            ("MiniLM, items, float32: GELU", "60.0%"),
+            ("MiniLM, items, float32: softmax", "40.0%"),
+            ("MiniLM, items, bfloat16", ""),
+            ("MiniLM, items, bfloat16: softmax", "100.0%"),
+            ("MiniLM, items, training step, float32", ""),
+            ("MiniLM, items, training step, float32: AdamW", "100.0%"),
+        )
+    ]
+    (tmp_path / "1.json").write_text(json.dumps(speed() | {"rows": rows}))
+    results.take([tmp_path / "1.json"], tmp_path)
+    assert results.stages("", tmp_path) == (
+        "`python -m benchmarks stages`\n\n"
+        "|MiniLM, items|float32, 0.25 s|bfloat16, 0.25 s|\n|---|---|---|\n"
+        "|GELU|60.0%||\n|softmax|40.0%|100.0%|\n\n"
+        "|MiniLM, items, training step|float32, 0.25 s|\n|---|---|\n|AdamW|100.0%|\n\n"
+        "A CPU, AMX, 2 threads; torch 2, transformers 5; 2026-01-02\n"
+    )
+
+
 def test_threads_are_part_of_the_name_and_machines_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "1.json").write_text(json.dumps(speed(threads=1)))
     kept = results.take([tmp_path / "1.json"], tmp_path)
