@@ -91,7 +91,10 @@ def of_length_one(users: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.
 
 
 def _ordered_norm(vectors: torch.Tensor) -> torch.Tensor:
-    return _ordered_sum(vectors * vectors).sqrt()
+    squares = _ordered_sum(vectors * vectors)
+    if squares.device.type == "cpu":  # torch's root may be off by a bit, on each processor another
+        return torch.from_numpy(np.sqrt(squares.numpy()))
+    return squares.sqrt()
 
 
 def _ordered_sum(values: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def dense_ranks(users, items, targets, additions, cosine, gone=()) -> list[list[
 
 
 def test_ranks_with_additions_by_hand():
-    items = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0], [3.0, 3.0], [-1.0, 0.0]])
+    items = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0], [4.0, 4.0], [-1.0, 0.0]])
     users = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     targets = [1, 0, 3]
     # cosines: user 0: 1, .7, 0, .7, -1; user 1: 0, .7, 1, .7, 0; user 2: none
@@ -99,7 +99,7 @@ def test_ranks_with_additions_by_hand():
 
 
 def test_top_items_with_additions_by_hand():
-    items = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0], [3.0, 3.0], [-1.0, 0.0]])
+    items = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0], [4.0, 4.0], [-1.0, 0.0]])
     users = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     additions = ([0, 0, 1, 1, 2, 2], [2, 4, 0, 4, 3, 0], [0.8, 1.0, 0.5, 0.5, 0.25, 0.25])
     best, scores = top_items_by_vectors(users, items, 3, additions=additions)
@@ -108,11 +108,11 @@ def test_top_items_with_additions_by_hand():
     assert scores == pytest.approx(np.array([[1, 0.8, root], [1, root, root], [0.25, 0.25, 0]]))
     best, scores = top_items_by_vectors(users, items, 3, cosine=False, additions=additions)
     assert best.tolist() == [[3, 0, 1], [2, 3, 1], [0, 3, 1]]
-    assert scores == pytest.approx(np.array([[3, 2, 1], [10, 6, 2], [0.25, 0.25, 0]]))
+    assert scores == pytest.approx(np.array([[4, 2, 1], [10, 8, 2], [0.25, 0.25, 0]]))
     seen = ([0, 0, 2], [2, 0, 0])
     best, scores = top_items_by_vectors(users, items, 5, seen, cosine=False, additions=additions)
     assert best.tolist() == [[3, 1, 4, -1, -1], [2, 3, 1, 0, 4], [3, 1, 2, 4, -1]]
-    assert scores[0].tolist() == [3, 1, 0, -math.inf, -math.inf]
+    assert scores[0].tolist() == [4, 1, 0, -math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("cosine", [True, False])

@@ -15,7 +15,7 @@ from recformer.evaluation.additions import Additions
 from recformer.evaluation.recommender import ScoreRecommender, VectorRecommender
 from recformer.packing import PackedTokens
 
-ITEMS = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0], [3.0, 3.0], [-1.0, 0.0]])
+ITEMS = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0], [4.0, 4.0], [-1.0, 0.0]])
 USERS = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 TARGETS, OTHERS = torch.tensor([1, 0]), np.array([[0, 2], [4, 1]])
 SEEN = (torch.tensor([0, 0, 1]), torch.tensor([0, 4, 2]))
