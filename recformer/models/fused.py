@@ -1,6 +1,8 @@
 """Parts of a layer that trains on a CPU, in C++: what lies between its products (`cpp/training.h`).
 
-On processors of AMD its products of float32, too (`cpp/training_products.h`). Attention in place of products over blocks, softmax and masks; bias, dropout, residual and LayerNorm
+On processors of AMD its products of float32, too (`cpp/training_products.h`).
+
+Attention in place of products over blocks, softmax and masks; bias, dropout, residual and LayerNorm
 in one pass; bias and GELU in one; each with the gradients of all that goes in. Random bits of
 dropout are a function of a seed, row and column, drawn again on the way back, so no mask is kept.
 They are other bits than torch's functions draw (`dropout.py`), which compute where the kernel

@@ -150,7 +150,7 @@ def test_stages_are_shares_side_by_side(tmp_path: Path) -> None:
         "|MiniLM, items|float32, 0.25 s|bfloat16, 0.25 s|\n|---|---|---|\n"
         "|GELU|60.0%||\n|softmax|40.0%|100.0%|\n\n"
         "|MiniLM, items, training step|float32, 0.25 s|\n|---|---|\n|AdamW|100.0%|\n\n"
-        "A CPU, AMX, 2 threads; torch 2, transformers 5; 2026-01-02\n"
+        "A CPU, AMX, 2 threads, load before 0.1; torch 2, transformers 5; 2026-01-02\n"
     )
 
 
