@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-from benchmarks.measure import header, line, machine, pin_threads
+from benchmarks.measure import Report, pin_threads
 from recformer.cli import exit_with_message
-from recformer.files import write_json
 
 # Imported when they run: some need what the others do not.
 BENCHMARKS = {
@@ -61,24 +60,13 @@ def main(argv: list[str] | None = None) -> None:
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}, expected some of {', '.join(BENCHMARKS)}")
 
-    described = machine(pin_threads(args.threads))
-    print(", ".join(f"{key} {_plain(value)}" for key, value in described.items() if value))
-    print(header())
-    rows: list[dict[str, Any]] = []
+    report = Report(pin_threads(args.threads), args.json)
     for name in args.names or BENCHMARKS:
         module, _, function = BENCHMARKS[name].partition(":")
         benchmark: Callable[[bool], Iterator[dict[str, Any]]] = getattr(
             import_module(module), function
         )
-        for values in benchmark(args.quick):
-            print(line(values), flush=True)
-            rows.append({"benchmark": name, **values})
-            if args.json:  # whole after every row: a run may be stopped
-                write_json(args.json, {"machine": described, "rows": rows}, indent=1)
-
-
-def _plain(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
+        report.add(name, benchmark(args.quick))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from recformer.files import UserError
+from recformer.files import UserError, write_json
 from recformer.machine import cpuinfo, processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +227,32 @@ def machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
     }
+
+
+class Report:
+    """Prints rows as they come and, if asked to, keeps them in a file, whole after every row.
+
+    Args:
+        threads: of this process, as `pin_threads` says.
+        file: to be written; None: none.
+    """
+
+    def __init__(self, threads: int, file: str | None) -> None:
+        self.machine, self.file, self.rows = machine(threads), file, list[dict[str, Any]]()
+        plain = {
+            key: " ".join(value) if isinstance(value, list) else value
+            for key, value in self.machine.items()
+        }
+        print(", ".join(f"{key} {value}" for key, value in plain.items() if value))
+        print(header())
+
+    def add(self, benchmark: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows of a benchmark; the run may be stopped between them."""
+        for values in rows:
+            print(line(values), flush=True)
+            self.rows.append({"benchmark": benchmark, **values})
+            if self.file:
+                write_json(self.file, {"machine": self.machine, "rows": self.rows}, indent=1)
 
 
 def header() -> str:

@@ -50,7 +50,7 @@ from benchmarks.encoder import (
     products,
     step_of,
 )
-from benchmarks.measure import REPEATS, Work, header, in_turns, line, pin_threads, row, run_alone
+from benchmarks.measure import REPEATS, Report, Work, in_turns, pin_threads, row, run_alone
 from recformer.cli import exit_with_message, keep_freed_memory
 from recformer.data.collators import pack_sequences
 from recformer.data.items import ItemsInMemory
@@ -343,12 +343,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--onnx_python", metavar="PYTHON", help="that has sentence-transformers[onnx]"
     )
+    parser.add_argument("--json", metavar="FILE", help="write rows and machine to this file too")
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     args = parser.parse_args(argv)
-    pin_threads(args.threads)
-    print(header())
-    for values in rows_of(args.size, args.dtype, args.onnx_python):
-        print(line(values), flush=True)
+    report = Report(pin_threads(args.threads), args.json)
+    report.add("sentences", rows_of(args.size, args.dtype, args.onnx_python))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from baselines.sequence.collators import CausalCollator, ItemSequences
 from baselines.sequence.item_table import ItemTable
 from baselines.sequence.recommender import Objective, SequenceRecommender
 from baselines.sequence.sasrec import SASRec, SelfAttention
-from benchmarks.measure import REPEATS, header, in_turns, line, pin_threads, row
+from benchmarks.measure import REPEATS, Report, in_turns, pin_threads, row
 from recformer.cli import exit_with_message
 from recformer.files import UserError
 from recformer.models.dropout import Dropout
@@ -253,7 +253,9 @@ def sasrec_epochs(data_path: Path, peers: dict[str, tuple[str, str]]) -> Iterato
             times.append(time.perf_counter() - started)
     for name, (python, program) in peers.items():
         theirs = peer_epoch(name, python, program, data_path / "train.json")
-        yield row("SASRec epoch, full softmax", times[1] - times[0], name, theirs)
+        yield row(
+            f"SASRec epoch on {data_path.name}, full softmax", times[1] - times[0], name, theirs
+        )
 
 
 def peer_epoch(name: str, python: str, program: str, train: Path) -> float:
@@ -283,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(
             f"--{peer.lower()}_python", metavar="PYTHON", help=f"of an environment that has {peer}"
         )
+    parser.add_argument("--json", metavar="FILE", help="write rows and machine to this file too")
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     args = parser.parse_args(argv)
     given = {
@@ -292,10 +295,8 @@ def main(argv: list[str] | None = None) -> None:
     peers = {name: peer for name, peer in given.items() if peer[0]}
     if not peers:
         parser.error("no peer: give --rectools_python, --replay_python or both")
-    pin_threads(args.threads)
-    print(header())
-    for values in sasrec_epochs(args.data_path, peers):
-        print(line(values), flush=True)
+    report = Report(pin_threads(args.threads), args.json)
+    report.add("sequence_models", sasrec_epochs(args.data_path, peers))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 from baselines.experiment import FOLDER, Experiment, Run
 from baselines.reproduce import markdown
+from benchmarks.__main__ import BENCHMARKS
 from benchmarks.scale import table as scale_table
 from experiments.sessions import tables_of as session_tables
 from recformer.commands.compare import captions, figure_cells, pair_cells
@@ -140,7 +141,8 @@ def benchmark(name: str, figures: Path) -> str:
     used = [(head, cell) for head, cell in columns if any(map(cell, rows))]
     cells = [[TAG.sub("`<s>`", row["what"]), *(cell(row) for _, cell in used)] for row in rows]
     table = markdown_table(["", *(head for head, _ in used)], cells)
-    command = f"python -m benchmarks {content['benchmark']}"
+    known = content["benchmark"] in BENCHMARKS
+    command = f"python -m benchmarks{' ' if known else '.'}{content['benchmark']}"
     if content["machine"]["threads"] < content["machine"]["cores"]:
         command += f" --threads {content['machine']['threads']}"
     return f"`{command}`\n\n{table}\n{_machine(content)}\n"

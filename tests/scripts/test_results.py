@@ -114,7 +114,7 @@ def test_benchmarks_are_kept_and_shown(tmp_path: Path) -> None:
     kept = results.take(pieces, tmp_path)
     assert kept == [tmp_path / "speed" / "one.json", tmp_path / "speed" / "two.json"]
     assert results.benchmark("one", tmp_path) == (
-        "`python -m benchmarks one`\n\n"
+        "`python -m benchmarks.one`\n\n"
         "| |ours s|a second|peer s|ratio||\n|---|---|---|---|---|---|\n"
         "|a|0.5|200 items|1.25|2.50|said|\n|b\\|`<s>`|2|||||\n\n"
         "A CPU, AMX, 2 threads, load before 0.9; torch 2, transformers 5; 2026-01-02\n"
@@ -159,7 +159,7 @@ def test_threads_are_part_of_the_name_and_machines_are_not_mixed(tmp_path: Path)
     kept = results.take([tmp_path / "1.json"], tmp_path)
     assert [path.name for path in kept] == ["one_1.json", "two_1.json"]
     shown = results.benchmark("one_1", tmp_path)
-    assert shown.startswith("`python -m benchmarks one --threads 1`\n")
+    assert shown.startswith("`python -m benchmarks.one --threads 1`\n")
     assert "1 thread," in shown
     (tmp_path / "2.json").write_text(json.dumps(speed(threads=1, cpu="Another")))
     with pytest.raises(UserError, match="pieces of one are of two machines"):
