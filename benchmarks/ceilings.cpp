@@ -14,7 +14,8 @@ namespace {
 // Multiplications and additions of 24 sums that never leave their registers.
 template <class T>
 float in_registers(int64_t rounds) {
-    __m512 sum[24], left = _mm512_set1_ps(1e-9f), right = left;
+    __m512 sum[24];
+    __m512 left = _mm512_castsi512_ps(_mm512_set1_epi32(0x30803080)), right = left;  // 2^-30
     for (auto &each : sum) each = _mm512_setzero_ps();
     for (int64_t n = 0; n < rounds; ++n) {
         asm volatile("" : "+v"(left), "+v"(right));  // so that no round is left out
@@ -37,7 +38,8 @@ float in_registers(int64_t rounds) {
 
 // As `product` of products.h goes over panels and rows, into c (rows + 32, outputs).
 template <class T>
-void multiply(int64_t rows, int64_t inputs, int64_t outputs, const void *a, const void *b, float *c) {
+void multiply(int64_t rows, int64_t inputs, int64_t outputs, const void *a, const void *b,
+              float *c) {
     const T *panel = static_cast<const T *>(b);
     const int64_t step = rows_a_block<T>();
     for (int64_t n = 0; n < outputs; n += PANEL, panel += inputs * PANEL)
@@ -47,10 +49,7 @@ void multiply(int64_t rows, int64_t inputs, int64_t outputs, const void *a, cons
 }
 
 #ifdef __AMX_BF16__
-void with_tiles() {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-}
+void with_tiles() { _tile_loadconfig(&TILE_SHAPES); }
 #endif
 
 }  // namespace

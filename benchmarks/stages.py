@@ -38,7 +38,13 @@ STAGES = (
 )
 #: Operators of a training step: the first whose name begins like one of these.
 OPERATORS = {
-    "products of the linear layers": ("aten::mm", "aten::addmm", "mkldnn", "aten::mkldnn"),
+    "products of the linear layers": (
+        "aten::mm",
+        "aten::addmm",
+        "mkldnn",
+        "aten::mkldnn",
+        "_Linear",
+    ),
     "products of attention": ("aten::bmm", "aten::baddbmm"),
     "GELU": ("aten::gelu",),
     "residuals and LayerNorm": ("aten::native_layer_norm", "aten::native_batch_norm"),

@@ -168,7 +168,7 @@ def stages(_: str, figures: Path) -> str:
         heads = [size, *(f"{dtype}, {_number(value)} s" for dtype, value in found.items())]
         cells = [
             [stage, *(each.get(dtype, "") for dtype in found)]
-            for stage, each in shares[size].items()
+            for stage, each in shares.get(size, {}).items()
         ]
         texts.append(markdown_table(heads, cells))
     return "\n".join((*texts, f"{_machine(content)}\n"))

@@ -93,7 +93,7 @@ def of_length_one(users: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.
 def _ordered_norm(vectors: torch.Tensor) -> torch.Tensor:
     squares = _ordered_sum(vectors * vectors)
     if squares.device.type == "cpu":  # torch's root may be off by a bit, on each processor another
-        return torch.from_numpy(np.sqrt(squares.numpy()))
+        return torch.from_numpy(np.sqrt(squares.detach().numpy()))
     return squares.sqrt()
 
 

@@ -118,10 +118,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         torch_is_slow()
         and x.dtype == weight.dtype == torch.float32
-        and x.ndim == 2
+        and x.ndim == weight.ndim == 2
         and len(x)
+        and x.shape[1] == weight.shape[1]
         and x.shape[1] % kernel.PANEL == 0
         and type(weight) in (nn.Parameter, Tensor)
+        and x.device == weight.device
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
     ):
         return _Linear.apply(x, weight, bias)

@@ -191,13 +191,17 @@ class _CrossEntropy(torch.autograd.Function):
         user_grad = torch.empty_like(users) if need_users else None
         item_grad = torch.zeros_like(items) if need_items else None
         losses = users.new_empty(len(users))
-        slow = users.device.type == "cpu" and products.torch_is_slow()
+        slow = (
+            users.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and products.torch_is_slow()
+        )
         for start in range(0, len(users), step):
             part = slice(start, start + step)
             own, columns = users[part], labels[part, None]
             mm: Callable[..., Tensor] = torch.mm
             addmm_: Callable[..., Tensor] = Tensor.addmm_
-            if slow and len(own) == step:  # the last part's size does not come back
+            if slow and len(own) == step:  # the size of the last part seldom comes back
                 mm, addmm_ = products.mm, products.addmm_
             scores = mm(own, items.T)  # (P, N), and below what is made of them in their place
             if inverse is not None:

@@ -27,7 +27,7 @@ def torch_is_slow() -> bool:
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`torch.mm` by oneDNN, which compiles for each new size: for sizes that come back.
+    """`torch.mm` by oneDNN, which compiles for each new size: a gain where sizes come back.
 
     Args:
         a: (M, K) float32 on a CPU.

@@ -158,6 +158,10 @@ def test_products_of_other_numbers_and_sizes_are_torchs(monkeypatch: pytest.Monk
         (numbers(5, 32, dtype=torch.bfloat16), numbers(64, 32, dtype=torch.bfloat16)),
     ):
         assert torch.equal(fused.linear(x, weight), F.linear(x, weight))
+    for sizes in ([5, 64], [8, 32], [8]), ([5, 32], [8, 32], [3]), ([5, 32], [32], []):
+        values = [numbers(*each) for each in sizes]
+        with pytest.raises(RuntimeError):  # of torch, which says what is wrong
+            fused.linear(*values)
     with torch.autocast("cpu", torch.bfloat16):
         assert fused.linear(numbers(5, 32), numbers(64, 32)).dtype == torch.bfloat16
 

@@ -473,8 +473,7 @@ void encode(const Model &model, const Batch &batch, int64_t tokens, int64_t thre
     std::atomic<int64_t> next{0};
     auto run = [&](int64_t n) {
 #ifdef __AMX_BF16__
-        const TileShapes shapes;
-        if (amx) _tile_loadconfig(&shapes);
+        if (amx) _tile_loadconfig(&TILE_SHAPES);
 #endif
 #ifdef RECFORMER_TIMES
         since = __rdtsc();

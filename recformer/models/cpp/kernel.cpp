@@ -186,7 +186,9 @@ int recformer_gather_back(int numbers, int64_t sequences, const int64_t *starts,
 // Of float alone; `bias` may be null.
 int recformer_linear(int, int64_t tokens, int64_t inputs, int64_t outputs, const float *x,
                      const float *weight, const float *bias, float *y, int64_t threads) {
-    return by_type(0, [&](auto) { linear({tokens, inputs, outputs}, x, weight, bias, y, threads); });
+    return by_type(0, [&](auto) {
+        linear({tokens, inputs, outputs}, x, weight, bias, y, threads);
+    });
 }
 
 int recformer_linear_back(int, int64_t tokens, int64_t inputs, int64_t outputs, const float *grad,

@@ -74,6 +74,9 @@ struct TileShapes {
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+// In memory from the start: GCC takes the instruction that loads it for one that reads eight bytes, and
+// leaves out what would write the others before.
+constexpr TileShapes TILE_SHAPES;
 
 // Tiles 0 to 3 hold the sums of 32 rows (0 and 1: of 16) of a panel.
 template <bool both>

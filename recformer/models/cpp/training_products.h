@@ -1,7 +1,7 @@
 // Products of a linear layer that trains, forward and backward, of float in vector registers.
 //
-// Rows are shared among threads, and every sum goes over its numbers in one order, whoever computes it:
-// neither results nor gradients depend on the threads.
+// Rows are shared among threads, and every sum goes over its numbers in one order, whoever computes
+// it: neither results nor gradients depend on the threads.
 //
 // T tokens, K inputs (a multiple of 32), N outputs.
 
@@ -37,7 +37,7 @@ inline void pack_columns(const float *rows, int64_t count, int64_t width, int64_
     }
 }
 
-// Rows 32 p.. of (count, width), width a multiple of 16, as columns: [width][32], zeros past the last.
+// Rows 32 p.. of (count, width) as columns: [width][32], zeros past the last; width: of 16.
 inline void pack_rows(const float *rows, int64_t count, int64_t width, int64_t p, float *to) {
     for (int64_t half = 0; half < PANEL; half += 16) {
         const int64_t first = p * PANEL + half;
@@ -51,7 +51,7 @@ inline void pack_rows(const float *rows, int64_t count, int64_t width, int64_t p
 // y (rows, outputs) = x (rows, inputs) times panels [inputs][32] of the outputs, plus `bias` if any.
 inline void multiply_rows(int64_t rows, int64_t inputs, int64_t outputs, const float *x,
                           const float *panels, const float *bias, float *y) {
-    alignas(64) float sums[ROWS * PANEL];
+    alignas(64) float sums[ROWS * PANEL] = {};
     for (int64_t n = 0; n < outputs; n += PANEL, panels += inputs * PANEL) {
         const int64_t size = std::min(PANEL, outputs - n);
         for (int64_t m = 0; m < rows; m += ROWS) {
@@ -87,27 +87,25 @@ void multiply_packed(int64_t tokens, int64_t inputs, int64_t outputs, const floa
 }
 
 // y (T, N) = x (T, K) times the transpose of weight (N, K), plus `bias`, which may be null.
-inline void linear(const LinearSizes &sizes, const float *x, const float *weight, const float *bias,
+inline void linear(const LinearSizes &of, const float *x, const float *weight, const float *bias,
                    float *y, int64_t threads) {
-    const auto [tokens, inputs, outputs] = sizes;
-    multiply_packed(tokens, inputs, outputs, x, bias, y, threads, [&](int64_t p, float *to) {
-        pack_rows(weight, outputs, inputs, p, to);
-    });
+    multiply_packed(of.tokens, of.inputs, of.outputs, x, bias, y, threads,
+                    [&](int64_t p, float *to) { pack_rows(weight, of.outputs, of.inputs, p, to); });
 }
 
 // Gradient of x: (T, K) = grad (T, N) times weight (N, K).
-inline void linear_back(const LinearSizes &sizes, const float *grad, const float *weight, float *grad_x,
-                        int64_t threads) {
-    const auto [tokens, inputs, outputs] = sizes;
-    multiply_packed(tokens, outputs, inputs, grad, nullptr, grad_x, threads, [&](int64_t p, float *to) {
-        pack_columns(weight, outputs, inputs, p, to);
-    });
+inline void linear_back(const LinearSizes &of, const float *grad, const float *weight,
+                        float *grad_x, int64_t threads) {
+    multiply_packed(of.tokens, of.outputs, of.inputs, grad, nullptr, grad_x, threads,
+                    [&](int64_t p, float *to) {
+                        pack_columns(weight, of.outputs, of.inputs, p, to);
+                    });
 }
 
 // Gradient of the weight: (N, K) = the transpose of grad (T, N) times x (T, K).
-inline void linear_back_weight(const LinearSizes &sizes, const float *grad, const float *x,
+inline void linear_back_weight(const LinearSizes &of, const float *grad, const float *x,
                                float *grad_weight, int64_t threads) {
-    const auto [tokens, inputs, outputs] = sizes;
+    const int64_t tokens = of.tokens, inputs = of.inputs, outputs = of.outputs;
     const int64_t most = std::min(TOKENS_AT_ONCE, tokens), panels = inputs / PANEL;
     const int64_t blocks = (outputs + ROWS - 1) / ROWS;
     const int64_t together = std::clamp<int64_t>(blocks / (2 * threads), 1, MOST_BLOCKS);
@@ -118,7 +116,8 @@ inline void linear_back_weight(const LinearSizes &sizes, const float *grad, cons
         const float *rows = grad + from * outputs;
         share_out(panels + blocks, threads, NoRoom{}, [&](int64_t task, NoRoom &) {
             if (task < panels)
-                return pack_columns(x + from * inputs, count, inputs, task, right + task * count * PANEL);
+                return pack_columns(x + from * inputs, count, inputs, task,
+                                    right + task * count * PANEL);
             const int64_t first = (task - panels) * ROWS, size = std::min(ROWS, outputs - first);
             for (int64_t t = 0; t < count; ++t)
                 std::copy_n(rows + t * outputs + first, size, left + (first * count) + t * ROWS);
