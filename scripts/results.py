@@ -24,6 +24,7 @@ from baselines.reproduce import markdown
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.scale import table as scale_table
 from experiments.sessions import tables_of as session_tables
+from recformer.cli import exit_with_message
 from recformer.commands.compare import captions, figure_cells, pair_cells
 from recformer.evaluation.table import markdown_table
 from recformer.files import UserError, read_json, write_json
@@ -371,4 +372,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    exit_with_message(lambda: main(sys.argv[1:]))
