@@ -5,9 +5,12 @@
     python -m benchmarks encoder ranking --json speed.json
 
 Both sides of a row run in this run, in turns, after a warm-up; seconds are medians. "ratio" is how
-many times the peer's seconds are ours, "ceiling" our share of the speed that this machine's own
-matrix product reaches, MB the peak memory of one call beyond what its process held before, each
-measured in a process of its own. docs/performance.md says more.
+many times the peer's seconds are ours, "ceiling" our share of the speed that torch's own matrix
+product reaches on this machine (in `ceilings`: of what registers do), MB the peak memory of one
+call beyond what its process held before, each measured in a process of its own. Peers: `pip install
+-c constraints.txt -e ".[peers]"`; those that need an environment of their own are measured by
+`python -m benchmarks.sentences --onnx_python` and `python -m benchmarks.sequence_models`.
+docs/performance.md says more.
 """
 
 from __future__ import annotations

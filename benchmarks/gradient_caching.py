@@ -69,8 +69,7 @@ def step_of(
     """Loss and gradients of a batch with masked copies; `at_once` 0: in one piece."""
     torch.manual_seed(0)
     config = RecformerConfig(
-        **model,
-        num_attention_heads=model["hidden_size"] // 16,
+        **{"num_attention_heads": model["hidden_size"] // 16, **model},
         attention_window=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

@@ -21,18 +21,29 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from recformer.cli import hide_bars_of_libraries
 from recformer.files import UserError, write_json
 from recformer.machine import cpuinfo, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 3
 WHAT_WIDTH = 72  # of the table's first column
+#: Whose versions are noted, where they are installed.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "sentence-transformers",
+    "faiss-cpu",
+)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 # What decides about matrix products.
 ISA_FLAGS = (
@@ -210,6 +221,14 @@ def pin_threads(count: int | None) -> int:
     return count
 
 
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def machine(threads: int) -> dict[str, Any]:
     """What the figures were measured on, and how busy it was before."""
     listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)
@@ -225,8 +244,20 @@ def machine(threads: int) -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        **{name: version(name) for name in PACKAGES if _installed(name)},
     }
+
+
+def left_out(what: str, package: str) -> None:
+    """Say what cannot be measured here."""
+    print(f"  left out: {what}, without {package} (pip install {package})", flush=True)
+
+
+def quiet() -> None:
+    """No lines of libraries between the rows."""
+    hide_bars_of_libraries()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 class Report:
@@ -238,7 +269,9 @@ class Report:
     """
 
     def __init__(self, threads: int, file: str | None) -> None:
+        quiet()
         self.machine, self.file, self.rows = machine(threads), file, list[dict[str, Any]]()
+        self.commands: dict[str, str] = {}
         plain = {
             key: " ".join(value) if isinstance(value, list) else value
             for key, value in self.machine.items()
@@ -246,13 +279,18 @@ class Report:
         print(", ".join(f"{key} {value}" for key, value in plain.items() if value))
         print(header())
 
-    def add(self, benchmark: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Rows of a benchmark; the run may be stopped between them."""
+    def add(
+        self, benchmark: str, rows: Iterable[dict[str, Any]], command: str | None = None
+    ) -> None:
+        """Rows of a benchmark, which `command` measures; the run may be stopped between them."""
+        if command:
+            self.commands[benchmark] = command
         for values in rows:
             print(line(values), flush=True)
             self.rows.append({"benchmark": benchmark, **values})
             if self.file:
-                write_json(self.file, {"machine": self.machine, "rows": self.rows}, indent=1)
+                found = {"machine": self.machine, "commands": self.commands, "rows": self.rows}
+                write_json(self.file, found, indent=1)
 
 
 def header() -> str:
@@ -263,6 +301,10 @@ def header() -> str:
     )
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def line(values: dict[str, Any]) -> str:
     """A row as text, its note below it."""
 
@@ -271,7 +313,7 @@ def line(values: dict[str, Any]) -> str:
 
     rate = ""
     if values["amount"] is not None:
-        rate = f"{values['amount'] / values['ours_seconds']:,.0f} {values['unit']}"
+        rate = f"{_number(values['amount'] / values['ours_seconds'])} {values['unit']}"
     text = (
         f"{values['what']:<{WHAT_WIDTH}}{values['ours_seconds']:>9.4g}{rate:>17}"
         f"{number('peer_seconds', '.4g'):>10}{number('ratio', '.2f'):>7}"
@@ -282,4 +324,5 @@ def line(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    quiet()
     print(json.dumps(measure_case(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))))

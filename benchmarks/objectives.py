@@ -178,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     args = parser.parse_args(argv)
     report = Report(pin_threads(args.threads), args.json)
-    report.add("objectives", rows_of(ProcessedFolder.load(args.data_path), args.batches))
+    rows = rows_of(ProcessedFolder.load(args.data_path), args.batches)
+    report.add("objectives", rows, "python -m benchmarks.objectives --data_path FOLDER")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Work, in_turns, row, run_alone
+from benchmarks.measure import Work, in_turns, left_out, row, run_alone
 from recformer.evaluation.exact import item_norms
 from recformer.evaluation.top_items import top_items_by_vectors
 
@@ -30,6 +30,11 @@ REPEATS = {1: 9, 16: 5, 256: 3}  # short calls more often
 
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
+    if find_spec("faiss") is None:
+        left_out("search", "faiss-cpu")
+        return
+    import faiss
+
     faiss.omp_set_num_threads(torch.get_num_threads())
     for items, hidden, users in QUICK if quick else SIZES:
         table, queries = vectors_of(items, hidden, max(users))

@@ -14,9 +14,9 @@ items" are histories as training and recommending read them: of items whose toke
 8-bit ONNX backend then takes turns, too, in a process of its own; without it that of this
 environment, if it is there.
 
-Both run in glibc as it is, and once more in one that keeps freed memory, as our programs do. The
-last rows set a training step beside one of transformers' `BertModel`: on the same items, which it
-gets padded, and on as many of equal length, where neither side pads.
+Both run in glibc as it is, and once more in one that keeps freed memory, as our programs do; so do
+all rows after these. The last ones set a training step beside one of transformers' `BertModel`: on
+the same items, which it gets padded, and on as many of equal length, where neither side pads.
 """
 
 from __future__ import annotations
@@ -50,7 +50,16 @@ from benchmarks.encoder import (
     products,
     step_of,
 )
-from benchmarks.measure import REPEATS, Report, Work, in_turns, pin_threads, row, run_alone
+from benchmarks.measure import (
+    REPEATS,
+    Report,
+    Work,
+    in_turns,
+    left_out,
+    pin_threads,
+    row,
+    run_alone,
+)
 from recformer.cli import exit_with_message, keep_freed_memory
 from recformer.data.collators import pack_sequences
 from recformer.data.items import ItemsInMemory
@@ -185,8 +194,10 @@ def sequences_of(size: str, what: str) -> list[list[Item]]:
     return [made[n : n + ITEMS_A_HISTORY] for n in range(0, len(made), ITEMS_A_HISTORY)]
 
 
-def encoding_case(folder: str, side: str, size: str, dtype: str, what: str) -> Work:
-    """A call of one side: avg, cls or peer."""
+def encoding_case(folder: str, side: str, size: str, dtype: str, what: str, kept: bool) -> Work:
+    """A call of one side: avg, cls or peer; `kept`: freed memory is."""
+    if kept:
+        keep_freed_memory()
     sequences = sequences_of(size, what)
     if side == "peer":
         encode = peer_encoder(Path(folder), dtype)
@@ -210,6 +221,8 @@ def rows_of(
             keep_freed_memory()
         for size, dtype in cases:
             yield from _encoding(size, dtype, kept)
+    if find_spec("sentence_transformers") is None:
+        left_out("items and histories", "sentence-transformers")
     if onnx_python is None and find_spec("optimum") and find_spec("sentence_transformers"):
         onnx_python = sys.executable
     for size in sizes if onnx_python else ():
@@ -227,11 +240,11 @@ def _encoding(size: str, dtype: str, kept: bool) -> Iterator[dict[str, Any]]:
         memory: dict[tuple[str, str], float | None] = {}
         for side in ("avg", "peer"):
             for what in ("items", "histories"):
-                alone = run_alone(encoding_case, str(folder), side, size, dtype, what)
+                alone = run_alone(encoding_case, str(folder), side, size, dtype, what, kept)
                 memory[side, what] = alone["peak_memory_mb"]
         sides = {pooler: Ours(folder, dtype, pooler) for pooler in ("avg", "cls")}
         peer = peer_encoder(folder, dtype)
-        setting = "freed memory kept" if kept else "glibc as it is"
+        setting = ", freed memory kept" if kept else ""
         for what in ("items", "histories"):
             yield from _compare(size, dtype, what, setting, sides, peer, memory)
 
@@ -264,7 +277,7 @@ def _compare(
         share = needed / ours_seconds / (product_operations / product_seconds)
         first = (name, pooler) == (what, "avg")
         yield row(
-            f"{size}, {name}, {'mean' if pooler == 'avg' else '<s>'}, {dtype}",
+            f"{size}, {name}, {'mean' if pooler == 'avg' else '<s>'}, {dtype}{setting}",
             ours_seconds,
             PEER,
             peer_seconds,
@@ -273,7 +286,7 @@ def _compare(
             share_of_ceiling=share,
             peak_memory_mb=memory["avg", what] if first else None,
             peer_peak_memory_mb=memory["peer", what] if first else None,
-            note=f"{sum(lengths):,} tokens; {setting}"
+            note=f"{sum(lengths):,} tokens"
             if first
             else ""
             if name == what
@@ -347,7 +360,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     args = parser.parse_args(argv)
     report = Report(pin_threads(args.threads), args.json)
-    report.add("sentences", rows_of(args.size, args.dtype, args.onnx_python))
+    onnx = " --onnx_python PYTHON" if args.onnx_python else ""
+    rows = rows_of(args.size, args.dtype, args.onnx_python)
+    report.add("sentences", rows, f"python -m benchmarks.sentences{onnx}")
 
 
 if __name__ == "__main__":

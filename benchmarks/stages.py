@@ -45,7 +45,7 @@ OPERATORS = {
         "aten::mkldnn",
         "_Linear",
     ),
-    "products of attention": ("aten::bmm", "aten::baddbmm"),
+    "batched products": ("aten::bmm", "aten::baddbmm"),
     "GELU": ("aten::gelu",),
     "residuals and LayerNorm": ("aten::native_layer_norm", "aten::native_batch_norm"),
     "softmax": ("aten::_softmax", "aten::softmax"),
@@ -58,8 +58,8 @@ OPERATORS = {
     ),
     # Its own functions, which draw the bits of its dropout.
     "the rest of attention": ("_BandAttention", "aten::clamp"),
-    "bias, dropout, residual and LayerNorm in C++": ("_ResidualNorm",),
-    "bias and GELU in C++": ("_BiasGelu",),
+    "dropout, residual and LayerNorm": ("_ResidualNorm",),
+    "bias and GELU": ("_BiasGelu",),
     "AdamW": ("aten::_fused_adamw", "aten::_foreach"),
     "copies": (
         "_GatherChunks",
@@ -73,7 +73,7 @@ OPERATORS = {
         "aten::slice",
     ),
     "attention in C++": ("_Band", "_Gather"),
-    "memory": ("aten::empty", "aten::zero", "aten::fill_", "aten::resize_"),
+    "zeros and new memory": ("aten::empty", "aten::zero", "aten::fill_", "aten::resize_"),
     "sums and other arithmetic": (
         "aten::add",
         "aten::mul",

@@ -21,7 +21,6 @@ from typing import Any
 
 from baselines.experiment import FOLDER, Experiment, Run
 from baselines.reproduce import markdown
-from benchmarks.__main__ import BENCHMARKS
 from benchmarks.scale import table as scale_table
 from experiments.sessions import tables_of as session_tables
 from recformer.cli import exit_with_message
@@ -36,6 +35,7 @@ SPEED, COMPARED = "speed", "compared"  # folders within it
 NAMES = ("results.md", "method.md", "performance.md", "scale.md")
 PAGES = (*(ROOT / "docs" / name for name in NAMES), ROOT / "README.md")
 AUDITS = "audits.json"
+ISA = {"amx_tile": "AMX", "avx512_bf16": "AVX512_BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 TAG = re.compile("`?<s>`?")  # in the name of a row, which Markdown would take for HTML
 NOT_YET = "not measured on this state of the repository\n"
 TABLE = re.compile(r"(<!-- (\w+)(?:: ([\w ]+))? -->\n)((?:(?!<!-- ).)*?)(<!-- end -->)", re.DOTALL)
@@ -142,8 +142,7 @@ def benchmark(name: str, figures: Path) -> str:
     used = [(head, cell) for head, cell in columns if any(map(cell, rows))]
     cells = [[TAG.sub("`<s>`", row["what"]), *(cell(row) for _, cell in used)] for row in rows]
     table = markdown_table(["", *(head for head, _ in used)], cells)
-    known = content["benchmark"] in BENCHMARKS
-    command = f"python -m benchmarks{' ' if known else '.'}{content['benchmark']}"
+    command = content.get("command") or f"python -m benchmarks {content['benchmark']}"
     if content["machine"]["threads"] < content["machine"]["cores"]:
         command += f" --threads {content['machine']['threads']}"
     return f"`{command}`\n\n{table}\n{_machine(content)}\n"
@@ -177,15 +176,23 @@ def stages(_: str, figures: Path) -> str:
 
 def _machine(content: dict[str, Any]) -> str:
     found = content["machine"]
-    amx = ", AMX" if "amx_tile" in found["isa"] else ""
+    isa = next((f", {said}" for flag, said in ISA.items() if flag in found["isa"]), "")
     threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     load = "" if found["load_before"] is None else f", load before {found['load_before']}"
-    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers"))
+    peers = {row.get("peer", "") for row in content["rows"]}
+    named = ["torch", "transformers"]
+    for package, name in (
+        ("sentence-transformers", "sentence-transformers"),
+        ("faiss-cpu", "faiss"),
+    ):
+        if package in found and any(peer.startswith(name) for peer in peers):
+            named.append(package)
+    versions = ", ".join(f"{name} {found[name]}" for name in named)
     day = f"; {found['date']}" if "date" in found else ""
     state = (
         f"; figures of an earlier state of the repository: {s}" if (s := found.get("state")) else ""
     )
-    return f"{found['cpu']}{amx}, {threads}{load}; {versions}{day}{state}"
+    return f"{found['cpu']}{isa}, {threads}{load}; {versions}{day}{state}"
 
 
 def _number(value: float | None) -> str:
@@ -348,6 +355,8 @@ def _take_benchmarks(content: dict[str, Any], figures: Path, kept: dict[Path, An
         name = row.pop("benchmark")
         place = figures / SPEED / f"{name}{ending}.json"
         table = kept.setdefault(place, {"benchmark": name, "machine": dict(machine), "rows": []})
+        if command := content.get("commands", {}).get(name):
+            table["command"] = command
         for key, value in machine.items():
             if key in ("load_before", "date"):
                 known = [each for each in (table["machine"].get(key), value) if each is not None]

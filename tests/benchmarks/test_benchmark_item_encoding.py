@@ -41,8 +41,8 @@ def test_rows_of_both_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first["amount"], first["unit"], first["peak_memory_mb"]) == (64, "items", 7.0)
     config = build_ours("tiny").config
     lengths = (RandomItems(64, 1000).lengths + 1).tolist()
-    # two layers of 8,192 rows: q, k, v and output of 48 x 48, the halves of the FFN of 48 x 96
-    product = 2 * 8192 * 2 * (4 * 48 * 48 + 2 * 48 * 96) / 0.5
+    # two layers of 8,192 rows: q, k, v and output of 64 x 64, the halves of the FFN of 64 x 96
+    product = 2 * 8192 * 2 * (4 * 64 * 64 + 2 * 64 * 96) / 0.5
     share = operations(config, lengths, pooled=True) / 2.0 / product
     assert first["share_of_ceiling"] == pytest.approx(share)
     assert second["share_of_ceiling"] == pytest.approx(share / 2)

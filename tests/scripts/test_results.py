@@ -36,7 +36,7 @@ def test_no_table_of_the_results_is_typed() -> None:
 
 
 def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
-    named = {"audits", "scale", "sessions"}
+    named = {"audits", "scale", "sessions", "stages"}
     for page in results.PAGES:
         found = results.TABLE.finditer(page.read_text(encoding="utf-8"))
         named |= {match[3] for match in found if match[3]}
@@ -114,7 +114,7 @@ def test_benchmarks_are_kept_and_shown(tmp_path: Path) -> None:
     kept = results.take(pieces, tmp_path)
     assert kept == [tmp_path / "speed" / "one.json", tmp_path / "speed" / "two.json"]
     assert results.benchmark("one", tmp_path) == (
-        "`python -m benchmarks.one`\n\n"
+        "`python -m benchmarks one`\n\n"
         "| |ours s|a second|peer s|ratio||\n|---|---|---|---|---|---|\n"
         "|a|0.5|200 items|1.25|2.50|said|\n|b\\|`<s>`|2|||||\n\n"
         "A CPU, AMX, 2 threads, load before 0.9; torch 2, transformers 5; 2026-01-02\n"
@@ -126,6 +126,20 @@ def test_benchmarks_are_kept_and_shown(tmp_path: Path) -> None:
     assert results.benchmark("two", tmp_path).endswith(
         "\nA CPU, AMX, 2 threads; torch 2, transformers 5; 2026-01-02; figures of an earlier state "
         "of the repository: in torch\n"
+    )
+
+
+def test_commands_and_versions_of_peers_are_named(tmp_path: Path) -> None:
+    rows = [{"benchmark": "one", **row("a", 1.0, "faiss.IndexFlatIP", 2.0)}]
+    content = speed(**{"faiss-cpu": "9", "isa": ["avx2", "avx512_bf16"]})
+    content |= {"rows": rows, "commands": {"one": "python -m benchmarks.one --peer PYTHON"}}
+    (tmp_path / "1.json").write_text(json.dumps(content))
+    results.take([tmp_path / "1.json"], tmp_path)
+    shown = results.benchmark("one", tmp_path)
+    assert shown.startswith("`python -m benchmarks.one --peer PYTHON`\n")
+    assert (
+        "A CPU, AVX512_BF16, 2 threads, load before 0.1; torch 2, transformers 5, faiss-cpu 9; "
+        in shown
     )
 
 
@@ -159,7 +173,7 @@ def test_threads_are_part_of_the_name_and_machines_are_not_mixed(tmp_path: Path)
     kept = results.take([tmp_path / "1.json"], tmp_path)
     assert [path.name for path in kept] == ["one_1.json", "two_1.json"]
     shown = results.benchmark("one_1", tmp_path)
-    assert shown.startswith("`python -m benchmarks.one --threads 1`\n")
+    assert shown.startswith("`python -m benchmarks one --threads 1`\n")
     assert "1 thread," in shown
     (tmp_path / "2.json").write_text(json.dumps(speed(threads=1, cpu="Another")))
     with pytest.raises(UserError, match="pieces of one are of two machines"):
