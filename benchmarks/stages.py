@@ -10,6 +10,7 @@ profiler, shared out as the ticks or the operators' own times are.
 from __future__ import annotations
 
 import ctypes
+import os
 import statistics
 from collections import Counter
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ OPERATORS = {
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
     """Items by the kernel, where it runs, and a training step on them, in both dtypes."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines of the profiler between rows
     sizes = ("tiny",) if quick else ("MiniLM", "base")
     if kernel.library() is not None and not quick:
         for size in sizes:

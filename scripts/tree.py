@@ -35,7 +35,7 @@ LAYERS: list[tuple[str, ...]] = [
         "recformer.pictures",
         "recformer.processes",
     ),
-    ("recformer.cli", "recformer.config"),
+    ("recformer.cli", "recformer.config", "recformer.products"),
     ("recformer.tokenization",),
     ("recformer.data",),
     ("recformer.evaluation",),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from recformer import products
 from recformer.evaluation.additions import Additions, PairTerms
 from recformer.evaluation.exact import (
     CHUNK_ELEMENTS,
@@ -43,6 +44,7 @@ STRETCH = 64  # neighbouring items of which only the best is looked at first
 MANY_STRETCHES = 1 / 4  # of all: to copy them would cost more than to read all
 ROUND = STRETCH  # chunks are multiples of it, which suits kernels too
 DEVICE_CHUNKS = 32  # of the CPU's in one of a GPU, where starting a kernel costs more than memory
+MANY_ITEMS = 2**12  # of a chunk, from which on compiling a product for them pays
 MOST_ITEMS = 2**24  # of a chunk: up to here float32 counts exactly
 
 
@@ -263,10 +265,8 @@ class Scan:
                             scores[0] = torch.mv(units, rounded[0])
                         else:
                             scores.copy_((units @ rounded.T).T)
-                    elif len(users) == 1:  # read as it lies, at the speed of memory
-                        torch.mv(items, users[0], out=scores[0])
                     else:
-                        torch.mm(users[block], items.T, out=scores)
+                        _multiply(users[block], items, scores)
                     if factors is not None:
                         scores *= factors
                     if left_out is not None:
@@ -320,6 +320,17 @@ class Scan:
         scores = torch.cat(parts or [self.lengths[:0]])
         terms = torch.from_numpy(self.terms.at(rows, cols)).to(self.device)
         return scores + terms / self.lengths[users]
+
+
+def _multiply(users: torch.Tensor, items: torch.Tensor, scores: torch.Tensor) -> None:
+    """Products of users (b, H) and items (C, H) into scores (b, C)."""
+    many = len(items) >= MANY_ITEMS and users.device.type == "cpu"
+    if many and products.torch_is_slow():
+        products.mm(users, items.T, out=scores)
+    elif len(users) == 1:  # read as it lies, at the speed of memory
+        torch.mv(items, users[0], out=scores[0])
+    else:
+        torch.mm(users, items.T, out=scores)
 
 
 @dataclass(frozen=True)

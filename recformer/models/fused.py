@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from recformer.models import kernel
 from recformer.models.dropout import num_dropped
-from recformer.models.products import torch_is_slow
+from recformer.products import torch_is_slow
 
 # Heads that a row of the weights of `<s>` has place for.
 LANES = 32

@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from recformer import products
 from recformer.files import UserError
-from recformer.models import products
 
 MIN_NORM = 1e-8  # least norm a vector is divided by, as in F.cosine_similarity
 CHUNK_ELEMENTS = 2**24  # of a chunk of items, and of users x items: 64 MB in float32

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from recformer.machine import cpuinfo
-from recformer.models.kernel import cpu_flags
 
 
 @functools.cache
 def torch_is_slow() -> bool:
     """Whether torch multiplies float32 with AVX2 alone on a processor that has AVX-512."""
+    described = cpuinfo()
     return (
         torch.backends.mkl.is_available()
-        and "AuthenticAMD" in cpuinfo()
-        and "avx512f" in cpu_flags()
+        and "AuthenticAMD" in described
+        and "avx512f" in described.split()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recformer.models import products
+from recformer import products
+from recformer.evaluation import scan
+from recformer.evaluation.ranking import rank_and_top_items
 from recformer.models.losses import full_softmax_loss
 
 
@@ -63,3 +65,20 @@ def test_a_softmax_in_parts_takes_them(cosine: bool, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
     for grad, expected in zip(grads, torch.autograd.grad(exact, (exact_users, exact_items))):
         assert (grad.double() - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.usefixtures("slow_torch")
+@pytest.mark.parametrize("count", [1, 3, 600])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_ranks_do_not_depend_on_who_multiplies(
+    count: int, cosine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users, items = numbers(count, 24, seed=1), numbers(700, 24, seed=2)
+    items[350:] = items[:350] + 1e-7 * numbers(350, 24, seed=3)  # nearly ties
+    targets = (torch.arange(count) * 7) % 700
+    found = []
+    for least in (scan.MANY_ITEMS, 1):  # torch alone, oneDNN alone
+        monkeypatch.setattr(scan, "MANY_ITEMS", least)
+        ranks, best = rank_and_top_items(users, items, targets, 10, None, 128, cosine)
+        found.append((ranks.above.tolist(), ranks.tied.tolist(), best.tolist()))
+    assert found[0] == found[1]
