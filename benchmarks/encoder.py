@@ -14,7 +14,6 @@ number of rows and nothing between them.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LongformerConfig, LongformerModel
 
-from benchmarks.measure import REPEATS, Work, available_gb, in_turns, row, run_alone
+from benchmarks.measure import REPEATS, Work, available_gb, give_back, in_turns, row, run_alone
 from recformer import PAPER, PackedTokens, RecformerConfig, RecformerModel
 
 # fmt: off
@@ -304,7 +303,7 @@ def training_rows(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _compare_training(size: str, dtype: str, name: str, lengths: list[int]) -> dict[str, Any]:
-    gc.collect()  # what the row before held: the optimizers are in cycles
+    give_back()  # what the row before held
     needed = _peer_training_gb(build_peer(size).config, lengths)
     fits = DEVICE != "cpu" or needed < available_gb() - 2
     memory = [  # first, while this process is small

@@ -7,6 +7,7 @@ that prepares some `Work`, for `run_alone` to measure.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -191,6 +192,13 @@ def _peak_mb(reset: bool) -> float:
         return int(lines["VmHWM"].split()[0]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def give_back() -> None:
+    """Let go of what is no longer needed, also where freed memory is kept."""
+    gc.collect()  # optimizers are in cycles
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_gb() -> float:
