@@ -297,9 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     if not peers:
         parser.error("no peer: give --rectools_python, --replay_python or both")
     report = Report(pin_threads(args.threads), args.json)
-    command = "python -m benchmarks.sequence_models --data_path FOLDER"
-    for name in peers:
-        command += f" --{name.split()[0].lower()}_python PYTHON"
+    command = "python -m benchmarks.sequence_models --data_path FOLDER --PEER_python PYTHON"
     report.add("sequence_models", sasrec_epochs(args.data_path, peers), command)
 
 

@@ -189,10 +189,7 @@ def _machine(content: dict[str, Any]) -> str:
             named.append(package)
     versions = ", ".join(f"{name} {found[name]}" for name in named)
     day = f"; {found['date']}" if "date" in found else ""
-    state = (
-        f"; figures of an earlier state of the repository: {s}" if (s := found.get("state")) else ""
-    )
-    return f"{found['cpu']}{isa}, {threads}{load}; {versions}{day}{state}"
+    return f"{found['cpu']}{isa}, {threads}{load}; {versions}{day}"
 
 
 def _number(value: float | None) -> str:
