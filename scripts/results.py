@@ -167,7 +167,7 @@ def stages(_: str, figures: Path) -> str:
     for size, found in seconds.items():
         heads = [size, *(f"{dtype}, {_number(value)} s" for dtype, value in found.items())]
         cells = [
-            [stage, *(each.get(dtype, "") for dtype in found)]
+            [TAG.sub("`<s>`", stage), *(each.get(dtype, "") for dtype in found)]
             for stage, each in shares.get(size, {}).items()
         ]
         texts.append(markdown_table(heads, cells))

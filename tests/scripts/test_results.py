@@ -149,9 +149,9 @@ def test_stages_are_shares_side_by_side(tmp_path: Path) -> None:
         for what, note in (
             ("MiniLM, items, float32", ""),
             ("MiniLM, items, float32: GELU", "60.0%"),
-            ("MiniLM, items, float32: softmax", "40.0%"),
+            ("MiniLM, items, float32: what <s> gathers", "40.0%"),
             ("MiniLM, items, bfloat16", ""),
-            ("MiniLM, items, bfloat16: softmax", "100.0%"),
+            ("MiniLM, items, bfloat16: what <s> gathers", "100.0%"),
             ("MiniLM, items, training step, float32", ""),
             ("MiniLM, items, training step, float32: AdamW", "100.0%"),
         )
@@ -161,7 +161,7 @@ def test_stages_are_shares_side_by_side(tmp_path: Path) -> None:
     assert results.stages("", tmp_path) == (
         "`python -m benchmarks stages`\n\n"
         "|MiniLM, items|float32, 0.25 s|bfloat16, 0.25 s|\n|---|---|---|\n"
-        "|GELU|60.0%||\n|softmax|40.0%|100.0%|\n\n"
+        "|GELU|60.0%||\n|what `<s>` gathers|40.0%|100.0%|\n\n"
         "|MiniLM, items, training step|float32, 0.25 s|\n|---|---|\n|AdamW|100.0%|\n\n"
         "A CPU, AMX, 2 threads, load before 0.1; torch 2, transformers 5; 2026-01-02\n"
     )
