@@ -41,7 +41,7 @@ NAMES = {FLOAT: "float32", BFLOAT16: "bfloat16", THREE_BFLOAT16: "float32 in thr
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
     """Of every kind of numbers that the kernel multiplies here; none without it."""
     if kernel.library() is None:
-        print("  left out: ceilings, which need AVX-512 and a C++ compiler")
+        print("  left out: ceilings, which need AVX-512 and a C++ compiler", flush=True)
         return
     library = compiled()
     tiles = bool(library.use_amx())

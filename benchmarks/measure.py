@@ -92,7 +92,8 @@ def row(
         ours_seconds, peer_seconds: for the same work, in one run.
         peer: name of what ours stands against.
         amount, unit: of the work: 5241, "tokens".
-        share_of_ceiling: of the speed that the machine's own matrix product reaches.
+        share_of_ceiling: of the speed that torch's own matrix product reaches (in `ceilings`: that
+            registers do).
         peak_memory_mb, peer_peak_memory_mb: of one call, beyond what the process held before (MB of
             10**6 bytes).
         note: said below the row.
@@ -286,6 +287,7 @@ class Report:
         }
         print(", ".join(f"{key} {value}" for key, value in plain.items() if value))
         print(header())
+        self._save()
 
     def add(
         self, benchmark: str, rows: Iterable[dict[str, Any]], command: str | None = None
@@ -296,9 +298,12 @@ class Report:
         for values in rows:
             print(line(values), flush=True)
             self.rows.append({"benchmark": benchmark, **values})
-            if self.file:
-                found = {"machine": self.machine, "commands": self.commands, "rows": self.rows}
-                write_json(self.file, found, indent=1)
+            self._save()
+
+    def _save(self) -> None:
+        if self.file:
+            found = {"machine": self.machine, "commands": self.commands, "rows": self.rows}
+            write_json(self.file, found, indent=1)
 
 
 def header() -> str:

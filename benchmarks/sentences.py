@@ -223,6 +223,7 @@ def rows_of(
             yield from _encoding(size, dtype, kept)
     if find_spec("sentence_transformers") is None:
         left_out("items and histories", "sentence-transformers")
+        keep_freed_memory()
     if onnx_python is None and find_spec("optimum") and find_spec("sentence_transformers"):
         onnx_python = sys.executable
     for size in sizes if onnx_python else ():

@@ -13,9 +13,9 @@ the losses are compared first, without dropout. The two take turns; medians coun
 
 The second: an epoch of SASRec with full softmax (128 dimensions, 2 blocks, 50 items, batch 256) on
 a processed folder against `SASRecModel` of RecTools 0.19 and `SasRec` of RePlay 0.22, one after the
-other: by what two epochs take more than one, ours and RecTools' after a fit that warms up, ours
-three times (the median). RecTools needs numpy below 2, RePlay older pyarrow and scikit-learn, so
-each runs as a subprocess in an environment of its own:
+other: ours and RecTools' by what two epochs take more than one, after a fit that warms up (ours
+three times, the median), RePlay's by the second epoch of a fit. RecTools needs numpy below 2,
+RePlay older pyarrow and scikit-learn, so each runs as a subprocess in an environment of its own:
 
     python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0" "numpy<2"
     python -m venv replay && replay/bin/pip install "replay-rec[torch]==0.22.0"

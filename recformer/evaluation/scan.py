@@ -44,7 +44,7 @@ STRETCH = 64  # neighbouring items of which only the best is looked at first
 MANY_STRETCHES = 1 / 4  # of all: to copy them would cost more than to read all
 ROUND = STRETCH  # chunks are multiples of it, which suits kernels too
 DEVICE_CHUNKS = 32  # of the CPU's in one of a GPU, where starting a kernel costs more than memory
-MANY_ITEMS = 2**12  # of a chunk, from which on compiling a product for them pays
+MANY_ITEMS = 2**11  # of a chunk, from which on compiling a product for them pays
 MOST_ITEMS = 2**24  # of a chunk: up to here float32 counts exactly
 
 
