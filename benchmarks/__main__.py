@@ -1,6 +1,6 @@
 """Speed and memory against named peers, on this machine, as one table.
 
-    python -m benchmarks                      # everything: about half an hour on two cores
+    python -m benchmarks                      # everything: about an hour on two cores
     python -m benchmarks --quick              # tiny sizes: shows that it works, measures nothing
     python -m benchmarks encoder ranking --json speed.json
 
