@@ -1,7 +1,5 @@
 // What a processor's arithmetic alone reaches, and one product of the encoder's kernel.
 
-#include <cstring>
-
 #include "products.h"
 
 #ifdef __AMX_BF16__

@@ -208,8 +208,7 @@ class RecformerSelfAttention(nn.Module):
             idle = (self.query, self.key, self.value)
             return _ZeroGradient.apply(context, *(p for layer in idle for p in layer.parameters()))
         local = (self.query, self.key, self.value)
-        product = F.linear if self.window in layout.bands else fused.linear
-        qkv = product(
+        qkv = fused.linear(
             hidden,
             torch.cat([layer.weight for layer in local]),
             torch.cat([layer.bias for layer in local]),

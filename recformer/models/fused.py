@@ -108,7 +108,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, in half the time where torch is slow.
 
     Args:
-        x: (T, K), for which `usable` holds.
+        x: (T, K).
         weight: (N, K).
         bias: (N,).
 
@@ -116,12 +116,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (T, N); sums and gradients do not depend on the number of threads where they are made here.
     """
     if (
-        torch_is_slow()
-        and x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype == torch.float32
         and x.ndim == weight.ndim == 2
+        and usable(x)
+        and torch_is_slow()
         and len(x)
         and x.shape[1] == weight.shape[1]
-        and x.shape[1] % kernel.PANEL == 0
         and type(weight) in (nn.Parameter, Tensor)
         and x.device == weight.device
         and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
