@@ -32,7 +32,7 @@ from scripts.summaries import summary
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "results"
 SPEED, COMPARED = "speed", "compared"  # folders within it
-NAMES = ("results.md", "method.md", "performance.md", "scale.md")
+NAMES = ("results.md", "speed.md", "method.md", "performance.md", "scale.md")
 PAGES = (*(ROOT / "docs" / name for name in NAMES), ROOT / "README.md")
 AUDITS = "audits.json"
 ISA = {"amx_tile": "AMX", "avx512_bf16": "AVX512_BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
