@@ -7,7 +7,8 @@
 Both sides of a row run in this run, in turns, after a warm-up; seconds are medians. "ratio" is how
 many times the peer's seconds are ours, "ceiling" our share of the speed that torch's own matrix
 product reaches on this machine (in `ceilings`: of what registers do), MB the peak memory of one
-call beyond what its process held before, each measured in a process of its own. Peers: `pip install
+call beyond what its process held before, each measured in a process of its own. `--json speed.json`
+keeps the figures, and the tables as speed.md, speed.tex and speed.csv. Peers: `pip install
 -c constraints.txt -e ".[peers]"`; those that need an environment of their own are measured by
 `python -m benchmarks.sentences --onnx_python` and `python -m benchmarks.sequence_models`.
 docs/performance.md says more.
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-from benchmarks.measure import Report, pin_threads
+from benchmarks.measure import Report, add_flags, pin_threads
 from recformer.cli import exit_with_message
 
 # Imported when they run: some need what the others do not.
@@ -55,9 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--json", metavar="FILE", help="write rows and machine to this file too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    add_flags(parser)
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in BENCHMARKS:
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         benchmark: Callable[[bool], Iterator[dict[str, Any]]] = getattr(
             import_module(module), function
         )
-        report.add(name, benchmark(args.quick))
+        command = f"python -m benchmarks {name} --quick" if args.quick else None
+        report.add(name, benchmark(args.quick), command)
 
 
 if __name__ == "__main__":

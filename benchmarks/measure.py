@@ -7,6 +7,7 @@ that prepares some `Work`, for `run_alone` to measure.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -29,8 +30,9 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks import tables
 from recformer.cli import hide_bars_of_libraries
-from recformer.files import UserError, write_json
+from recformer.files import UserError
 from recformer.machine import cpuinfo, processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,12 +271,22 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of all benchmarks that make a `Report`."""
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write rows and machine to this file too, and tables beside it: .md, .tex, .csv",
+    )
+    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+
+
 class Report:
-    """Prints rows as they come and, if asked to, keeps them in a file, whole after every row.
+    """Prints rows as they come and, if asked to, keeps them in files, whole after every row.
 
     Args:
         threads: of this process, as `pin_threads` says.
-        file: to be written; None: none.
+        file: to be written, with tables beside it, see `benchmarks.tables.write`; None: none.
     """
 
     def __init__(self, threads: int, file: str | None) -> None:
@@ -303,7 +315,10 @@ class Report:
     def _save(self) -> None:
         if self.file:
             found = {"machine": self.machine, "commands": self.commands, "rows": self.rows}
-            write_json(self.file, found, indent=1)
+            pieces = tables.by_benchmark(found)
+            markdown = "\n".join(map(tables.markdown, pieces))
+            latex = "\n".join(map(tables.latex, pieces))
+            tables.write(self.file, found, markdown, latex)
 
 
 def header() -> str:
@@ -314,21 +329,14 @@ def header() -> str:
     )
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
 def line(values: dict[str, Any]) -> str:
     """A row as text, its note below it."""
 
     def number(name: str, form: str) -> str:
         return "" if values[name] is None else format(values[name], form)
 
-    rate = ""
-    if values["amount"] is not None:
-        rate = f"{_number(values['amount'] / values['ours_seconds'])} {values['unit']}"
     text = (
-        f"{values['what']:<{WHAT_WIDTH}}{values['ours_seconds']:>9.4g}{rate:>17}"
+        f"{values['what']:<{WHAT_WIDTH}}{values['ours_seconds']:>9.4g}{tables.rate(values):>17}"
         f"{number('peer_seconds', '.4g'):>10}{number('ratio', '.2f'):>7}"
         f"{number('share_of_ceiling', '.0%'):>9}{number('peak_memory_mb', ',.0f'):>9}"
         f"{number('peer_peak_memory_mb', ',.0f'):>9}  {values['peer']}"

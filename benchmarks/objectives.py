@@ -26,7 +26,7 @@ import torch
 from baselines.models import build
 from baselines.sequence import padding
 from baselines.settings import settings_of
-from benchmarks.measure import REPEATS, Report, in_turns, pin_threads, row
+from benchmarks.measure import REPEATS, Report, add_flags, in_turns, pin_threads, row
 from recformer.cli import exit_with_message
 from recformer.data.batches import TrainBatch
 from recformer.data.datamodule import SeqRecDataModule
@@ -174,8 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data_path", type=Path, required=True, help="processed folder")
     parser.add_argument("--batches", type=int, default=10**9, help="of an epoch; default: all")
-    parser.add_argument("--json", metavar="FILE", help="write rows and machine to this file too")
-    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    add_flags(parser)
     args = parser.parse_args(argv)
     report = Report(pin_threads(args.threads), args.json)
     rows = rows_of(ProcessedFolder.load(args.data_path), args.batches)

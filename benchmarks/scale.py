@@ -9,7 +9,7 @@ own. Peak memory is what the process held for itself (`RssAnon`): files that are
 back by the system when others need the room; all that was resident stands beside it. Then another
 process opens what was written, as training does: seconds (of files that were just written and so
 are in memory), its own memory, and what it maps, libraries that reading needs among it. Writes
-scale.json, scale.md and scale.png. docs/scale.md says more.
+scale.json, its table as scale.md, .tex and .csv, and scale.png. docs/scale.md says more.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from benchmarks import tables
 from benchmarks.measure import machine, pin_threads
 from recformer.cli import exit_with_message
-from recformer.files import atomic_write, read_json, write_json
+from recformer.evaluation.table import latex_table
+from recformer.files import atomic_write, read_json
 
 ROWS_A_FILE = 5_000_000
 USERS, ITEMS = 10, 50  # interactions a user and an item, on average
@@ -149,8 +151,8 @@ def _log(output: Path, number: int, an_item: int) -> Path:
     return output / (f"log-{number}" if an_item == ITEMS else f"log-{number}-{an_item}")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown."""
+def cells_of(rows: list[dict[str, Any]]) -> tables.Table:
+    """Heads and cells of the table; columns that no row has are left out."""
     names = {
         "interactions": "interactions",
         "memory": "--memory",
@@ -167,11 +169,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         "open_mapped_mb": "and mapped, MB",
     }
     names = {name: head for name, head in names.items() if any(name in each for each in rows)}
-    lines = ["| " + " | ".join(names.values()) + " |", "|---" * len(names) + "|"]
-    for each in rows:
-        cells = [f"{v:,}" if isinstance(v := each.get(name, ""), int) else str(v) for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = [
+        [f"{v:,}" if isinstance(v := each.get(name, ""), int) else str(v) for name in names]
+        for each in rows
+    ]
+    return list(names.values()), cells
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    heads, cells = cells_of(rows)
+    first, *others = ("| " + " | ".join(line) + " |\n" for line in (heads, *cells))
+    return "".join([first, "|---" * len(heads) + "|\n", *others])
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -232,9 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         rows.sort(key=lambda each: (each["memory"], each["interactions"]))
         if not args.keep_logs:
             shutil.rmtree(_log(args.output_dir, number, an_item))
-        write_json(result, {"machine": described, "rows": rows}, indent=1)
-        with atomic_write(args.output_dir / "scale.md") as handle:
-            handle.write(table(rows))
+        content = {"machine": described, "rows": rows}
+        tables.write(result, content, table(rows), latex_table(*cells_of(rows)))
         plot(rows, args.output_dir / "scale.png")
         print(table([row]), flush=True)
 

@@ -54,6 +54,7 @@ from benchmarks.measure import (
     REPEATS,
     Report,
     Work,
+    add_flags,
     in_turns,
     left_out,
     pin_threads,
@@ -357,8 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--onnx_python", metavar="PYTHON", help="that has sentence-transformers[onnx]"
     )
-    parser.add_argument("--json", metavar="FILE", help="write rows and machine to this file too")
-    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    add_flags(parser)
     args = parser.parse_args(argv)
     report = Report(pin_threads(args.threads), args.json)
     onnx = " --onnx_python PYTHON" if args.onnx_python else ""

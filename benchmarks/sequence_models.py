@@ -44,7 +44,7 @@ from baselines.sequence.collators import CausalCollator, ItemSequences
 from baselines.sequence.item_table import ItemTable
 from baselines.sequence.recommender import Objective, SequenceRecommender
 from baselines.sequence.sasrec import SASRec, SelfAttention
-from benchmarks.measure import REPEATS, Report, in_turns, pin_threads, row
+from benchmarks.measure import REPEATS, Report, add_flags, in_turns, pin_threads, row
 from recformer.cli import exit_with_message
 from recformer.files import UserError
 from recformer.models.dropout import Dropout
@@ -286,8 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(
             f"--{peer.lower()}_python", metavar="PYTHON", help=f"of an environment that has {peer}"
         )
-    parser.add_argument("--json", metavar="FILE", help="write rows and machine to this file too")
-    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    add_flags(parser)
     args = parser.parse_args(argv)
     given = {
         "RecTools 0.19": (args.rectools_python, RECTOOLS),

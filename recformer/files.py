@@ -77,7 +77,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
         OSError: names `path`, whatever of the writing failed.
     """
     with naming(path):
-        if not _is_plain(path):
+        if not is_plain(path):
             with _open_as_it_is(path, mode) as handle:
                 yield handle
             return
@@ -110,7 +110,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def _is_plain(path: str | os.PathLike) -> bool:
+def is_plain(path: str | os.PathLike) -> bool:
     """Whether there is a file, or nothing yet, where `path` leads."""
     if DESCRIPTOR.fullmatch(os.fspath(path)):
         return False

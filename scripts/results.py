@@ -22,6 +22,8 @@ from typing import Any
 from baselines.experiment import FOLDER, Experiment, Run
 from baselines.reproduce import markdown
 from benchmarks.scale import table as scale_table
+from benchmarks.tables import by_benchmark, machine_of
+from benchmarks.tables import markdown as benchmark_markdown
 from experiments.sessions import tables_of as session_tables
 from recformer.cli import exit_with_message
 from recformer.commands.compare import captions, figure_cells, pair_cells
@@ -35,8 +37,6 @@ SPEED, COMPARED = "speed", "compared"  # folders within it
 NAMES = ("results.md", "speed.md", "method.md", "performance.md", "scale.md")
 PAGES = (*(ROOT / "docs" / name for name in NAMES), ROOT / "README.md")
 AUDITS = "audits.json"
-ISA = {"amx_tile": "AMX", "avx512_bf16": "AVX512_BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
-TAG = re.compile("`?<s>`?")  # in the name of a row, which Markdown would take for HTML
 NOT_YET = "not measured on this state of the repository\n"
 TABLE = re.compile(r"(<!-- (\w+)(?:: ([\w ]+))? -->\n)((?:(?!<!-- ).)*?)(<!-- end -->)", re.DOTALL)
 
@@ -121,101 +121,17 @@ def sessions(name: str, figures: Path) -> str:
 
 
 def benchmark(name: str, figures: Path) -> str:
-    """Rows of a benchmark; columns without a figure are left out."""
+    """Tables of a benchmark."""
     path = figures / SPEED / f"{name}.json"
     if not path.is_file():
         return f"`python -m benchmarks {name}`: {NOT_YET}"
-    content = read_json(path)
-    rows = content["rows"]
-    peers = {row["peer"] for row in rows if row["peer"]}
-    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("ours s", lambda row: _number(row["ours_seconds"])),
-        ("a second", _rate),
-        ("peer", lambda row: row["peer"] if len(peers) > 1 else ""),
-        (f"{min(peers)} s" if len(peers) == 1 else "its s", _of("peer_seconds")),
-        ("ratio", lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}"),
-        ("share of the ceiling", _share),
-        ("MB", _of("peak_memory_mb")),
-        ("its MB", _of("peer_peak_memory_mb")),
-        ("", lambda row: row["note"]),
-    ]
-    used = [(head, cell) for head, cell in columns if any(map(cell, rows))]
-    cells = [[TAG.sub("`<s>`", row["what"]), *(cell(row) for _, cell in used)] for row in rows]
-    table = markdown_table(["", *(head for head, _ in used)], cells)
-    command = content.get("command") or f"python -m benchmarks {content['benchmark']}"
-    if content["machine"]["threads"] < content["machine"]["cores"]:
-        command += f" --threads {content['machine']['threads']}"
-    return f"`{command}`\n\n{table}\n{_machine(content)}\n"
-
-
-def stages(_: str, figures: Path) -> str:
-    """Shares of time of `python -m benchmarks stages`: a table a size, a column a dtype."""
-    path = figures / SPEED / "stages.json"
-    if not path.is_file():
-        return f"`python -m benchmarks stages`: {NOT_YET}"
-    content = read_json(path)
-    seconds: dict[str, dict[str, float]] = {}  # of all of it, by size and dtype
-    shares: dict[str, dict[str, dict[str, str]]] = {}  # by size, stage and dtype
-    for row in content["rows"]:
-        whole, _, stage = row["what"].partition(": ")
-        size, _, dtype = whole.rpartition(", ")
-        if stage:
-            shares.setdefault(size, {}).setdefault(stage, {})[dtype] = row["note"]
-        else:
-            seconds.setdefault(size, {})[dtype] = row["ours_seconds"]
-    texts = ["`python -m benchmarks stages`\n"]
-    for size, found in seconds.items():
-        heads = [size, *(f"{dtype}, {_number(value)} s" for dtype, value in found.items())]
-        cells = [
-            [TAG.sub("`<s>`", stage), *(each.get(dtype, "") for dtype in found)]
-            for stage, each in shares.get(size, {}).items()
-        ]
-        texts.append(markdown_table(heads, cells))
-    return "\n".join((*texts, f"{_machine(content)}\n"))
-
-
-def _machine(content: dict[str, Any]) -> str:
-    found = content["machine"]
-    isa = next((f", {said}" for flag, said in ISA.items() if flag in found["isa"]), "")
-    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
-    load = "" if found["load_before"] is None else f", load before {found['load_before']}"
-    peers = {row.get("peer", "") for row in content["rows"]}
-    named = ["torch", "transformers"]
-    for package, name in (
-        ("sentence-transformers", "sentence-transformers"),
-        ("faiss-cpu", "faiss"),
-    ):
-        if package in found and any(peer.startswith(name) for peer in peers):
-            named.append(package)
-    versions = ", ".join(f"{name} {found[name]}" for name in named)
-    day = f"; {found['date']}" if "date" in found else ""
-    return f"{found['cpu']}{isa}, {threads}{load}; {versions}{day}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _of(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: _number(row[name])
-
-
-def _rate(row: dict[str, Any]) -> str:
-    if row["amount"] is None:
-        return ""
-    return f"{_number(row['amount'] / row['ours_seconds'])} {row['unit']}"
-
-
-def _share(row: dict[str, Any]) -> str:
-    return "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}"
+    return benchmark_markdown(read_json(path))
 
 
 def scale(_: str, figures: Path) -> str:
     """The rows of `python -m benchmarks.scale`."""
     content = read_json(figures / "scale.json")
-    return f"{scale_table(content['rows'])}\n{_machine(content)}\n"
+    return f"{scale_table(content['rows'])}\n{machine_of(content)}\n"
 
 
 AUDIT_HEADS = (
@@ -276,7 +192,6 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "compared": compared,
     "sessions": sessions,
     "benchmark": benchmark,
-    "stages": stages,
     "scale": scale,
     "audits": audits,
     "summary": summary,
@@ -347,13 +262,11 @@ def _take_benchmarks(content: dict[str, Any], figures: Path, kept: dict[Path, An
         kept[figures / "scale.json"] = content
         return
     ending = f"_{machine['threads']}" if machine["threads"] < machine["cores"] else ""
-    for row in content["rows"]:
-        row = dict(row)
-        name = row.pop("benchmark")
-        place = figures / SPEED / f"{name}{ending}.json"
-        table = kept.setdefault(place, {"benchmark": name, "machine": dict(machine), "rows": []})
-        if command := content.get("commands", {}).get(name):
-            table["command"] = command
+    for piece in by_benchmark(content):
+        name = piece["benchmark"]
+        table = kept.setdefault(figures / SPEED / f"{name}{ending}.json", piece | {"rows": []})
+        if "command" in piece:
+            table["command"] = piece["command"]
         for key, value in machine.items():
             if key in ("load_before", "date"):
                 known = [each for each in (table["machine"].get(key), value) if each is not None]
@@ -361,7 +274,7 @@ def _take_benchmarks(content: dict[str, Any], figures: Path, kept: dict[Path, An
             elif table["machine"][key] != value:
                 both = f"{table['machine'][key]} and {value}"
                 raise UserError(f"pieces of {name} are of two machines: {key} {both}")
-        table["rows"].append(row)
+        table["rows"] += piece["rows"]
 
 
 def main(words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -38,6 +39,10 @@ def test_sizes_of_one_log_by_both_ways(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows[0]["seconds_a_million"] == 1000.0
     assert 0 < rows[0]["kept"] < 2000  # the flag behind those of the benchmark was passed on
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "scale.json", "scale.md", "scale.png"
+        "scale.csv", "scale.json", "scale.md", "scale.png", "scale.tex"
     ]  # fmt: skip
     assert "| 2,000 | 1GB | 2.0 | 1.5 | 1000.0 |" in (tmp_path / "scale.md").read_text()
+    assert "\n2,000 & 1GB & 2.0 & 1.5 & 1000.0 & " in (tmp_path / "scale.tex").read_text()
+    with open(tmp_path / "scale.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert lines == [{name: str(value) for name, value in row.items()} for row in rows]

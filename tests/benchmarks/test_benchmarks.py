@@ -241,6 +241,9 @@ def test_every_benchmark_runs(
     assert written["machine"]["torch"] == version("torch")
     printed = capsys.readouterr().out
     assert written["rows"]
+    assert f"`python -m benchmarks {name} --quick" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".tex").read_text().startswith("% python -m benchmarks ")
+    assert path.with_suffix(".csv").read_text().count("\n") == 1 + len(written["rows"])
     for values in written["rows"]:
         assert set(values) == FIELDS | {"benchmark"}
         assert values["benchmark"] == name

@@ -37,7 +37,7 @@ def test_no_table_of_the_results_is_typed(page: Path) -> None:
 
 
 def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
-    named = {"audits", "scale", "sessions", "stages"}
+    named = {"audits", "scale", "sessions"}
     for page in results.PAGES:
         found = results.TABLE.finditer(page.read_text(encoding="utf-8"))
         named |= {match[3] for match in found if match[3]}
@@ -144,7 +144,7 @@ def test_commands_and_versions_of_peers_are_named(tmp_path: Path) -> None:
 
 
 def test_stages_are_shares_side_by_side(tmp_path: Path) -> None:
-    assert "not measured" in results.stages("", tmp_path)
+    assert "not measured" in results.benchmark("stages", tmp_path)
     rows = [
         {"benchmark": "stages", **row(what, 0.25, note=note)}
         for what, note in (
@@ -159,7 +159,7 @@ def test_stages_are_shares_side_by_side(tmp_path: Path) -> None:
     ]
     (tmp_path / "1.json").write_text(json.dumps(speed() | {"rows": rows}))
     results.take([tmp_path / "1.json"], tmp_path)
-    assert results.stages("", tmp_path) == (
+    assert results.benchmark("stages", tmp_path) == (
         "`python -m benchmarks stages`\n\n"
         "|MiniLM, items|float32, 0.25 s|bfloat16, 0.25 s|\n|---|---|---|\n"
         "|GELU|60.0%||\n|what `<s>` gathers|40.0%|100.0%|\n\n"
