@@ -20,8 +20,11 @@ from recformer.files import UserError, read_yaml, yaml_file
 FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
 DATA_FILES = ("file_path", "meta_file_path")
 PLACE = re.compile(r"\{([^{}]+)\}")  # a name in braces
-# Of the report of semantic ids.
+# What there is to expect of a step, by the last of its commands: the file it writes, names of figures.
 CODES = ("reconstruction_error", "usage", "entropy", "colliding_items", "largest_collision")
+AUDITED = ("users", "items", "interactions", "targets", "ties", "cold", "seen", "same")
+AUDITED += ("no_history", "later")
+REPORTS = {"semantic-ids": ("report.json", CODES), "audit": ("audit.json", AUDITED)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Data:
         sha256: of raw files by name, where they must be these very ones.
         download: what `recformer download` calls the raw files; None where it knows no address.
         sample: seed of the generated sample, in place of raw files.
+        kind: of sample, as `recformer sample --kind` has them.
         origin: where the raw files come from, in words.
         split_hash: of the processed folder.
         minutes: about how long it takes.
@@ -44,18 +48,20 @@ class Data:
     sha256: dict[str, str] = field(default_factory=dict)
     download: str | None = None
     sample: int | None = None
+    kind: str = "shop"
     origin: str = ""
     split_hash: str | None = None
     minutes: float = 0.5
 
     def recipe(self) -> dict[str, Any]:
         """What the processed folder follows from."""
-        return {"process": self.process, "sha256": self.sha256, "sample": self.sample}
+        sample = self.sample if self.kind == "shop" else {"kind": self.kind, "seed": self.sample}
+        return {"process": self.process, "sha256": self.sha256, "sample": sample}
 
 
 @dataclass(frozen=True)
 class Step:
-    """What comes before a run, once: codes of items, a pretrained encoder.
+    """What is made once: codes of items or a pretrained encoder that runs need, an audit of data.
 
     In its commands, and in the flags of runs, `{NAME}` stands for the folder of data or of a step;
     in its commands also `{here}` for its own, and `{DATA.file_path}` for a raw file of some data.
@@ -63,8 +69,8 @@ class Step:
     Attributes:
         name: within the experiment.
         commands: words after `recformer`, one command after the other.
-        expected: figure of the step's `report.json` -> value (of a list the last one). A step that
-            has some is a row of its own; only semantic ids have such a report.
+        expected: figure -> value (of a list the last one). A step that has some is a row of its
+            own; see `REPORTS`.
         tolerance: by which share of the expected value a figure may differ.
         minutes: about how long all its commands take.
     """
@@ -78,6 +84,11 @@ class Step:
     def words(self) -> list[str]:
         """Of all its commands."""
         return [word for command in self.commands for word in command]
+
+    @property
+    def report(self) -> tuple[str, tuple[str, ...]]:
+        """The file with its figures, and their names; an empty name where it has none."""
+        return REPORTS.get(self.commands[-1][0], ("", ()))
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A file of experiments: what it shows, on which hardware its figures were made, its rows."""
+    """A file of experiments.
+
+    Attributes:
+        name: of the file.
+        title: what it shows.
+        hardware: on which its figures were made.
+        data, runs, steps: see there.
+        metrics: of its tables; the first is what rows are ordered and tested by.
+        tests: title of a table -> pairs of runs, each tested against the other over the same
+            targets; p is corrected for the number of pairs in the table.
+    """
 
     name: str
     title: str
@@ -119,6 +140,8 @@ class Experiment:
     data: dict[str, Data]
     runs: list[Run]
     steps: dict[str, Step] = field(default_factory=dict)
+    metrics: tuple[str, ...] = METRICS
+    tests: dict[str, list[list[str]]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, name_or_file: str) -> Experiment:
@@ -134,7 +157,7 @@ class Experiment:
             data = {name: Data(name=name, **facts) for name, facts in content["data"].items()}
             shared = content.get("run", {})
             runs = []
-            for name, facts in content["runs"].items():
+            for name, facts in content.get("runs", {}).items():
                 facts = shared | facts
                 facts["seeds"] = tuple(facts.get("seeds", ()))
                 runs.append(Run(name=name, **{"flags": {}, "command": "", **facts}))
@@ -142,6 +165,8 @@ class Experiment:
             runs = [replace(r, seeds=r.seeds or seeds.get(r.of or "", ())) for r in runs]
             steps = {name: _step(name, facts) for name, facts in content.get("steps", {}).items()}
             this = cls(path.stem, content["title"], content["hardware"], data, runs, steps)
+            metrics, tests = tuple(content.get("metrics", METRICS)), content.get("tests", {})
+            this = replace(this, metrics=metrics, tests=tests)
             this.check(path)
         except UserError:
             raise
@@ -174,8 +199,8 @@ class Experiment:
             self._check_places(where, step.words(), before)
             before.append(step.name)
             for name, value in step.expected.items():
-                if name not in CODES:
-                    raise UserError(f"{where}: expected {name}; of {', '.join(CODES)}")
+                if name not in (figures := step.report[1]):
+                    raise UserError(f"{where}: expected {name}; of {', '.join(figures) or 'none'}")
                 _check_number(where, f"expected {name}", value, above=True)
             _check_number(where, "tolerance", step.tolerance)
             _check_number(where, "minutes", step.minutes)
@@ -203,9 +228,14 @@ class Experiment:
                 )
             if run.evaluation and names.get(run.of or run.name, run).command == "baseline":
                 raise UserError(f"{where}: evaluation {run.evaluation}, which a baseline has not")
-            unknown = [name for name in run.expected if name not in METRICS]
+            unknown = [name for name in run.expected if name not in self.metrics]
             if unknown or not run.expected:
-                raise UserError(f"{where}: expected {unknown or 'nothing'}; of {METRICS}")
+                raise UserError(f"{where}: expected {unknown or 'nothing'}; of {self.metrics}")
+        for title, pairs in self.tests.items():
+            for pair in pairs:
+                absent = sorted(set(pair) - {run.name for run in self.runs})
+                if absent or len(pair) != 2:
+                    raise UserError(f"{path}, tests, {title}: {pair}, expected two of its runs")
 
     def _check_places(self, where: str, words: Iterable[str], known: Sequence[str]) -> None:
         """Refuse a `{NAME}` that names no data, no step before, no raw file."""

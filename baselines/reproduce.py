@@ -18,15 +18,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from baselines.experiment import CODES, FOLDER, Experiment, Run, Step
+import numpy as np
+
+from baselines.experiment import FOLDER, Experiment, Run, Step
 from baselines.reproduction import Reproduction
 from baselines.rows import Row, tables
+from baselines.steps import csv_line, step_record, step_tables
 from recformer.cli import command_parser, exit_with_message
-from recformer.evaluation.compare import METRICS
+from recformer.evaluation.compare import METRICS, by_sequence, interval
+from recformer.evaluation.statistics import holm, permutation_p
 from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
 from recformer.files import UserError, atomic_write, read_json, write_json
 
-SLICES = ("cold target", "rare target", "frequent target")
+# Of leave-one-out and of time; of windows, where an item is new that nobody met before the window.
+SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
+
+JUDGED = ("user_ids", "targets")  # of a run: what its ranks are of
 
 # Caption, heads and cells.
 Table = tuple[str, list[str], list[list[str]]]
@@ -82,21 +89,6 @@ def verdict(run: Run, row: Row) -> str:
     return f"differs: {worst} {off[worst]:+.4f}"
 
 
-def step_record(step: Step, folder: Path) -> dict[str, Any]:
-    """What a table says of semantic ids, and whether that was expected."""
-    found = read_json(folder / "report.json")
-    values = {n: v[-1] if isinstance(v := found[n], list) else v for n in step.expected}
-    off = {name: values[name] / value - 1 for name, value in step.expected.items()}
-    worst = max(off, key=lambda name: abs(off[name]))
-    right = abs(off[worst]) <= step.tolerance + 1e-9
-    return (
-        {"name": step.name, "items": found["items"], "seconds": sum(found["seconds"].values())}
-        | {name: found[name] for name in CODES}
-        | {"expected": step.expected, "tolerance": step.tolerance}
-        | {"verdict": "reproduced" if right else f"differs: {worst} {off[worst]:+.1%}"}
-    )
-
-
 def report(
     reproduction: Reproduction, rows: Sequence[Step | Run], failed: dict[str, str]
 ) -> dict[str, Any]:
@@ -113,7 +105,7 @@ def report(
             record = step_record(step, reproduction.step_folder(step))
             made_steps.append(record | {"made": _made(reproduction, step)})
         except (UserError, KeyError, TypeError, AttributeError) as error:
-            place = reproduction.step_folder(step) / "report.json"
+            place = reproduction.step_folder(step) / step.report[0]
             failed[step.name] = f"{place} cannot be read: {error!r}"
     found = []
     for run in (row for row in rows if isinstance(row, Run)):
@@ -124,21 +116,55 @@ def report(
     records = []
     for name in dict.fromkeys(run.data for run, _ in found):
         ours = [(run, row) for run, row in found if run.data == name]
-        tested = {id(row.values): row.p for group in tables([r for _, r in ours]) for row in group}
+        groups = tables([row for _, row in ours], reproduction.experiment.metrics[0])
+        tested = {id(row.values): row.p for group in groups for row in group}
         for run, row in ours:
             records.append(
                 row.record()
                 | {"name": run.name, "data": name, "p": tested[id(row.values)]}
                 | {"expected": run.expected, "tolerance": run.tolerance}
                 | {"verdict": verdict(run, row), "command": reproduction.line(run)}
+                | {"resampled": row.run.resampled}
                 | {"made": _made(reproduction, run)}
             )
     return {
         "experiment": reproduction.experiment.name,
         "title": reproduction.experiment.title,
+        "metrics": list(reproduction.experiment.metrics),
         "steps": made_steps,
         "rows": records,
+        "tests": tests_of(reproduction.experiment, {run.name: row for run, row in found}),
     }
+
+
+def tests_of(experiment: Experiment, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
+    """Tables of pairs of rows: difference of the first metric, interval and p of a paired
+    permutation test, both over sequences where there are some, p corrected within a table.
+
+    Pairs of which a row is not finished are left out.
+
+    Raises:
+        UserError: two rows have other users or targets.
+    """
+    metric, found = experiment.metrics[0], []
+    for title, pairs in experiment.tests.items():
+        records = []
+        for one, other in (pair for pair in pairs if all(name in rows for name in pair)):
+            runs = rows[one].run, rows[other].run
+            if not all(np.array_equal(*(getattr(r, of) for r in runs)) for of in JUDGED):
+                raise UserError(f"tests, {title}: {one} and {other} have other users or targets")
+            difference = rows[one].values[metric] - rows[other].values[metric]
+            low, high = interval(difference, runs[0].sequences, 0)
+            p = permutation_p(by_sequence(difference, runs[0].sequences)[0])
+            records.append(
+                {"runs": [one, other], "difference": float(difference.mean())}
+                | {"low": low, "high": high, "p": p}
+            )
+        for record, p in zip(records, holm([r["p"] for r in records]), strict=True):
+            record["p"] = p
+        if records:
+            found.append({"title": title, "rows": records})
+    return found
 
 
 def _made(reproduction: Reproduction, row: Run | Step) -> Any:
@@ -149,31 +175,45 @@ def _made(reproduction: Reproduction, row: Run | Step) -> Any:
 
 
 def tables_of(content: Mapping[str, Any]) -> list[Table]:
-    """Tables of a `reproduction.json`: semantic ids, and for each data set and rule of ranking
-    figures, best first, and one metric by target."""
-    found = [_codes_table(content["steps"])] if content["steps"] else []
+    """Tables of a `reproduction.json`: steps, for each data set and rule of ranking figures, best
+    first, and one metric by target, then pairs that are tested."""
+    found = step_tables(content["steps"])
+    metrics = content.get("metrics", METRICS)  # which older files do not say
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in content["rows"]:
         groups.setdefault((row["data"], *row["rule"].values()), []).append(row)
     for (name, *_), rows in groups.items():
-        rows.sort(key=lambda row: -row["figures"][METRICS[0]][0])
+        rows.sort(key=lambda row: -row["figures"][metrics[0]][0])
         rule, several = rows[0]["rule"], any(row["deviation"] for row in rows)
         caption = (
             f"{name}: split {rule['split_hash'][:12]}, full ranking, ties {rule['ties']}, seen "
             f"items {'filtered' if rule['filter_seen'] else 'kept'}; 95 % bootstrap intervals over "
-            f"users{', ± standard deviation over seeds' if several else ''}; p: paired "
-            f"permutation test of {METRICS[0]} against the best row, corrected by Holm"
+            f"{rows[0].get('resampled', 'users')}"
+            f"{', ± standard deviation over seeds' if several else ''}; p: paired "
+            f"permutation test of {metrics[0]} against the best row, corrected by Holm"
         )
         cells = []
         for row in rows:
             line = [row["name"] + (f" ({len(row['seeds'])} seeds)" if row["deviation"] else "")]
-            for metric in METRICS:
+            for metric in metrics:
                 value, low, high = row["figures"][metric]
                 line.append(figure_text(value, low, high, row["deviation"].get(metric)))
             line.append("" if row["p"] is None else f"{row['p']:.4f}")
             line.append(f"{row['train_seconds'] / 60:.1f}" if row["train_seconds"] else "")
             cells.append([*line, row["verdict"]])
-        found += [(caption, ["", *METRICS, "p", "minutes", "expected"], cells), *_by_target(rows)]
+        heads = ["", *metrics, "p", "minutes", "expected"]
+        found += [(caption, heads, cells), *_by_target(rows, metrics[0])]
+    for test in content.get("tests", ()):
+        heads = [test["title"], "against", metrics[0], "p (Holm)"]
+        cells = [
+            [
+                *row["runs"],
+                f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]",
+                f"{row['p']:.4f}",
+            ]
+            for row in test["rows"]
+        ]
+        found.append(("", heads, cells))
     return found
 
 
@@ -199,19 +239,18 @@ def csv(content: Mapping[str, Any]) -> str:
     lines = []
     for row in content["rows"]:
         line = {"data": row["data"], "name": row["name"], "seeds": len(row["seeds"]) or 1}
-        for metric in METRICS:
+        for metric in content["metrics"]:
             value, low, high = row["figures"][metric]
             line |= {metric: value, f"{metric} low": low, f"{metric} high": high}
             line[f"{metric} deviation"] = row["deviation"].get(metric, "")
         seconds, p = row["train_seconds"], row["p"]
         line |= {"p": "" if p is None else p, "seconds": "" if seconds is None else seconds}
         lines.append(line | {"verdict": row["verdict"]})
-    for step in content["steps"]:
-        lines.append(
-            {"name": step["name"], "items": step["items"], "seconds": step["seconds"]}
-            | {n: step[n][-1] if isinstance(step[n], list) else step[n] for n in CODES}
-            | {"verdict": step["verdict"]}
-        )
+    lines += map(csv_line, content["steps"])
+    for test in content["tests"]:
+        for row in test["rows"]:
+            line = {"data": test["title"], "name": " against ".join(row["runs"])}
+            lines.append(line | {name: row[name] for name in ("difference", "low", "high", "p")})
     return csv_table(lines)
 
 
@@ -229,30 +268,8 @@ def origin(content: Mapping[str, Any]) -> str:
     return "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
 
 
-def _codes_table(steps: Sequence[Mapping[str, Any]]) -> Table:
-    """Semantic ids: what each level loses of the vectors, and how its codes are used."""
-    heads = ["", "items", "variance lost, level by level", "codes used", "entropy, bits"]
-    heads += ["items that share their codes", "at most", "minutes", "expected"]
-    cells = [
-        [
-            step["name"],
-            f"{step['items']:,}",
-            " ".join(f"{lost:.3f}" for lost in step["reconstruction_error"]),
-            " ".join(f"{used:.1%}" for used in step["usage"]),
-            " ".join(f"{bits:.2f}" for bits in step["entropy"]),
-            f"{step['colliding_items']:,}",
-            f"{step['largest_collision']:,}",
-            f"{step['seconds'] / 60:.1f}",
-            step["verdict"],
-        ]
-        for step in steps
-    ]
-    return "", heads, cells
-
-
-def _by_target(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Table of the users whose target was bought never, one to four times, more often in training;
-    none where all targets are of one kind."""
+def _by_target(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Table]:
+    """Table of a metric by `SLICES`; none where all targets are of one kind."""
     users = {name: n for row in rows for name, (n, _) in row["slices"].items() if name in SLICES}
     kinds = [name for name in SLICES if users.get(name)]
     if len(kinds) < 2:
@@ -261,8 +278,9 @@ def _by_target(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         [row["name"], *(f"{row['slices'][k][1]:.4f}" if k in row["slices"] else "" for k in kinds)]
         for row in rows
     ]
-    heads = ["", *(f"{name} ({users[name]:,.0f} users)" for name in kinds)]
-    return [(f"{METRICS[0]} by target", heads, cells)]
+    judged = "users" if rows[0].get("resampled", "users") == "users" else "targets"
+    heads = ["", *(f"{name} ({users[name]:,.0f} {judged})" for name in kinds)]
+    return [(f"{metric} by target", heads, cells)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

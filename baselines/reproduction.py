@@ -183,7 +183,7 @@ class Reproduction:
 
     def _complete(self, row: Run | Step) -> bool:
         if isinstance(row, Step):
-            return not row.expected or (self.place(row) / "report.json").is_file()
+            return not row.expected or (self.place(row) / row.report[0]).is_file()
         return all(
             (place / METRICS_FILE).is_file() and any((place / "ranks").glob("*_test.parquet"))
             for place in self._places(row)
@@ -273,6 +273,7 @@ class Reproduction:
             raw = self.output_dir / "raw" / data.name
             if data.sample is not None:
                 fetch = ["sample", "--output_dir", str(raw), "--seed", str(data.sample)]
+                fetch += ["--kind", data.kind]
             else:
                 fetch = ["download", str(data.download), "--output_path", str(raw)]
             self._run(["recformer", *fetch])
@@ -352,7 +353,7 @@ class Reproduction:
     def _newest(self, row: Run | Step) -> float | None:
         """When the last of a row's figures was written, None where there are none."""
         places = self._places(row) if isinstance(row, Run) else [self.place(row)]
-        name = METRICS_FILE if isinstance(row, Run) else "report.json"
+        name = METRICS_FILE if isinstance(row, Run) else row.report[0]
         times = [path.stat().st_mtime for place in places if (path := place / name).is_file()]
         return max(times, default=None)
 
@@ -446,7 +447,7 @@ class Reproduction:
         folder, evaluation = self.folder(run), run.evaluation or ""
         runs = [(p, e, n) for place in self._places(run) for p, e, n in find_runs(place.parent)
                 if p == place and e == evaluation]  # fmt: skip
-        rows = seeds_as_one(rows_of(runs, None))
+        rows = seeds_as_one(rows_of(runs, None, self.experiment.metrics))
         if len(rows) != 1:
             raise UserError(f"{folder} has not the figures of a row ({len(rows)}): {_AGAIN}")
         return rows[0]

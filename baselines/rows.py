@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from baselines.command_lines import defaults_of
 from recformer.data.processed import ProcessedFolder
-from recformer.evaluation.compare import METRICS, by_sequence, interval
+from recformer.evaluation.compare import METRICS, by_sequence, cuts, interval
 from recformer.evaluation.figures import slices
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.outside import WRITTEN_BY
@@ -132,12 +132,16 @@ def _evaluations_of(path: Path, name: str) -> list[tuple[Path, str, str]]:
     return [(path, "zero_shot", f"{name}, zero-shot"), *last]
 
 
-def rows_of(runs: Sequence[tuple[Path, str, str]], folder: ProcessedFolder | None) -> list[Row]:
+def rows_of(
+    runs: Sequence[tuple[Path, str, str]],
+    folder: ProcessedFolder | None,
+    metrics: Sequence[str] = METRICS,
+) -> list[Row]:
     """The rows of runs; one that cannot be read is said and left out."""
     rows = []
     for run in runs:
         try:
-            rows.append(row_of(*run, folder))
+            rows.append(row_of(*run, folder, metrics))
         except UNREADABLE as error:
             _leave_out(run[0], error)
     return rows
@@ -149,13 +153,19 @@ def _leave_out(path: Path, error: Exception) -> None:
     print(f"{path} is left out: {why}", file=sys.stderr, flush=True)
 
 
-def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | None = None) -> Row:
+def row_of(
+    path: Path,
+    evaluation: str,
+    name: str,
+    folder: ProcessedFolder | None = None,
+    metrics: Sequence[str] = METRICS,
+) -> Row:
     """Read one run; see `RankedRun.read`. The data give slices to a run that has none."""
     run = RankedRun.read(path, evaluation, name)
     result = RunResult.load(path)
     figures = result.evaluations[evaluation]["test"] if evaluation else result.test
-    values = per_user_metrics(run.ranks, (10, 50), run.rule["ties"])
-    intervals = {name: interval(values[name], run.sequences, 0) for name in METRICS}
+    values = per_user_metrics(run.ranks, cuts(metrics), run.rule["ties"])
+    intervals = {name: interval(values[name], run.sequences, 0) for name in metrics}
     seconds: float | None = 0.0
     parameters = result.parameters
     if evaluation == "zero_shot":
@@ -164,15 +174,15 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
         rows = [row for stage in result.stages.values() for row in stage.rows]
         seconds = float(sum(row["seconds"] for row in rows)) or result.train_seconds
     parts = {
-        slice_name: [part["num_users"], part[METRICS[0]]]
+        slice_name: [part["num_users"], part[metrics[0]]]
         for slice_name, part in figures.get("slices", {}).items()
-        if METRICS[0] in part  # --metric_ks may have been others
+        if metrics[0] in part  # --metric_ks may have been others
     }
     of_users = run.sequences is None  # not of windows, whose examples are no users of the folder
     same = folder is not None and run.rule["split_hash"] == folder.split_hash
     if not parts and folder is not None and same and of_users:
         for name, chosen in slices(folder, "test", run.user_ids, run.targets).items():
-            parts[name] = [int(chosen.sum()), float(values[METRICS[0]][chosen].mean())]
+            parts[name] = [int(chosen.sum()), float(values[metrics[0]][chosen].mean())]
     settings = read_json(path / RUN_FILE) if (path / RUN_FILE).exists() else {}
     if seconds is None and WRITTEN_BY not in settings:
         seconds = 0.0  # not trained
@@ -181,8 +191,8 @@ def row_of(path: Path, evaluation: str, name: str, folder: ProcessedFolder | Non
         del settings["num_nodes"]
     return Row(
         run,
-        {name: values[name] for name in METRICS},
-        {name: [float(values[name].mean()), *intervals[name]] for name in METRICS},
+        {name: values[name] for name in metrics},
+        {name: [float(values[name].mean()), *intervals[name]] for name in metrics},
         parts,
         parameters,
         seconds,
@@ -232,7 +242,7 @@ def _mean_of(group: Sequence[Row]) -> Row:
     first, seeds = group[0], tuple(seed for row in group for seed in row.seeds)
     ending = ", zero-shot" if first.evaluation else ""
     name = common_name([row.run.name.removesuffix(ending) for row in group]) + ending
-    values = {m: np.mean([row.values[m] for row in group], axis=0) for m in METRICS}
+    values = {m: np.mean([row.values[m] for row in group], axis=0) for m in first.values}
 
     def mean(figures: Sequence[float | None]) -> float | None:
         known = [x for x in figures if x is not None]
@@ -252,7 +262,7 @@ def _mean_of(group: Sequence[Row]) -> Row:
         first.evaluation,
         first.settings,
         seeds,
-        {m: mean_and_deviation([row.figures[m][0] for row in group])[1] for m in METRICS},
+        {m: mean_and_deviation([row.figures[m][0] for row in group])[1] for m in values},
     )
 
 

@@ -74,8 +74,7 @@ def compare(
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"runs of the same name: {', '.join(names)}; give names: NAME=FOLDER")
-    cuts = {name.partition("@")[2] for name in (*METRICS, metric)}
-    ks = sorted({int(cut) for cut in cuts if cut.isdecimal()})
+    ks = cuts((*METRICS, metric))
     values = [per_user_metrics(run.ranks, ks, first.rule["ties"]) for run in runs]
     if metric not in values[0]:
         raise UserError(f"--metric {metric}: expected one of NDCG@k, Recall@k, MRR@k, MRR, AUC")
@@ -108,6 +107,17 @@ def compare(
     for pair, corrected in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
         pair["p_holm"] = corrected
     return rows, pairs
+
+
+def cuts(metrics: Iterable[str]) -> list[int]:
+    """The k of names such as NDCG@10, each once.
+
+    Examples:
+        >>> cuts(["NDCG@20", "Recall@10", "Recall@20", "MRR"])
+        [10, 20]
+    """
+    found = {name.partition("@")[2] for name in metrics}
+    return sorted({int(cut) for cut in found if cut.isdecimal()})
 
 
 def by_sequence(
