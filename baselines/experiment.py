@@ -19,11 +19,14 @@ from recformer.files import UserError, read_yaml, yaml_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
 DATA_FILES = ("file_path", "meta_file_path")
+METRIC = re.compile(r"(NDCG|Recall|MRR)@[1-9]\d*|MRR")
 PLACE = re.compile(r"\{([^{}]+)\}")  # a name in braces
-# What there is to expect of a step, by the last of its commands: the file it writes, names of figures.
+# What there is to expect of a step, by the last of its commands: a file it writes, and figures.
 CODES = ("reconstruction_error", "usage", "entropy", "colliding_items", "largest_collision")
-AUDITED = ("users", "items", "interactions", "targets", "ties", "cold", "seen", "same")
-AUDITED += ("no_history", "later")
+AUDITED = (
+    *("users", "items", "interactions", "targets"),
+    *("ties", "cold", "seen", "same", "no_history", "later"),  # shares of the targets, but the last
+)
 REPORTS = {"semantic-ids": ("report.json", CODES), "audit": ("audit.json", AUDITED)}
 
 
@@ -180,6 +183,9 @@ class Experiment:
         Raises:
             UserError: of a run that says which data, command, metric or other run it means.
         """
+        for name in self.metrics:
+            if not METRIC.fullmatch(name):
+                raise UserError(f"{path}, metrics: {name}; expected NDCG@k, Recall@k, MRR@k, MRR")
         names = {run.name: run for run in self.runs if run.of is None}
         for data in self.data.values():
             where = f"{path}, data {data.name}"
@@ -196,6 +202,8 @@ class Experiment:
         before: list[str] = ["here"]
         for step in self.steps.values():
             where = f"{path}, step {step.name}"
+            if not all(step.commands) or not step.commands:
+                raise UserError(f"{where}: commands are {step.commands}, expected some")
             self._check_places(where, step.words(), before)
             before.append(step.name)
             for name, value in step.expected.items():

@@ -23,20 +23,17 @@ import numpy as np
 from baselines.experiment import FOLDER, Experiment, Run, Step
 from baselines.reproduction import Reproduction
 from baselines.rows import Row, tables
-from baselines.steps import csv_line, step_record, step_tables
+from baselines.steps import Table, csv_line, step_record, step_tables
 from recformer.cli import command_parser, exit_with_message
 from recformer.evaluation.compare import METRICS, by_sequence, interval
 from recformer.evaluation.statistics import holm, permutation_p
 from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
-from recformer.files import UserError, atomic_write, read_json, write_json
+from recformer.files import UserError, atomic_write, write_json
 
 # Of leave-one-out and of time; of windows, where an item is new that nobody met before the window.
 SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
 
 JUDGED = ("user_ids", "targets")  # of a run: what its ranks are of
-
-# Caption, heads and cells.
-Table = tuple[str, list[str], list[list[str]]]
 
 
 def plan(reproduction: Reproduction, chosen: Sequence[Step | Run]) -> list[list[str]]:
@@ -144,15 +141,19 @@ def tests_of(experiment: Experiment, rows: Mapping[str, Row]) -> list[dict[str, 
     Pairs of which a row is not finished are left out.
 
     Raises:
-        UserError: two rows have other users or targets.
+        UserError: two rows have other users or targets, or were judged by other rules.
     """
     metric, found = experiment.metrics[0], []
     for title, pairs in experiment.tests.items():
-        records = []
+        records: list[dict[str, Any]] = []
         for one, other in (pair for pair in pairs if all(name in rows for name in pair)):
             runs = rows[one].run, rows[other].run
-            if not all(np.array_equal(*(getattr(r, of) for r in runs)) for of in JUDGED):
-                raise UserError(f"tests, {title}: {one} and {other} have other users or targets")
+            rules = [{**run.rule, "split_hash": ""} for run in runs]  # data may be two of a kind
+            same = all(np.array_equal(*(getattr(run, of) for run in runs)) for of in JUDGED)
+            if not same or rules[0] != rules[1]:
+                raise UserError(
+                    f"tests, {title}: {one} and {other} have other users or targets, or other rules"
+                )
             difference = rows[one].values[metric] - rows[other].values[metric]
             low, high = interval(difference, runs[0].sequences, 0)
             p = permutation_p(by_sequence(difference, runs[0].sequences)[0])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from baselines.experiment import AUDITED, CODES, Step
 from recformer.files import read_json
+
+Table = tuple[str, list[str], list[list[str]]]  # caption, heads and cells
 
 AUDIT_HEADS = (
     "",
@@ -34,17 +35,24 @@ def step_record(step: Step, folder: Path) -> dict[str, Any]:
     name, _ = step.report
     found = read_json(folder / name)
     figures = audit_facts(found) if name == "audit.json" else _codes(found)
-    off = {}
-    for figure, value in step.expected.items():
-        each = found_value(figures[figure])
-        off[figure] = math.inf if each is None else each / value - 1
-    worst = max(off, key=lambda figure: abs(off[figure]))
-    right = abs(off[worst]) <= step.tolerance + 1e-9
+    values = {figure: found_value(figures[figure]) for figure in step.expected}
     return (
         {"name": step.name, "of": name.partition(".")[0], **figures}
         | {"expected": step.expected, "tolerance": step.tolerance}
-        | {"verdict": "reproduced" if right else f"differs: {worst} {off[worst]:+.1%}"}
+        | {"verdict": _verdict(step, values)}
     )
+
+
+def _verdict(step: Step, values: Mapping[str, Any]) -> str:
+    """`reproduced`, or by how much a figure differs."""
+    for figure, value in values.items():
+        if value is None:
+            return f"differs: {figure} is not there"
+    off = {figure: values[figure] / value - 1 for figure, value in step.expected.items()}
+    worst = max(off, key=lambda figure: abs(off[figure]))
+    if abs(off[worst]) <= step.tolerance + 1e-9:
+        return "reproduced"
+    return f"differs: {worst} {off[worst]:+.1%}"
 
 
 def found_value(figure: Any) -> Any:
@@ -84,8 +92,8 @@ def is_audit(record: Mapping[str, Any]) -> bool:
     return record.get("of") == "audit"
 
 
-def step_tables(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Caption, heads and cells of the tables of steps, one a kind."""
+def step_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The tables of steps, one a kind."""
     kinds = ((False, _codes_table), (True, _audit_table))
     groups = (([r for r in records if is_audit(r) is kind], table) for kind, table in kinds)
     return [("", *table(group)) for group, table in groups if group]

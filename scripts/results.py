@@ -3,9 +3,9 @@
 python -m scripts.results --take PATH … [--write]    keeps what was measured in docs/results
 python -m scripts.results --write                    puts the tables into the pages
 
-A PATH is a folder that `recformer reproduce`, `recformer compare` or `experiments/sessions.py`
-wrote, a file that `python -m benchmarks --json FILE` or `benchmarks.scale` wrote, or an audit.json,
-whose row has the name of its folder. Several files of one benchmark are pieces of one table.
+A PATH is a folder that `recformer reproduce` or `recformer compare` wrote, or a file that
+`python -m benchmarks --json FILE` or `benchmarks.scale` wrote. Several files of one benchmark are
+pieces of one table.
 
 In the pages `<!-- KIND: NAME -->` and `<!-- end -->` stand around a table, which is never typed;
 `KINDS` lists the kinds.
@@ -24,7 +24,6 @@ from baselines.reproduce import markdown
 from benchmarks.scale import table as scale_table
 from benchmarks.tables import by_benchmark, machine_of
 from benchmarks.tables import markdown as benchmark_markdown
-from experiments.sessions import tables_of as session_tables
 from recformer.cli import exit_with_message
 from recformer.commands.compare import captions, figure_cells, pair_cells
 from recformer.evaluation.table import markdown_table
@@ -36,7 +35,6 @@ FIGURES = ROOT / "docs" / "results"
 SPEED, COMPARED = "speed", "compared"  # folders within it
 NAMES = ("results.md", "speed.md", "method.md", "performance.md", "scale.md")
 PAGES = (*(ROOT / "docs" / name for name in NAMES), ROOT / "README.md")
-AUDITS = "audits.json"
 NOT_YET = "not measured on this state of the repository\n"
 TABLE = re.compile(r"(<!-- (\w+)(?:: ([\w ]+))? -->\n)((?:(?!<!-- ).)*?)(<!-- end -->)", re.DOTALL)
 
@@ -92,13 +90,6 @@ def _made(content: dict[str, Any] | None) -> list[str]:
     return [row["name"] for row in [*content.get("steps", []), *content["rows"]]]
 
 
-def _origin(content: dict[str, Any]) -> str:
-    """Machine, versions and day of a study."""
-    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
-    day = f"; {content['date']}" if "date" in content else ""
-    return f"{content['machine']}; {versions}{day}"
-
-
 def compared(name: str, figures: Path) -> str:
     """Runs that `recformer compare --against` set against one of them."""
     path = figures / COMPARED / f"{name}.json"
@@ -112,12 +103,6 @@ def compared(name: str, figures: Path) -> str:
         figure_cells(content["runs"]), pair_cells(content["pairs"])
     ))  # fmt: skip
     return f"{above}\n\n{runs}\n{between}\n\n{pairs}"
-
-
-def sessions(name: str, figures: Path) -> str:
-    """Tables of a data set of `experiments/sessions.py`."""
-    content = read_json(figures / "sessions.json")
-    return "\n".join(session_tables(content, name)) + f"\n{_origin(content)}\n"
 
 
 def benchmark(name: str, figures: Path) -> str:
@@ -134,66 +119,12 @@ def scale(_: str, figures: Path) -> str:
     return f"{scale_table(content['rows'])}\n{machine_of(content)}\n"
 
 
-AUDIT_HEADS = (
-    "",
-    "users",
-    "items",
-    "interactions",
-    "test targets",
-    "decided by ties in time",
-    "never trained on",
-    "in the history already",
-    "of a text that another item has",
-    "nothing before the test part",
-    "training that is later",
-)
-
-
-def audits(_: str, figures: Path) -> str:
-    """A row a data set: what can spoil an evaluation on it."""
-
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}"
-
-    rows = [
-        [
-            name,
-            *(f"{found[key]:,}" for key in ("users", "items", "interactions", "targets")),
-            *(share(found[key]) for key in ("ties", "cold", "seen", "same", "no_history", "later")),
-        ]
-        for name, found in read_json(figures / AUDITS).items()
-    ]
-    return markdown_table(AUDIT_HEADS, rows)
-
-
-def audit_facts(found: dict[str, Any]) -> dict[str, Any]:
-    """Of an audit.json what the table says: shares, None where times are not real.
-
-    Where the audit counted tokens, texts are the same that a model reads as the same.
-    """
-    test, times = found["targets"]["test"], found["times"]
-    real = times is not None and not times["synthetic"]
-    same = (found["tokens"] or found["texts"])["identical"]["test_targets"]
-    return {
-        **{name: found["sizes"][name] for name in ("users", "items", "interactions")},
-        "targets": test["evaluated"],
-        "ties": test["decided_by_ties"]["share"] if real else None,
-        "cold": test["cold"]["share"],
-        "seen": test["in_history"]["share"],
-        "same": same["share"],
-        "no_history": test["nothing_before_the_part"]["share"],
-        "later": times.get("mean_share_of_train_after_a_target") if real else None,
-    }
-
-
 KINDS: dict[str, Callable[[str, Path], str]] = {
     "experiments": experiments,
     "reproduced": reproduced,
     "compared": compared,
-    "sessions": sessions,
     "benchmark": benchmark,
     "scale": scale,
-    "audits": audits,
     "summary": summary,
 }
 
@@ -220,11 +151,13 @@ def take(paths: Sequence[Path], figures: Path = FIGURES) -> list[Path]:
     kept: dict[Path, Any] = {}
     for path in paths:
         if path.is_dir():
-            names = ("reproduction.json", "study.json", "comparison.json")
+            names = ("reproduction.json", "comparison.json")
             inside = (path / name for name in names)
             path = next((each for each in inside if each.is_file()), path)
         if not path.is_file():
-            raise UserError(f"{path}: no file, and no folder of `recformer reproduce` or a study")
+            raise UserError(
+                f"{path}: no file, and no folder of `recformer reproduce` or `recformer compare`"
+            )
         content = read_json(path)
         if path.name == "reproduction.json":
             for row in content["rows"]:
@@ -237,14 +170,8 @@ def take(paths: Sequence[Path], figures: Path = FIGURES) -> list[Path]:
                     "remove that file first"
                 )
             kept[place] = content
-        elif path.name == "study.json":
-            kept[figures / "sessions.json"] = content
         elif path.name == "comparison.json":
             kept[figures / COMPARED / f"{path.absolute().parent.name}.json"] = content
-        elif path.name == "audit.json":
-            place = figures / AUDITS
-            before = kept.get(place, read_json(place) if place.is_file() else {})
-            kept[place] = before | {path.absolute().parent.name: audit_facts(content)}
         elif "rows" in content and "machine" in content:
             _take_benchmarks(content, figures, kept)
         else:

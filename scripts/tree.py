@@ -64,7 +64,6 @@ ABOVE = {
 BELOW = {
     "scripts/": "shared by the shell scripts; checks; what makes drawings, tables and this tree",
     "tests/": "in the folders of what they test; golden vectors of the published model",
-    "experiments/": "studies of many runs, each a script that goes on where it stopped",
     "examples/": "a shop from its files to a page, five short scripts, a notebook",
     "docs/": "results with commands, performance and why, the method `head`, guides",
 }

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from baselines.reproduce import main
 from baselines.reproduction import DONE, Reproduction
 from recformer.__main__ import COMMANDS
 from recformer.files import UserError, read_json, write_json
+from recformer.preparation.sample_season import write_season
 
 CLICKS = "user,item,time\n" + "".join(
     f"u{user},i{(user + step) % 5},{step}\n" for user in range(6) for step in range(5)
@@ -400,7 +402,10 @@ def test_steps_come_before_the_rows_that_need_them(place, monkeypatch, capsys):
             "expected": {"entropy": 0.5, "colliding_items": 10},
             "minutes": 4,
         },
-        "other": {"commands": ["env"], "expected": {"colliding_items": 1}},
+        "other": {
+            "commands": ["semantic-ids --data_path {first}/copy --output_dir {here}"],
+            "expected": {"colliding_items": 1},
+        },
     }
     content["runs"]["popularity"]["flags"]["text_encoder"] = "{codes}/x"
     Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -498,6 +503,117 @@ def test_a_step_names_what_is_there(place, word):
         Experiment.load("shop.yaml")
 
 
+def test_an_audit_is_a_row_by_its_shares(place, capsys):
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    del content["runs"], content["run"]
+    command = "audit {shop} --output_dir {here}"
+    content["steps"] = {
+        # All but each user's last two of five clicks are trained on; the fifth item is new to it.
+        "six users": {"commands": [command], "expected": {"users": 6, "interactions": 30},
+                      "tolerance": 0.001},
+        "again": {"commands": [command], "expected": {"targets": 5, "items": 5}},
+    }  # fmt: skip
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out"]
+    with pytest.raises(UserError, match="not as expected: again"):
+        main(flags)
+    heads, _, *lines = Path("out/reproduction.md").read_text().splitlines()[2:-2]
+    assert heads.startswith("| |users|items|interactions|test targets|decided by ties in time|")
+    assert [line.split("|")[1:6] for line in lines] == [
+        ["six users", "6", "5", "30", "6"], ["again", "6", "5", "30", "6"]
+    ]  # fmt: skip
+    assert [line.split("|")[-2] for line in lines] == ["reproduced", "differs: targets +20.0%"]
+    assert "six users & 6 & 5 & 30 & 6 & " in Path("out/reproduction.tex").read_text()
+    assert "\nsix users,6,5,30,6," in Path("out/reproduction.csv").read_text()
+    # What is expected of times where the data have none that are real is not there to compare.
+    found = read_json("out/steps/again/audit.json")
+    write_json("out/steps/again/audit.json", found | {"times": None})
+    content["steps"]["again"]["expected"] = {"ties": 0.5}
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="not as expected: again"):
+        main(flags)
+    assert "differs: ties is not there" in Path("out/reproduction.md").read_text()
+    content["steps"]["again"]["expected"] = {"entropy": 0.5}
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="expected entropy; of users, items, interactions"):
+        main(flags)
+    content["steps"]["again"]["commands"] = []
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="step again: commands are .., expected some"):
+        main(flags)
+
+
+def test_metrics_and_pairs_that_are_tested(place, capsys):
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    content["metrics"] = ["MRR", "NDCG@2"]
+    for run in content["runs"].values():
+        run |= {"expected": {"MRR": 0.5}, "tolerance": 1}
+    seen = {"flags": {"model": "popularity", "filter_seen": True}}
+    content["runs"]["new items alone"] = content["runs"]["popularity"] | seen
+    content["tests"] = {"trained and not": [["sasrec", "popularity"]]}
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out"]
+    main([*flags, "--only", "popularity"])
+    found = read_json("out/reproduction.json")
+    assert found["tests"] == []  # the other row is not there
+    assert list(found["rows"][0]["figures"]) == found["metrics"] == ["MRR", "NDCG@2"]
+    main([*flags, "--only", "sasrec"])
+    (test,) = read_json("out/reproduction.json")["tests"]
+    (pair,) = test["rows"]
+    rows = {row["name"]: row["figures"] for row in read_json("out/reproduction.json")["rows"]}
+    difference = rows["sasrec"]["MRR"][0] - rows["popularity"]["MRR"][0]
+    assert pair["difference"] == pytest.approx(difference, abs=1e-12)
+    assert pair["low"] <= difference <= pair["high"]
+    assert 0 < pair["p"] <= 1
+    text = Path("out/reproduction.md").read_text()
+    assert "|trained and not|against|MRR|p (Holm)|" in text
+    assert f"|sasrec|popularity|{difference:+.4f} [" in text
+    assert (
+        "\ntrained and not,sasrec against popularity," in Path("out/reproduction.csv").read_text()
+    )
+    content["tests"]["another rule"] = [["sasrec", "new items alone"]]
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="another rule: sasrec and new items alone have .* other r"):
+        main(flags)
+    for wrong, said in (
+        ({"tests": {"a": [["sasrec", "none"]]}}, "tests, a: .'sasrec', 'none'., expected two of"),
+        ({"tests": {"a": [["sasrec"]]}}, "tests, a: .'sasrec'., expected two of its runs"),
+        ({"metrics": ["NDCG"]}, "metrics: NDCG; expected NDCG@k"),
+    ):
+        Path("shop.yaml").write_text(yaml.safe_dump(content | wrong, sort_keys=False))
+        with pytest.raises(UserError, match=said):
+            Experiment.load("shop.yaml")
+
+
+def test_a_season_is_generated_and_judged_by_session(place, monkeypatch):
+    small = partial(write_season, days=3, sessions_a_day=60)
+    monkeypatch.setattr("recformer.commands.sample.write_season", small)
+    season = {"process": {"file_path": "season.csv", "split": "windows", "window": "1d",
+                          "session_column": "user_session", "min_interactions": 2,
+                          "targets": "every"}, "sample": 0}  # fmt: skip
+    content = {
+        "title": "A season", "hardware": "any", "metrics": ["NDCG@20"],
+        "data": {"season": season | {"kind": "season"},
+                 "shuffled": season | {"kind": "shuffled_season"}},
+        "run": {"command": "baseline", "flags": {"model": "cooccurrence", "metric_ks": [20]},
+                "tolerance": 1,
+                "expected": {"NDCG@20": 0.5}, "minutes": 1},
+        "runs": {"co-occurrence": {"data": "season"}, "the same, shuffled": {"data": "shuffled"}},
+        "tests": {"features": [["co-occurrence", "the same, shuffled"]]},
+    }  # fmt: skip
+    Path("season.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    main(["season.yaml", "--output_dir", "out"])
+    assert reproduce.ran == ["sample", "process", "sample", "process", "baseline", "baseline"]
+    texts = [Path(f"out/raw/{name}/season.csv").read_text() for name in content["data"]]
+    assert texts[0] != texts[1]
+    # Sessions are the same, and a model that reads no features finds the same.
+    (test,) = read_json("out/reproduction.json")["tests"]
+    assert test["rows"][0]["difference"] == 0
+    text = Path("out/reproduction.md").read_text()
+    assert "95 % bootstrap intervals over sessions;" in text
+    assert re.search(r"\| \|known target \([\d,]+ targets\)\|new target \([\d,]+ targets\)\|", text)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_of_the_package_has_flags_that_exist(path, capsys):
     from baselines.arguments import BaselineArguments
@@ -515,7 +631,7 @@ def test_every_experiment_of_the_package_has_flags_that_exist(path, capsys):
     for data in experiment.data.values():
         assert set(data.process) <= flags_of_process, data.name
         assert data.sample is not None or (data.origin and data.split_hash)
-        raw = {data.process[name] for name in DATA_FILES}
+        raw = {data.process[name] for name in DATA_FILES if name in data.process}
         assert data.sample is not None or set(data.sha256) == raw
         assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in data.sha256.values())
     for step in experiment.steps.values():

@@ -7,12 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from baselines.experiment import FOLDER
 from benchmarks.measure import row
-from experiments.sessions import Row, csv_of, tables_of
 from recformer.files import UserError
 from scripts import results
 
@@ -37,7 +35,7 @@ def test_no_table_of_the_results_is_typed(page: Path) -> None:
 
 
 def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
-    named = {"audits", "scale", "sessions"}
+    named = {"scale"}
     for page in results.PAGES:
         found = results.TABLE.finditer(page.read_text(encoding="utf-8"))
         named |= {match[3] for match in found if match[3]}
@@ -183,60 +181,3 @@ def test_threads_are_part_of_the_name_and_machines_are_not_mixed(tmp_path: Path)
         results.take([tmp_path / "3.json"], tmp_path)
     with pytest.raises(UserError, match="no file, and no folder"):
         results.take([tmp_path], tmp_path)
-
-
-def test_an_audit_is_a_row_of_its_folders_name(tmp_path: Path) -> None:
-    share = {"count": 1, "share": 0.25}
-    test = {"evaluated": 4, "decided_by_ties": share, "cold": share, "in_history": share,
-            "nothing_before_the_part": share}  # fmt: skip
-    found: dict[str, Any] = {
-        "sizes": {"users": 4, "items": 1500, "interactions": 9, "train": 1},
-        "targets": {"test": test},
-        "texts": {"identical": {"test_targets": share}},
-        "tokens": None,
-        "times": {"synthetic": False, "mean_share_of_train_after_a_target": 0.5},
-    }
-    for name, content in (
-        ("first", found),
-        (
-            "second",
-            found | {"times": None, "tokens": {"identical": {"test_targets": {"share": 1.0}}}},
-        ),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "audit.json").write_text(json.dumps(content))
-        results.take([tmp_path / name / "audit.json"], tmp_path / "kept")
-    assert results.audits("", tmp_path / "kept").splitlines()[2:] == [
-        "|first|4|1,500|9|4|25.0%|25.0%|25.0%|25.0%|25.0%|50.0%|",
-        "|second|4|1,500|9|4||25.0%|25.0%|100.0%|25.0%||",
-    ]
-
-
-def test_tables_of_a_study() -> None:
-    record = {"name": "a", "NDCG@20": [0.25, 0.01], "Recall@20": [0.5, 0.0], "new items": 0.125,
-              "seeds": 2, "seconds": 12.4}  # fmt: skip
-    test = {"title": "with against without", "rows": [{"name": "a", "difference": 0.1, "p": 0.03}]}
-    content = {"figures": {"shop": [record]}, "tests": {"shop": [test]}}
-    assert tables_of(content, "shop") == [
-        "|shop|NDCG@20|Recall@20|new items|seeds|training|\n|---|---|---|---|---|---|\n"
-        "|a|0.2500 ± 0.0100|0.5000|0.1250|2|12 s|\n",
-        "|with against without|NDCG@20 of all targets|p (Holm)|\n|---|---|---|\n"
-        "|a|+0.1000|0.0300|\n",
-    ]
-    assert csv_of(content) == (
-        "data,name,NDCG@20,NDCG@20 deviation,Recall@20,Recall@20 deviation,"
-        "new items,seeds,seconds\n"
-        "shop,a,0.25,0.01,0.5,0.0,0.125,2,12.4\n"
-    )
-
-
-def test_rows_of_the_study_are_paired_by_the_seeds_that_both_have() -> None:
-    def row(draws: bool, **values: float) -> Row:
-        own = {seed: np.array([value, value + 1]) for seed, value in values.items()}
-        return Row([], own, np.zeros(2), 0.0, draws)
-
-    three, one = row(True, s1=1.0, s2=2.0, s3=6.0), row(True, s1=0.5)
-    assert three.less(one).tolist() == [0.5, 0.5]
-    assert one.less(three).tolist() == [-0.5, -0.5]
-    assert three.less(row(False, s1=1.0)).tolist() == [2.0, 2.0]  # which every seed would give
-    assert three.less(row(True, s4=1.0)).tolist() == [2.0, 2.0]
