@@ -1,4 +1,4 @@
-"""Files of experiments: data, what comes before a run, commands, seeds, what to expect.
+"""Files of experiments: data, steps, runs with their seeds, what to expect, pairs to be tested.
 
 `recformer reproduce` carries them out; those of the package are in `recformer/experiments`.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines.command_lines import COMMANDS
+from recformer.commands.sample import KINDS
 from recformer.evaluation.compare import METRICS
 from recformer.files import UserError, read_yaml, yaml_file
 
@@ -23,11 +24,9 @@ METRIC = re.compile(r"(NDCG|Recall|MRR)@[1-9]\d*|MRR")
 PLACE = re.compile(r"\{([^{}]+)\}")  # a name in braces
 # What there is to expect of a step, by the last of its commands: a file it writes, and figures.
 CODES = ("reconstruction_error", "usage", "entropy", "colliding_items", "largest_collision")
-AUDITED = (
-    *("users", "items", "interactions", "targets"),
-    *("ties", "cold", "seen", "same", "no_history", "later"),  # shares of the targets, but the last
-)
-REPORTS = {"semantic-ids": ("report.json", CODES), "audit": ("audit.json", AUDITED)}
+COUNTED = ("users", "items", "interactions", "targets")
+SHARES = ("ties", "cold", "seen", "same", "no_history", "later")  # of the targets, but the last
+REPORTS = {"semantic-ids": ("report.json", CODES), "audit": ("audit.json", (*COUNTED, *SHARES))}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class Step:
         commands: words after `recformer`, one command after the other.
         expected: figure -> value (of a list the last one). A step that has some is a row of its
             own; see `REPORTS`.
-        tolerance: by which share of the expected value a figure may differ.
+        tolerance: by which share of the expected value a figure may differ; counts of an audit and
+            zeros may not.
         minutes: about how long all its commands take.
     """
 
@@ -134,7 +134,7 @@ class Experiment:
         data, runs, steps: see there.
         metrics: of its tables; the first is what rows are ordered and tested by.
         tests: title of a table -> pairs of runs, each tested against the other over the same
-            targets; p is corrected for the number of pairs in the table.
+            targets; p is corrected for the number of pairs.
     """
 
     name: str
@@ -160,16 +160,20 @@ class Experiment:
             data = {name: Data(name=name, **facts) for name, facts in content["data"].items()}
             shared = content.get("run", {})
             runs = []
-            for name, facts in content.get("runs", {}).items():
+            for name, facts in (content.get("runs") or {}).items():
                 facts = shared | facts
                 facts["seeds"] = tuple(facts.get("seeds", ()))
                 runs.append(Run(name=name, **{"flags": {}, "command": "", **facts}))
             seeds = {run.name: run.seeds for run in runs}
             runs = [replace(r, seeds=r.seeds or seeds.get(r.of or "", ())) for r in runs]
-            steps = {name: _step(name, facts) for name, facts in content.get("steps", {}).items()}
-            this = cls(path.stem, content["title"], content["hardware"], data, runs, steps)
-            metrics, tests = tuple(content.get("metrics", METRICS)), content.get("tests", {})
-            this = replace(this, metrics=metrics, tests=tests)
+            steps = {
+                name: _step(name, facts) for name, facts in (content.get("steps") or {}).items()
+            }
+            metrics, tests = content.get("metrics", list(METRICS)), content.get("tests") or {}
+            if not isinstance(metrics, list) or not metrics:
+                raise UserError(f"{path}: metrics are {metrics!r}, expected a list of some")
+            title, hardware = content["title"], content["hardware"]
+            this = cls(path.stem, title, hardware, data, runs, steps, tuple(metrics), tests)
             this.check(path)
         except UserError:
             raise
@@ -184,13 +188,18 @@ class Experiment:
             UserError: of a run that says which data, command, metric or other run it means.
         """
         for name in self.metrics:
-            if not METRIC.fullmatch(name):
-                raise UserError(f"{path}, metrics: {name}; expected NDCG@k, Recall@k, MRR@k, MRR")
+            if not METRIC.fullmatch(str(name)) or self.metrics.count(name) > 1:
+                raise UserError(
+                    f"{path}, metrics: {name}; expected NDCG@k, Recall@k, MRR@k, MRR, each once"
+                )
         names = {run.name: run for run in self.runs if run.of is None}
         for data in self.data.values():
             where = f"{path}, data {data.name}"
             if not isinstance(data.process, dict) or "file_path" not in data.process:
                 raise UserError(f"{where}: process is {data.process!r}, expected file_path: NAME")
+            if data.kind not in KINDS or (data.kind != KINDS[0] and data.sample is None):
+                known = ", ".join(KINDS)
+                raise UserError(f"{where}: kind {data.kind!r}, expected {known}, with sample: SEED")
             if not isinstance(data.sha256, dict):
                 raise UserError(f"{where}: sha256 is {data.sha256!r}, expected NAME: HASH")
             _check_number(where, "minutes", data.minutes)
@@ -209,7 +218,7 @@ class Experiment:
             for name, value in step.expected.items():
                 if name not in (figures := step.report[1]):
                     raise UserError(f"{where}: expected {name}; of {', '.join(figures) or 'none'}")
-                _check_number(where, f"expected {name}", value, above=True)
+                _check_number(where, f"expected {name}", value)
             _check_number(where, "tolerance", step.tolerance)
             _check_number(where, "minutes", step.minutes)
         for run in self.runs:
@@ -239,11 +248,16 @@ class Experiment:
             unknown = [name for name in run.expected if name not in self.metrics]
             if unknown or not run.expected:
                 raise UserError(f"{where}: expected {unknown or 'nothing'}; of {self.metrics}")
+        if not all(isinstance(title, str) for title in self.tests):
+            raise UserError(f"{path}, tests: {list(self.tests)}, expected titles in words")
         for title, pairs in self.tests.items():
+            rows = {run.name for run in self.runs}
             for pair in pairs:
-                absent = sorted(set(pair) - {run.name for run in self.runs})
-                if absent or len(pair) != 2:
-                    raise UserError(f"{path}, tests, {title}: {pair}, expected two of its runs")
+                two = isinstance(pair, list) and len(set(pair)) == len(pair) == 2
+                if not two or not set(pair) <= rows or pairs.count(pair) > 1:
+                    raise UserError(
+                        f"{path}, tests, {title}: {pair}, expected two of its runs, each pair once"
+                    )
 
     def _check_places(self, where: str, words: Iterable[str], known: Sequence[str]) -> None:
         """Refuse a `{NAME}` that names no data, no step before, no raw file."""
@@ -298,15 +312,13 @@ class Experiment:
         return [*(step for step in self.steps.values() if step.expected), *self.runs]
 
 
-def _check_number(where: str, name: str, value: Any, above: bool = False) -> None:
-    """Refuse what is no number from 0 up, or above it."""
+def _check_number(where: str, name: str, value: Any) -> None:
+    """Refuse what is no number from 0 up."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         hint = " (YAML writes 5.0e-5, with a point)" if isinstance(value, str) else ""
         raise UserError(f"{where}: {name} is {value!r}, expected a number{hint}")
-    if value < 0 or (above and value == 0):
-        raise UserError(
-            f"{where}: {name} is {value}, expected {'above 0' if above else '0 or more'}"
-        )
+    if value < 0:
+        raise UserError(f"{where}: {name} is {value}, expected 0 or more")
 
 
 def _step(name: str, facts: dict[str, Any]) -> Step:

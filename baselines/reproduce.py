@@ -1,7 +1,8 @@
 """Make the numbers of a published table again, and say of every row whether it came out.
 
 `recformer reproduce NAME` reads NAME.yaml of `recformer/experiments` (or the path of such a file):
-data, commands, seeds, what to expect and by how much a row may differ. Raw files are looked for by
+data, commands, seeds, metrics, pairs of rows to be tested, what to expect and by how much a row may
+differ. Raw files are looked for by
 name in `--raw` and checked, or downloaded where a public address is known. What is done already is
 left as it is, also where OUTPUT_DIR was moved, and the same command goes on where it was cut off.
 `--dry_run` says what would be run and about how long it takes. If a row fails, the others are
@@ -18,22 +19,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from baselines.experiment import FOLDER, Experiment, Run, Step
 from baselines.reproduction import Reproduction
-from baselines.rows import Row, tables
+from baselines.rows import Row, same_users, tables
 from baselines.steps import Table, csv_line, step_record, step_tables
 from recformer.cli import command_parser, exit_with_message
-from recformer.evaluation.compare import METRICS, by_sequence, interval
-from recformer.evaluation.statistics import holm, permutation_p
+from recformer.evaluation.compare import METRICS, paired_test
+from recformer.evaluation.statistics import holm
 from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
 from recformer.files import UserError, atomic_write, write_json
 
 # Of leave-one-out and of time; of windows, where an item is new that nobody met before the window.
 SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
-
-JUDGED = ("user_ids", "targets")  # of a run: what its ranks are of
 
 
 def plan(reproduction: Reproduction, chosen: Sequence[Step | Run]) -> list[list[str]]:
@@ -130,41 +127,39 @@ def report(
         "metrics": list(reproduction.experiment.metrics),
         "steps": made_steps,
         "rows": records,
-        "tests": tests_of(reproduction.experiment, {run.name: row for run, row in found}),
+        "tests": tests_of(reproduction.experiment, {run.name: row for run, row in found}, failed),
     }
 
 
-def tests_of(experiment: Experiment, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """Tables of pairs of rows: difference of the first metric, interval and p of a paired
-    permutation test, both over sequences where there are some, p corrected within a table.
+def tests_of(
+    experiment: Experiment, rows: Mapping[str, Row], failed: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Tables of pairs of rows, see `recformer.evaluation.compare.paired_test`, by the first metric.
 
-    Pairs of which a row is not finished are left out.
+    Pairs of which a row is not finished are left out; p is corrected for all pairs of a table,
+    also for those.
 
-    Raises:
-        UserError: two rows have other users or targets, or were judged by other rules.
+    Args:
+        experiment: with the pairs.
+        rows: finished ones by name.
+        failed: pairs that cannot be compared are put in.
     """
     metric, found = experiment.metrics[0], []
     for title, pairs in experiment.tests.items():
         records: list[dict[str, Any]] = []
         for one, other in (pair for pair in pairs if all(name in rows for name in pair)):
-            runs = rows[one].run, rows[other].run
-            rules = [{**run.rule, "split_hash": ""} for run in runs]  # data may be two of a kind
-            same = all(np.array_equal(*(getattr(run, of) for run in runs)) for of in JUDGED)
-            if not same or rules[0] != rules[1]:
-                raise UserError(
-                    f"tests, {title}: {one} and {other} have other users or targets, or other rules"
-                )
+            if not same_users(rows[one], rows[other]):
+                failed[f"{one} against {other}"] = "other users, targets or rules"
+                continue
             difference = rows[one].values[metric] - rows[other].values[metric]
-            low, high = interval(difference, runs[0].sequences, 0)
-            p = permutation_p(by_sequence(difference, runs[0].sequences)[0])
-            records.append(
-                {"runs": [one, other], "difference": float(difference.mean())}
-                | {"low": low, "high": high, "p": p}
-            )
-        for record, p in zip(records, holm([r["p"] for r in records]), strict=True):
-            record["p"] = p
+            run = rows[one].run
+            records.append({"runs": [one, other], **paired_test(difference, run.sequences)})
         if records:
-            found.append({"title": title, "rows": records})
+            lacking = [1.0] * (len(pairs) - len(records))
+            corrected = holm([record["p"] for record in records] + lacking)
+            lines = [r | {"p": p} for r, p in zip(records, corrected, strict=False)]
+            facts = {"title": title, "metric": metric, "resampled": run.resampled}
+            found.append({**facts, "rows": lines})
     return found
 
 
@@ -186,12 +181,14 @@ def tables_of(content: Mapping[str, Any]) -> list[Table]:
     for (name, *_), rows in groups.items():
         rows.sort(key=lambda row: -row["figures"][metrics[0]][0])
         rule, several = rows[0]["rule"], any(row["deviation"] for row in rows)
+        over_windows = rows[0].get("resampled", "users") != "users"
         caption = (
             f"{name}: split {rule['split_hash'][:12]}, full ranking, ties {rule['ties']}, seen "
             f"items {'filtered' if rule['filter_seen'] else 'kept'}; 95 % bootstrap intervals over "
             f"{rows[0].get('resampled', 'users')}"
             f"{', ± standard deviation over seeds' if several else ''}; p: paired "
             f"permutation test of {metrics[0]} against the best row, corrected by Holm"
+            f"{'; all targets of all windows weigh alike' if over_windows else ''}"
         )
         cells = []
         for row in rows:
@@ -205,7 +202,10 @@ def tables_of(content: Mapping[str, Any]) -> list[Table]:
         heads = ["", *metrics, "p", "minutes", "expected"]
         found += [(caption, heads, cells), *_by_target(rows, metrics[0])]
     for test in content.get("tests", ()):
-        heads = [test["title"], "against", metrics[0], "p (Holm)"]
+        caption = (
+            f"{test['title']}: paired differences of {test['metric']}, 95 % bootstrap intervals "
+            f"and permutation tests over {test['resampled']}, p corrected by Holm"
+        )
         cells = [
             [
                 *row["runs"],
@@ -214,7 +214,7 @@ def tables_of(content: Mapping[str, Any]) -> list[Table]:
             ]
             for row in test["rows"]
         ]
-        found.append(("", heads, cells))
+        found.append((caption, ["", "against", "difference", "p"], cells))
     return found
 
 
@@ -250,7 +250,7 @@ def csv(content: Mapping[str, Any]) -> str:
     lines += map(csv_line, content["steps"])
     for test in content["tests"]:
         for row in test["rows"]:
-            line = {"data": test["title"], "name": " against ".join(row["runs"])}
+            line = {"test": test["title"], "name": " against ".join(row["runs"])}
             lines.append(line | {name: row[name] for name in ("difference", "low", "high", "p")})
     return csv_table(lines)
 

@@ -95,7 +95,7 @@ class Reproduction:
             name, _, flag = match[1].partition(".")
             if flag:
                 data = self.experiment.data[name]
-                to_come = self.output_dir / "raw" / name / str(data.process[flag])
+                to_come = self._own_raw(data) / str(data.process[flag])
                 with suppress(FileNotFoundError):  # where it is needed `make` says so
                     return str(self.raw_files(data).get(flag, to_come))
                 return str(to_come)
@@ -255,8 +255,13 @@ class Reproduction:
 
     def _roots(self, data: Data) -> list[Path]:
         """Folders in which raw files may lie."""
-        own = [self.output_dir / "raw" / data.name]
+        own = [self._own_raw(data)]
         return own if data.sample is not None else [*self.raw, *own]
+
+    def _own_raw(self, data: Data) -> Path:
+        """Where raw files are downloaded or generated to; another sample has another folder."""
+        name = data.name if data.sample is None else f"{data.kind}_{data.sample}"
+        return self.output_dir / "raw" / name
 
     @staticmethod
     def _is_right(data: Data, path: Path) -> bool:
@@ -270,7 +275,7 @@ class Reproduction:
         """
         files = self.raw_files(data)  # hashed each time, which takes seconds a gigabyte
         if self._lacking(data, files):
-            raw = self.output_dir / "raw" / data.name
+            raw = self._own_raw(data)
             if data.sample is not None:
                 fetch = ["sample", "--output_dir", str(raw), "--seed", str(data.sample)]
                 fetch += ["--kind", data.kind]

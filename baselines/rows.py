@@ -219,7 +219,7 @@ def seeds_as_one(rows: Sequence[Row]) -> list[Row]:
 def _of_one_setting(one: Row, other: Row) -> bool:
     if one.evaluation != other.evaluation or one.parameters != other.parameters:
         return False
-    if not differ_in_seed_alone(one.settings, other.settings) or not _same_users(one, other):
+    if not differ_in_seed_alone(one.settings, other.settings) or not same_users(one, other):
         return False
     if one.settings.keys() == other.settings.keys():
         return True
@@ -229,7 +229,8 @@ def _of_one_setting(one: Row, other: Row) -> bool:
     return differ_in_seed_alone(one.settings, other.settings, defaults_of(one.settings))
 
 
-def _same_users(one: Row, other: Row) -> bool:
+def same_users(one: Row, other: Row) -> bool:
+    """Whether two rows can be compared user by user: rule, users and targets are the same."""
     return (
         one.run.rule == other.run.rule
         and np.array_equal(one.run.user_ids, other.run.user_ids)

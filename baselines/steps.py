@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from baselines.experiment import AUDITED, CODES, Step
+from baselines.experiment import CODES, COUNTED, SHARES, Step
 from recformer.files import read_json
 
+AUDIT = "audit"  # the command
 Table = tuple[str, list[str], list[list[str]]]  # caption, heads and cells
 
 AUDIT_HEADS = (
@@ -32,30 +34,39 @@ def step_record(step: Step, folder: Path) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, UserError: its file holds something else.
     """
-    name, _ = step.report
-    found = read_json(folder / name)
-    figures = audit_facts(found) if name == "audit.json" else _codes(found)
-    values = {figure: found_value(figures[figure]) for figure in step.expected}
+    kind = step.commands[-1][0]
+    found = read_json(folder / step.report[0])
+    figures = audit_facts(found) if kind == AUDIT else _codes(found)
+    values = {figure: _value(figures[figure]) for figure in step.expected}
     return (
-        {"name": step.name, "of": name.partition(".")[0], **figures}
+        {"name": step.name, "kind": kind, **figures}
         | {"expected": step.expected, "tolerance": step.tolerance}
         | {"verdict": _verdict(step, values)}
     )
 
 
 def _verdict(step: Step, values: Mapping[str, Any]) -> str:
-    """`reproduced`, or by how much a figure differs."""
-    for figure, value in values.items():
-        if value is None:
-            return f"differs: {figure} is not there"
-    off = {figure: values[figure] / value - 1 for figure, value in step.expected.items()}
-    worst = max(off, key=lambda figure: abs(off[figure]))
-    if abs(off[worst]) <= step.tolerance + 1e-9:
+    """`reproduced`, or what is furthest from what was expected."""
+    off = {figure: _off(values[figure], value) for figure, value in step.expected.items()}
+    allowed = {figure: 0 if figure in COUNTED else step.tolerance for figure in off}
+    wrong = [figure for figure in off if not abs(off[figure]) <= allowed[figure] + 1e-9]
+    if not wrong:
         return "reproduced"
+    worst = max(wrong, key=lambda figure: abs(off[figure]))
+    if math.isinf(off[worst]):
+        found = "not there" if values[worst] is None else f"{values[worst]:g}, expected 0"
+        return f"differs: {worst} is {found}"
     return f"differs: {worst} {off[worst]:+.1%}"
 
 
-def found_value(figure: Any) -> Any:
+def _off(found: Any, expected: float) -> float:
+    """By which share a figure is off; infinite where it is not there, or no 0."""
+    if found is None or (expected == 0 and found != 0):
+        return math.inf
+    return found / expected - 1 if expected else 0.0
+
+
+def _value(figure: Any) -> Any:
     """A figure, of a list the last one."""
     return figure[-1] if isinstance(figure, list) else figure
 
@@ -87,15 +98,15 @@ def audit_facts(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def is_audit(record: Mapping[str, Any]) -> bool:
+def _is_audit(record: Mapping[str, Any]) -> bool:
     """Whether a record is of an audit; those of older files do not say it and are of codes."""
-    return record.get("of") == "audit"
+    return record.get("kind") == AUDIT
 
 
 def step_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
     """The tables of steps, one a kind."""
     kinds = ((False, _codes_table), (True, _audit_table))
-    groups = (([r for r in records if is_audit(r) is kind], table) for kind, table in kinds)
+    groups = (([r for r in records if _is_audit(r) is kind], table) for kind, table in kinds)
     return [("", *table(group)) for group, table in groups if group]
 
 
@@ -124,15 +135,15 @@ def _audit_table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     """Audits: what can spoil an evaluation on each data set."""
     cells = []
     for record in records:
-        counts = [f"{record[name]:,}" for name in AUDITED[:4]]
-        shares = ["" if record[name] is None else f"{record[name]:.1%}" for name in AUDITED[4:]]
+        counts = [f"{record[name]:,}" for name in COUNTED]
+        shares = ["" if record[name] is None else f"{record[name]:.1%}" for name in SHARES]
         cells.append([record["name"], *counts, *shares, record["verdict"]])
     return [*AUDIT_HEADS, "expected"], cells
 
 
 def csv_line(record: Mapping[str, Any]) -> dict[str, Any]:
     """Name, figures (of a list the last one) and verdict of a record, in full."""
-    names = AUDITED if is_audit(record) else ("items", "seconds", *CODES)
-    values = {name: found_value(record[name]) for name in names}
+    names = (*COUNTED, *SHARES) if _is_audit(record) else ("items", "seconds", *CODES)
+    values = {name: _value(record[name]) for name in names}
     line = {name: "" if value is None else value for name, value in values.items()}
     return {"name": record["name"], **line, "verdict": record["verdict"]}

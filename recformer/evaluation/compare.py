@@ -94,16 +94,8 @@ def compare(
         places = [(chosen, place) for place in range(len(runs)) if place != chosen]
     for one, other in places:
         difference = values[one][metric] - values[other][metric]
-        low, high = interval(difference, first.sequences, seed)
-        pairs.append(
-            {
-                "runs": [names[one], names[other]],
-                "difference": float(difference.mean()),
-                "low": low,
-                "high": high,
-                "p": permutation_p(by_sequence(difference, first.sequences)[0], seed),
-            }
-        )
+        found = paired_test(difference, first.sequences, seed)
+        pairs.append({"runs": [names[one], names[other]], **found})
     for pair, corrected in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
         pair["p_holm"] = corrected
     return rows, pairs
@@ -118,6 +110,16 @@ def cuts(metrics: Iterable[str]) -> list[int]:
     """
     found = {name.partition("@")[2] for name in metrics}
     return sorted({int(cut) for cut in found if cut.isdecimal()})
+
+
+def paired_test(
+    difference: NDArray[np.float64], sequences: NDArray[np.int64] | None, seed: int = 0
+) -> dict[str, float]:
+    """Mean of paired differences (U,), their 95 % bootstrap interval `low` and `high`, and `p` of
+    the permutation test: of users, or of whole sequences where there are some."""
+    low, high = interval(difference, sequences, seed)
+    p = permutation_p(by_sequence(difference, sequences)[0], seed)
+    return {"difference": float(difference.mean()), "low": low, "high": high, "p": p}
 
 
 def by_sequence(
