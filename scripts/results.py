@@ -33,7 +33,7 @@ from scripts.summaries import summary
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "results"
 SPEED, COMPARED = "speed", "compared"  # folders within it
-NAMES = ("results.md", "speed.md", "method.md", "performance.md", "scale.md")
+NAMES = ("results.md", "speed.md", "quickstart.md", "method.md", "performance.md", "scale.md")
 PAGES = (*(ROOT / "docs" / name for name in NAMES), ROOT / "README.md")
 NOT_YET = "not measured on this state of the repository\n"
 TABLE = re.compile(r"(<!-- (\w+)(?:: ([\w ]+))? -->\n)((?:(?!<!-- ).)*?)(<!-- end -->)", re.DOTALL)
