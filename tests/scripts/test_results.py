@@ -34,6 +34,14 @@ def test_no_table_of_the_results_is_typed(page: Path) -> None:
     assert "<!-- end -->" not in typed
 
 
+def test_every_table_of_the_results_is_an_experiment() -> None:
+    text = results.PAGES[0].read_text(encoding="utf-8")
+    assert results.PAGES[0].name == "results.md"
+    tables = list(results.TABLE.finditer(text))
+    assert {match[2] for match in tables} == {"experiments", "reproduced"}
+    assert {match[3] for match in tables if match[3]} <= {p.stem for p in FOLDER.glob("*.yaml")}
+
+
 def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
     named = {"scale"}
     for page in results.PAGES:
