@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from baselines.command_lines import COMMANDS
-from recformer.commands.sample import KINDS
 from recformer.evaluation.compare import METRICS
 from recformer.files import UserError, read_yaml, yaml_file
+from recformer.preparation.sample_season import KINDS
 
 FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
 DATA_FILES = ("file_path", "meta_file_path")

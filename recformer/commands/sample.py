@@ -10,9 +10,7 @@ from pathlib import Path
 
 from recformer.cli import check_seed, command_parser
 from recformer.preparation.sample import write_sample
-from recformer.preparation.sample_season import FILE, write_season
-
-KINDS = ("shop", "season", "shuffled_season")
+from recformer.preparation.sample_season import FILE, KINDS, write_season
 
 
 def main(argv: Sequence[str] | None = None) -> None:
