@@ -50,14 +50,14 @@ class Data:
     sha256: dict[str, str] = field(default_factory=dict)
     download: str | None = None
     sample: int | None = None
-    kind: str = "shop"
+    kind: str = KINDS[0]
     origin: str = ""
     split_hash: str | None = None
     minutes: float = 0.5
 
     def recipe(self) -> dict[str, Any]:
         """What the processed folder follows from."""
-        sample = self.sample if self.kind == "shop" else {"kind": self.kind, "seed": self.sample}
+        sample = self.sample if self.kind == KINDS[0] else {"kind": self.kind, "seed": self.sample}
         return {"process": self.process, "sha256": self.sha256, "sample": sample}
 
 
