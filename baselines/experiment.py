@@ -16,7 +16,7 @@ from typing import Any
 from baselines.command_lines import COMMANDS
 from recformer.evaluation.compare import METRICS
 from recformer.files import UserError, read_yaml, yaml_file
-from recformer.preparation.sample_season import KINDS
+from recformer.preparation.sample_season import SAMPLES
 
 FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
 DATA_FILES = ("file_path", "meta_file_path")
@@ -50,14 +50,16 @@ class Data:
     sha256: dict[str, str] = field(default_factory=dict)
     download: str | None = None
     sample: int | None = None
-    kind: str = KINDS[0]
+    kind: str = SAMPLES[0]
     origin: str = ""
     split_hash: str | None = None
     minutes: float = 0.5
 
     def recipe(self) -> dict[str, Any]:
         """What the processed folder follows from."""
-        sample = self.sample if self.kind == KINDS[0] else {"kind": self.kind, "seed": self.sample}
+        sample = (
+            self.sample if self.kind == SAMPLES[0] else {"kind": self.kind, "seed": self.sample}
+        )
         return {"process": self.process, "sha256": self.sha256, "sample": sample}
 
 
@@ -197,8 +199,8 @@ class Experiment:
             where = f"{path}, data {data.name}"
             if not isinstance(data.process, dict) or "file_path" not in data.process:
                 raise UserError(f"{where}: process is {data.process!r}, expected file_path: NAME")
-            if data.kind not in KINDS or (data.kind != KINDS[0] and data.sample is None):
-                known = ", ".join(KINDS)
+            if data.kind not in SAMPLES or (data.kind != SAMPLES[0] and data.sample is None):
+                known = ", ".join(SAMPLES)
                 raise UserError(f"{where}: kind {data.kind!r}, expected {known}, with sample: SEED")
             if not isinstance(data.sha256, dict):
                 raise UserError(f"{where}: sha256 is {data.sha256!r}, expected NAME: HASH")

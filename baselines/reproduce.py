@@ -1,11 +1,11 @@
 """Make the numbers of a published table again, and say of every row whether it came out.
 
 `recformer reproduce NAME` reads NAME.yaml of `recformer/experiments` (or the path of such a file):
-data, commands, seeds, metrics, pairs of rows to be tested, what to expect and by how much a row may
-differ. Raw files are looked for by name in `--raw` and checked, or downloaded where a public address
-is known. What is done already is left as it is, also where OUTPUT_DIR was moved, and the same
-command goes on where it was cut off. `--dry_run` says what would be run and about how long it takes.
-If a row fails, the others are made all the same. Exit status 1 if a row failed or differs.
+data, commands, seeds, metrics, pairs of rows to be tested, what to expect and by how much a row
+may differ. Raw files are looked for by name in `--raw` and checked, or downloaded where a public
+address is known. What is done already is left as it is, also where OUTPUT_DIR was moved, and the
+same command goes on where it was cut off. `--dry_run` says what would be run and about how long it
+takes. If a row fails, the others are made all the same. Exit status 1 if a row failed or differs.
 
 It leaves OUTPUT_DIR/data, steps, runs, and the table of all rows that are finished there as
 reproduction.md, .tex, .csv and .json.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recformer.cli import check_seed, command_parser
 from recformer.preparation.sample import write_sample
-from recformer.preparation.sample_season import FILE, KINDS, write_season
+from recformer.preparation.sample_season import FILE, SAMPLES, write_season
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,15 +20,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     parser.add_argument(
         "--kind",
-        choices=KINDS,
-        default=KINDS[0],
+        choices=SAMPLES,
+        default=SAMPLES[0],
         help="shop: reviews and metadata of five categories, ten files; season: sessions of a "
         "shop, one file in the REES46 form, where category and price say much of what comes next; "
         "shuffled_season: the same sessions where they say nothing (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     check_seed(args.seed)
-    if args.kind != KINDS[0]:
+    if args.kind != SAMPLES[0]:
         found = write_season(args.output_dir, args.seed, shuffled=args.kind == "shuffled_season")
         counts = ", ".join(f"{number:,} {name}" for name, number in found.items())
         print(f"{counts}: written to {Path(args.output_dir) / FILE}")

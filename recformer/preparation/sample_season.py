@@ -34,7 +34,7 @@ import numpy as np
 
 from recformer.files import atomic_write
 
-KINDS = ("shop", "season", "shuffled_season")  # of samples; the shop is in `sample`
+SAMPLES = ("shop", "season", "shuffled_season")  # their kinds; the shop is in `sample`
 FILE = "season.csv"
 HEADER = (
     "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session"
