@@ -90,7 +90,7 @@ def test_rows_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "scientific.json").write_text(json.dumps(content))
     lines = results.with_tables(page, tmp_path).splitlines()
     assert lines[4].startswith("|TF-IDF|.5000 / .1118|.2500|(.0543 / .1129)||(.0205 / .0480)|")
-    assert lines[5].startswith("|`--method head`|.1038 ± .0013 / .1522 ± .0017|.0472|(.0981 / ")
+    assert lines[5].startswith("|`--method head`|.1038 ± .0013 / .1522 ± .0017|.0471|(.0981 / ")
     assert any(line.startswith("|co-occurrence|(.0736 / .1070)||(") for line in lines)
 
 
