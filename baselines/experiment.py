@@ -26,6 +26,8 @@ PLACE = re.compile(r"\{([^{}]+)\}")  # a name in braces
 CODES = ("reconstruction_error", "usage", "entropy", "colliding_items", "largest_collision")
 COUNTED = ("users", "items", "interactions", "targets")
 SHARES = ("ties", "cold", "seen", "same", "no_history", "later")  # of the targets, but the last
+# Of a file; what `flags` holds is for YAML's anchors alone, flags that rows share.
+KEYS = ("title", "hardware", "metrics", "data", "flags", "run", "runs", "steps", "tests")
 REPORTS = {"semantic-ids": ("report.json", CODES), "audit": ("audit.json", (*COUNTED, *SHARES))}
 
 
@@ -159,6 +161,8 @@ class Experiment:
         path = yaml_file(name_or_file, FOLDER, "experiment")
         content = read_yaml(path)
         try:
+            if unknown := sorted(set(map(str, content)) - set(KEYS)):
+                raise ValueError(f"{', '.join(unknown)}; expected of {', '.join(KEYS)}")
             data = {name: Data(name=name, **facts) for name, facts in content["data"].items()}
             shared = content.get("run", {})
             runs = []

@@ -383,6 +383,8 @@ def test_raw_files_must_be_there_and_right(place, capsys):
         ("flags:\n      model: popularity", "flags: null", "is no experiment"),
         ("popularity:", "shop:", "run shop: data have that name"),
         ("title:", "titel:", "is no experiment"),
+        ("title:", "test: {}\ntitle:", "is no experiment: test; expected of title, "),
+        ("title: Six users", "", "is no experiment: 'title'"),
         ("title:", "title: [", "is no YAML"),
     ],
 )
