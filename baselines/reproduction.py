@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
 import sys
@@ -17,27 +16,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from baselines.command_lines import checked
 from baselines.experiment import DATA_FILES, PLACE, Data, Experiment, Run, Step
+from baselines.provenance import DONE, MARKS, joined, provenance, read_record
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one
 from recformer.cli import flag_words
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.runs import METRICS_FILE, RUN_FILE
-from recformer.files import UserError, file_sha256, read_json, write_json
-from recformer.machine import cores, processor
+from recformer.files import UserError, file_sha256, write_json
 from recformer.processes import say
 from recformer.training.run_folder import advising
 from recformer.training.seeds import run_command
 
-DONE = "reproduced.json"  # in the folder of data, a step or a run: its recipe, when and where made
 TEXTS = "meta_data.json"  # of a processed folder; its hash stands beside the recipe
-MARKS = "content"  # split and texts of the data that something was made from
 _AGAIN = "remove it, and the same command makes it anew"
-PACKAGES = ("recformer", "torch", "transformers", "numpy")
 
 
 class Reproduction:
@@ -144,7 +139,7 @@ class Reproduction:
     def _marks(self, row: Run | Step) -> dict[str, Any]:
         """Split and texts of the processed folders that a row reads, of those that are there."""
         data, _, _ = self.experiment.needed([row])
-        records = {each.name: _record(self.data_folder(each)) for each in data}
+        records = {each.name: read_record(self.data_folder(each)) for each in data}
         return {name: r[MARKS] for name, r in records.items() if r is not None and r["made"]}
 
     def place(self, row: Run | Step) -> Path:
@@ -153,7 +148,7 @@ class Reproduction:
 
     def record(self, row: Run | Step) -> dict[str, Any] | None:
         """What a folder says of itself, None where it says nothing that can be read."""
-        return _record(self.place(row))
+        return read_record(self.place(row))
 
     def made(self, row: Run | Step) -> bool:
         """Whether a run or a step was finished by this recipe from these data and is all there.
@@ -304,7 +299,7 @@ class Reproduction:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / DONE, {"recipe": recipe, "made": None}, indent=1)
             self._run(["recformer", "process", *flag_words(flags), "--output_path", str(folder)])
-        record = _record(folder)
+        record = read_record(folder)
         if record is None:
             raise UserError(f"{folder} does not say of which recipe it is ({DONE}): {_AGAIN}")
         other = sorted(k for k in recipe if recipe[k] != record["recipe"].get(k))
@@ -352,7 +347,7 @@ class Reproduction:
             day = time.strftime("%Y-%m-%d", time.localtime(before))
             made = earlier or {"date": day, "machine": "machine not recorded", "versions": {}}
         elif earlier is not None:
-            made = _joined(earlier, made)
+            made = joined(earlier, made)
         self._mark(row, made)
 
     def _newest(self, row: Run | Step) -> float | None:
@@ -458,46 +453,8 @@ class Reproduction:
         return rows[0]
 
 
-def provenance() -> dict[str, Any]:
-    """When, where and with what something was made."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {cores()} cores; {platform.system()} {platform.machine()}, "
-        f"Python {platform.python_version()}",
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-
-
-def _joined(earlier: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """Provenance of what was made in parts, one seed today and one before."""
-
-    def both(one: str, other: str) -> str:
-        return one if other in ("", one) else f"{one} and {other}" if one else other
-
-    versions = {
-        name: both(earlier["versions"].get(name, ""), number)
-        for name, number in made["versions"].items()
-    }
-    joined = {name: both(earlier[name], made[name]) for name in ("date", "machine")}
-    return joined | {"versions": versions}
-
-
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    """What a folder says of itself; None where it says nothing, or not in today's form."""
-    try:
-        record = read_json(folder / DONE)
-    except (FileNotFoundError, UserError):  # nothing there, or damaged
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict):
-        return None
-    made = record.get("made")
-    if made and not (isinstance(made, dict) and isinstance(record.get(MARKS), dict)):
-        return None
-    return {"made": None, MARKS: {}, "replaced": {}, "before": None} | record
 
 
 def _place_of(value: str) -> str:
