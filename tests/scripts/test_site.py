@@ -51,6 +51,17 @@ def test_links_out_of_docs_become_names_and_must_lead_somewhere() -> None:
         links.without_outer_links("[x](../../gone.md)", page)
 
 
+def test_files_that_pages_name_are_there() -> None:
+    """Those of the tree; CHANGELOG tells of what was, NAME stands for any."""
+    folders = "tests|scripts|recformer|baselines|benchmarks|examples|docs"
+    named = re.compile(rf"(?<![\w/.~-])(?:{folders})/[\w/.-]*\w")
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]
+    paths = {(page.name, path) for page in pages for path in named.findall(page.read_text("utf-8"))}
+    assert ("CONTRIBUTING.md", "tests/test_layers.py") in paths
+    gone = {(page, path) for page, path in paths if not (ROOT / path).exists()}
+    assert gone == {("results.md", "recformer/experiments/NAME.yaml")}
+
+
 def test_the_site_asks_no_other_host(tmp_path: Path) -> None:
     """Built as by `mkdocs build --strict`, without the reference, which takes long."""
     pytest.importorskip("material")
