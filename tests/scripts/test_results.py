@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from baselines.experiment import FOLDER
 from benchmarks.measure import row
@@ -50,6 +51,16 @@ def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} <= named
     kept = {path.stem for path in results.FIGURES.rglob("*.json")}
     assert kept <= named
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_costs_that_are_said_first_are_no_less_than_the_training_took(path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    figures = json.loads((results.FIGURES / f"{path.stem}.json").read_text(encoding="utf-8"))
+    said = {name: run.get("minutes") for name, run in content.get("runs", {}).items()}
+    for each in figures["rows"]:
+        minutes = said[each["name"]] or content["run"]["minutes"]
+        assert (each["train_seconds"] or 0) / 60 <= 1.3 * minutes, each["name"]
 
 
 def test_a_changed_figure_is_seen() -> None:
