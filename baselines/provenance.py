@@ -49,6 +49,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict):
         return None
     made = record.get("made")
-    if made and not (isinstance(made, dict) and isinstance(record.get(MARKS), dict)):
+    known = isinstance(made, dict) and {"date", "machine", "versions"} <= made.keys()
+    if made and not (known and isinstance(record.get(MARKS), dict)):
         return None
     return {"made": None, MARKS: {}, "replaced": {}, "before": None} | record
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether a folder's record is there, and cannot be read."""
+    return read_record(folder) is None and (folder / DONE).exists()

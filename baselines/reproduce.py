@@ -324,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(markdown_table(["step", "what", "minutes"], steps), end="")
         return
     failed = {} if args.table else reproduction.make(chosen)
+    failed |= reproduction.damaged(row for row in experiment.rows() if row.name not in failed)
     finished = [row for row in reproduction.finished(experiment.rows()) if row.name not in failed]
     left_out = reproduction.left_out(row for row in experiment.rows() if row.name not in failed)
     if not finished:
@@ -341,6 +342,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"written to {output_dir}: reproduction.md, .tex, .csv, .json")
     if left_out:
         print(f"not in the table: {_listed(left_out)}")
+    others = set(names) - {row.name for row in finished} - failed.keys() - left_out.keys()
+    if others:
+        print(f"not made yet: {len(others)} of {len(names)} rows")
     wanted = {row.name for row in chosen}
     records = [row for row in (*content["steps"], *content["rows"]) if row["name"] in wanted]
     different = [record["name"] for record in records if record["verdict"] != "reproduced"]

@@ -21,7 +21,7 @@ from typing import Any
 
 from baselines.command_lines import checked
 from baselines.experiment import DATA_FILES, PLACE, Data, Experiment, Run, Step
-from baselines.provenance import DONE, MARKS, joined, provenance, read_record
+from baselines.provenance import DONE, MARKS, is_damaged, joined, provenance, read_record
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one
 from recformer.cli import flag_words
 from recformer.data.processed import ProcessedFolder
@@ -33,6 +33,11 @@ from recformer.training.seeds import run_command
 
 TEXTS = "meta_data.json"  # of a processed folder; its hash stands beside the recipe
 _AGAIN = "remove it, and the same command makes it anew"
+# Not taken for a lost one: whoever removes the file knows what the row then lacks.
+_DAMAGED = (
+    "cannot be read: remove its folder, and the same command makes it anew; or that file alone, "
+    "and what else is there is taken as it is, of a machine that was not recorded"
+)
 
 
 class Reproduction:
@@ -189,11 +194,13 @@ class Reproduction:
         return [folder] if not run.seeds else [folder / f"seed_{seed}" for seed in run.seeds]
 
     def refuse_other(self, row: Run | Step) -> None:
-        """Refuse a folder in which something else was made.
+        """Refuse a folder in which something else was made, or nobody can say what.
 
         Raises:
             UserError: in what it differs, and what to do.
         """
+        if is_damaged(self.place(row)):
+            raise UserError(f"{self.place(row) / DONE} {_DAMAGED}")
         record = self.record(row)
         begun = isinstance(row, Run) and any(self.place(row).rglob(RUN_FILE))
         if record is None or not (record["made"] or begun):
@@ -426,13 +433,22 @@ class Reproduction:
         """Rows that can be put into a table as they are."""
         return [row for row in chosen if all(map(self.made, self.with_bases([row])))]
 
+    def damaged(self, rows: Iterable[Step | Run]) -> dict[str, str]:
+        """Rows of which nobody can say what they are, with the file that should."""
+        places = {row.name: self.place(row) for row in rows}  # of a row with others, theirs
+        return {n: f"{place / DONE} {_DAMAGED}" for n, place in places.items() if is_damaged(place)}
+
     def left_out(self, rows: Iterable[Step | Run]) -> dict[str, str]:
         """Rows that something is there of and that are no rows of a table, with why."""
         found = {}
         for row in rows:
             (base,) = self.with_bases([row])
             record = self.record(base)
-            if record is None or self.made(base):
+            if self.made(base):
+                continue
+            if record is None:
+                if self._newest(base) is not None:
+                    found[row.name] = f"figures without their {DONE}"
                 continue
             other = self._differences(base, record)
             found[row.name] = f"made otherwise: other {', '.join(other)}" if other else "unfinished"

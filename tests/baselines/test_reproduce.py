@@ -190,15 +190,23 @@ def test_seeds_may_be_added_and_a_typo_mended(place, capsys):
         main([*flags, "--table"])
 
 
-def test_records_of_another_form_are_none(place):
+def test_records_of_another_form_are_refused(place):
     flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "popularity"]
     main(flags)
     record = Path("out/runs/shop/popularity") / DONE
     content = read_json(record)
-    for other in ([], {"recipe": 1, "made": 2}, {"recipe": {}, "made": content["made"]}):
+    cut = {"date": "2026-01-01", "versions": {}}
+    for other in (
+        [], {"recipe": 1, "made": 2}, {"recipe": {}, "made": content["made"]},
+        content | {"made": cut},
+    ):  # fmt: skip
         write_json(record, other)
-        main(flags)
-        assert read_json(record)["recipe"] == content["recipe"]
+        with pytest.raises(UserError, match=r"popularity/reproduced.json cannot be read: remove"):
+            main(flags)
+        assert read_json(record) == other
+    record.unlink()
+    main(flags)
+    assert read_json(record)["recipe"] == content["recipe"]
     write_json(Path("out/data/shop") / DONE, {"recipe": {}, "made": {"date": ""}})
     with pytest.raises(UserError, match="out/data/shop does not say of which recipe it is"):
         main(flags)
@@ -241,7 +249,7 @@ def test_a_moved_folder_goes_on_and_lost_files_are_made_again(place, capsys):
     assert reproduce.ran == []
     main(["shop.yaml", "--output_dir", "elsewhere", "--table"])  # without the raw files
     run = Path("elsewhere/runs/shop/popularity")
-    (run / DONE).write_text("{")
+    (run / DONE).unlink()
     main([*flags, "elsewhere"])
     assert reproduce.ran == ["baseline"]
     content = read_json("elsewhere/reproduction.json")

@@ -1,0 +1,48 @@
+"""`recformer reproduce`: what it refuses, and says rather than leave it out of a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from baselines.reproduce import main
+from baselines.reproduction import DONE
+from recformer.files import UserError, read_json
+from tests.baselines.test_reproduce import place  # noqa: F401
+
+FLAGS = ["shop.yaml", "--raw", "raw files", "--output_dir", "out"]
+
+
+def test_a_damaged_record_is_said_and_its_row_not_taken_as_it_is(place, capsys):  # noqa: F811
+    main(FLAGS)
+    record = Path("out/runs/shop/popularity") / DONE
+    whole = record.read_text()
+    record.write_text(whole[:40])
+    said = r"popularity/reproduced.json cannot be read: remove its folder, .* or that file alone"
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"^failed: popularity .*{said}"):
+        main([*FLAGS, "--table"])
+    assert [row["name"] for row in read_json("out/reproduction.json")["rows"]] == ["sasrec"]
+    with pytest.raises(UserError, match=said):
+        main(FLAGS)
+    with pytest.raises(UserError, match=said):  # also where another row is asked for
+        main([*FLAGS, "--only", "sasrec"])
+    assert record.read_text() == whole[:40]
+    # Without the file its figures are no row of a table until the command takes them.
+    record.unlink()
+    capsys.readouterr()
+    main([*FLAGS, "--table"])
+    assert "not in the table: popularity (figures without their reproduced.json)" in (
+        capsys.readouterr().out
+    )
+    main(FLAGS)
+    rows = {row["name"]: row for row in read_json("out/reproduction.json")["rows"]}
+    assert rows["popularity"]["made"]["machine"] == "machine not recorded"
+
+
+def test_rows_that_nothing_is_there_of_are_counted(place, capsys):  # noqa: F811
+    main([*FLAGS, "--only", "popularity"])
+    assert "not made yet: 1 of 2 rows\n" in capsys.readouterr().out
+    main([*FLAGS, "--only", "sasrec"])
+    assert "not made yet" not in capsys.readouterr().out
