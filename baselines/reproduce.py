@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     replaced = dict(text.split("=", 1) for text in args.replace)
     reproduction = Reproduction(experiment, output_dir, args.raw, replaced)
     if args.dry_run:
-        reproduction.check_flags(chosen)
+        reproduction.refuse(chosen)
         steps = plan(reproduction, chosen)
         print(markdown_table(["step", "what", "minutes"], steps), end="")
         return

@@ -291,6 +291,21 @@ class Reproduction:
         """Whether the processed folder is there."""
         return (self.data_folder(data) / "dataset.json").exists()
 
+    def _data_record(self, data: Data) -> dict[str, Any]:
+        """What a processed folder says of itself, of these data.
+
+        Raises:
+            UserError: nothing, or another recipe; what to do.
+        """
+        folder, recipe = self.data_folder(data), _as_json(data.recipe())
+        record = read_record(folder)
+        if record is None:
+            raise UserError(f"{folder} does not say of which recipe it is ({DONE}): {_AGAIN}")
+        other = sorted(k for k in recipe if recipe[k] != record["recipe"].get(k))
+        if other:
+            raise UserError(f"{folder} was made otherwise (other {', '.join(other)}): {_AGAIN}")
+        return record
+
     def prepare(self, data: Data) -> None:
         """Make the processed folder, where it is not there, and look whether it is the right one.
 
@@ -306,12 +321,7 @@ class Reproduction:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / DONE, {"recipe": recipe, "made": None}, indent=1)
             self._run(["recformer", "process", *flag_words(flags), "--output_path", str(folder)])
-        record = read_record(folder)
-        if record is None:
-            raise UserError(f"{folder} does not say of which recipe it is ({DONE}): {_AGAIN}")
-        other = sorted(k for k in recipe if recipe[k] != record["recipe"].get(k))
-        if other:
-            raise UserError(f"{folder} was made otherwise (other {', '.join(other)}): {_AGAIN}")
+        record = self._data_record(data)
         split = ProcessedFolder.load(folder).split_hash
         marks = {"split": split, TEXTS: file_sha256(folder / TEXTS)}
         if not record["made"]:  # the commands ended, or were cut off while they audited
@@ -370,15 +380,22 @@ class Reproduction:
         every = (runs[r.of] if isinstance(r, Run) and r.of else r for r in chosen)
         return list({row.name: row for row in every}.values())
 
-    def check_flags(self, chosen: Sequence[Step | Run]) -> None:
-        """Refuse flags that a command lacks, and values that it does not take.
+    def refuse(self, chosen: Sequence[Step | Run]) -> None:
+        """Refuse what could be known to fail; nothing is run or written.
 
         Raises:
-            UserError, FileNotFoundError: of the first.
+            UserError, FileNotFoundError: the first flag that a command lacks or value that it does
+                not take, or folder in which something else was made.
         """
-        for row in self.with_bases(chosen):
+        rows = self.with_bases(chosen)
+        for row in rows:
             if isinstance(row, Run):
                 checked(row.command, self.line(row)[2:])
+        data, _, steps = self.experiment.needed(rows)
+        for row in (*steps, *rows):
+            self.refuse_other(row)
+        for each in filter(self.has_data, data):
+            self._data_record(each)
 
     def make(self, chosen: Sequence[Step | Run]) -> dict[str, str]:
         """Make what rows lack; what could be known to fail is said before anything is run.
@@ -391,9 +408,7 @@ class Reproduction:
                 files.
         """
         rows = self.with_bases(chosen)
-        self.check_flags(rows)
-        for row in (*self.experiment.needed(rows)[2], *rows):
-            self.refuse_other(row)
+        self.refuse(rows)
         lacking = [row for row in rows if not self.made(row)]
         sets, _, steps = self.experiment.needed(lacking)
         raw = self.experiment.read_by(row for row in (*steps, *lacking) if not self.made(row))

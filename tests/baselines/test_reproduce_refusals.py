@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from baselines import reproduce
 from baselines.reproduce import main
 from baselines.reproduction import DONE
 from recformer.files import UserError, read_json
@@ -46,3 +47,26 @@ def test_rows_that_nothing_is_there_of_are_counted(place, capsys):  # noqa: F811
     assert "not made yet: 1 of 2 rows\n" in capsys.readouterr().out
     main([*FLAGS, "--only", "sasrec"])
     assert "not made yet" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rows", "said"),
+    [
+        ("num_train_epochs: 1", "num_train_epochs: 2", [],
+         r"sasrec was made otherwise \(other flags\): remove it"),
+        ("process:", "process:\n      protocol: temporal", ["--only", "popularity"],
+         r"data/shop was made otherwise \(other process\): remove it"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_refuses_what_the_run_would(place, capsys, old, new, rows, said):  # noqa: F811
+    main([*FLAGS, "--only", "sasrec"])
+    Path("shop.yaml").write_text(Path("shop.yaml").read_text().replace(old, new))
+    there = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    reproduce.ran.clear()
+    for dry in (["--dry_run"], []):
+        capsys.readouterr()
+        with pytest.raises(UserError, match=said):
+            main([*FLAGS, *rows, *dry])
+        assert capsys.readouterr().out == ""
+    assert reproduce.ran == []
+    assert there == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
