@@ -330,7 +330,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not finished:
         if failed:
             raise UserError(f"failed: {_listed(failed)}")
-        some = f" ({_listed(left_out)})" if left_out else ": without --table they are made"
+        some = ": without --table they are made" if args.table else ""
+        some = f" ({_listed(left_out)})" if left_out else some
         raise UserError(f"no row is finished in {output_dir}{some}")
     content = report(reproduction, finished, failed)
     text = markdown(content)

@@ -384,13 +384,15 @@ class Reproduction:
         """Refuse what could be known to fail; nothing is run or written.
 
         Raises:
-            UserError, FileNotFoundError: the first flag that a command lacks or value that it does
-                not take, or folder in which something else was made.
+            UserError: the first flag that a command lacks or value that it does not take, with its
+                row, or folder in which something else was made.
         """
         rows = self.with_bases(chosen)
-        for row in rows:
-            if isinstance(row, Run):
-                checked(row.command, self.line(row)[2:])
+        for run in (row for row in rows if isinstance(row, Run)):
+            try:
+                checked(run.command, self.line(run)[2:])
+            except (UserError, FileNotFoundError) as error:
+                raise UserError(f"{self.experiment.file}, run {run.name}: {error}") from error
         data, _, steps = self.experiment.needed(rows)
         for row in (*steps, *rows):
             self.refuse_other(row)
@@ -404,8 +406,7 @@ class Reproduction:
             name of data, step or row -> why it failed, or why a row could not be begun.
 
         Raises:
-            FileNotFoundError, UserError: flags, folders in which something else was made, raw
-                files.
+            FileNotFoundError, UserError: as `refuse`, raw files.
         """
         rows = self.with_bases(chosen)
         self.refuse(rows)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from baselines import reproduce
+from baselines.experiment import Experiment
 from baselines.reproduce import main
 from baselines.reproduction import DONE
 from recformer.files import UserError, read_json
@@ -70,3 +72,58 @@ def test_a_dry_run_refuses_what_the_run_would(place, capsys, old, new, rows, sai
         assert capsys.readouterr().out == ""
     assert reproduce.ran == []
     assert there == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("model: popularity", "model: popularity\n      history_factor: 0.5",
+         "^shop.yaml, run popularity: --history_factor is no flag of --model popularity"),
+        ("model: sasrec", "model: sasrek",
+         "^shop.yaml, run sasrec: argument --model: invalid choice: 'sasrek' .choose from "),
+        ("num_train_epochs: 1", "num_train_epochs: one", "^shop.yaml, run sasrec: argument --num_"),
+        ("model: sasrec", "model: sasrec\n      help: true", "^shop.yaml, run sasrec: .* is no "),
+    ],
+)  # fmt: skip
+def test_flags_that_a_command_does_not_take_are_said_with_their_row(
+    place, capsys, old, new, said  # noqa: F811
+):  # fmt: skip
+    Path("shop.yaml").write_text(Path("shop.yaml").read_text().replace(old, new))
+    for flags in ([*FLAGS, "--dry_run"], FLAGS):
+        with pytest.raises(UserError, match=said):
+            main(flags)
+    assert "usage:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"runs": {}}, "^shop.yaml: no rows; expected runs, or steps with something expected"),
+        ({"runs": {"a": {"expect": {"MRR": 1}}}}, "run a: expect; expected of command, data,"),
+        ({"runs": {"a": {}}}, "^shop.yaml is no experiment: run a: lacks expected"),
+        ({"runs": {"a": {"expected": 1}}}, "run a: expected is 1, expected NAME: VALUE"),
+        ({"runs": {"a": {"seeds": 3}}}, "run a: 'int' object is not iterable"),
+        ({"data": {"shop": {"splithash": 1}}}, "data shop: splithash; expected of process,"),
+        ({"steps": {"a": {"commands": ["'"]}}}, "step a: No closing quotation"),
+    ],
+)  # fmt: skip
+def test_what_has_another_form_is_said_with_its_row(place, change, said):  # noqa: F811
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    Path("shop.yaml").write_text(yaml.safe_dump(content | change))
+    for flags in ([], ["--table"]):
+        with pytest.raises(UserError, match=said):
+            main(["shop.yaml", *flags])
+
+
+@pytest.mark.parametrize("name", ["a/../b", "a\\b", "..", ".hidden", "", " a", "a ", "a\nb", 2])
+@pytest.mark.parametrize("part", ["data", "runs", "steps"])
+def test_names_are_those_of_folders(place, part, name):  # noqa: F811
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    content["steps"] = {"step": {"commands": ["x"]}}
+    content[part][name] = next(iter(content[part].values()))
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=r"the name is .*, expected that of a folder"):
+        Experiment.load("shop.yaml")
+    content[part]["T4R + (text), 2.0"] = content[part].pop(name)
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    Experiment.load("shop.yaml")
