@@ -26,10 +26,12 @@ from recformer.cli import command_parser, exit_with_message
 from recformer.evaluation.compare import METRICS, paired_test
 from recformer.evaluation.statistics import holm
 from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
-from recformer.files import UserError, atomic_write, write_json
+from recformer.files import UserError, atomic_write, read_json, write_json
 
 # Of leave-one-out and of time; of windows, where an item is new that nobody met before the window.
 SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
+TABLE = "reproduction"  # the files of a table, with these endings
+ENDINGS = (".md", ".tex", ".csv", ".json")
 
 
 def plan(reproduction: Reproduction, chosen: Sequence[Step | Run]) -> list[list[str]]:
@@ -328,18 +330,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     finished = [row for row in reproduction.finished(experiment.rows()) if row.name not in failed]
     left_out = reproduction.left_out(row for row in experiment.rows() if row.name not in failed)
     if not finished:
+        gone = _remove_tables(output_dir, experiment.name)
         if failed:
-            raise UserError(f"failed: {_listed(failed)}")
+            raise UserError(f"failed: {_listed(failed)}{gone}")
         some = ": without --table they are made" if args.table else ""
         some = f" ({_listed(left_out)})" if left_out else some
-        raise UserError(f"no row is finished in {output_dir}{some}")
+        raise UserError(f"no row is finished in {output_dir}{some}{gone}")
     content = report(reproduction, finished, failed)
     text = markdown(content)
     print("\n" + text, end="")
-    for name, words in (("md", text), ("tex", latex(content)), ("csv", csv(content))):
-        with atomic_write(output_dir / f"reproduction.{name}") as handle:
+    for ending, words in zip(ENDINGS, (text, latex(content), csv(content)), strict=False):
+        with atomic_write(output_dir / f"{TABLE}{ending}") as handle:
             handle.write(words)
-    write_json(output_dir / "reproduction.json", content, indent=1)
+    write_json(output_dir / f"{TABLE}.json", content, indent=1)
     print(f"written to {output_dir}: reproduction.md, .tex, .csv, .json")
     if left_out:
         print(f"not in the table: {_listed(left_out)}")
@@ -357,6 +360,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         said.append(f"not as expected: {', '.join(different)}")
     if said:
         raise UserError("; ".join(said))
+
+
+def _remove_tables(folder: Path, experiment: str) -> str:
+    """Remove the table of an experiment of which no row is finished any more; words that say so.
+
+    It would go on to say of its rows that they are reproduced.
+    """
+    try:
+        content = read_json(folder / f"{TABLE}.json")
+    except FileNotFoundError:
+        return ""
+    except UserError:  # damaged, nobody knows of what
+        content = None
+    if isinstance(content, dict) and content.get("experiment") != experiment:
+        return ""  # of another file: it may be right
+    for ending in ENDINGS:
+        (folder / f"{TABLE}{ending}").unlink(missing_ok=True)
+    return f"; the table that lay there is removed: {folder / TABLE}{', '.join(ENDINGS)}"
 
 
 def _listed(failed: Mapping[str, str]) -> str:

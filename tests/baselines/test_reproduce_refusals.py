@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from baselines.experiment import Experiment
 from baselines.reproduce import main
 from baselines.reproduction import DONE
 from recformer.files import UserError, read_json
+from scripts.results import take
 from tests.baselines.test_reproduce import place  # noqa: F401
 
 FLAGS = ["shop.yaml", "--raw", "raw files", "--output_dir", "out"]
@@ -127,3 +129,33 @@ def test_names_are_those_of_folders(place, part, name):  # noqa: F811
     content[part]["T4R + (text), 2.0"] = content[part].pop(name)
     Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     Experiment.load("shop.yaml")
+
+
+def test_no_table_stays_of_which_no_row_is_finished(place):  # noqa: F811
+    only = [*FLAGS, "--only", "popularity"]
+    main(only)
+    files = [Path(f"out/reproduction{ending}") for ending in (".md", ".tex", ".csv", ".json")]
+    assert all(file.is_file() for file in files)
+    # A table of another experiment may be right: nobody knows here.
+    Path("other.yaml").write_text(Path("shop.yaml").read_text().replace("popularity:", "other:"))
+    with pytest.raises(UserError, match="no row is finished in out"):
+        main(["other.yaml", "--output_dir", "out", "--table"])
+    assert all(file.is_file() for file in files)
+    # Its texts changed: the data fail, and every row with them.
+    items = Path("out/data/shop/meta_data.json")
+    items.write_text(items.read_text().replace("product 1", "product 7"))
+    shutil.rmtree("out/runs")
+    with pytest.raises(UserError, match="^failed: shop .*; the table that lay there is removed"):
+        main(only)
+    assert not any(file.exists() for file in files)
+    with pytest.raises(UserError, match="no file, and no folder of"):
+        take([Path("out")], place / "figures")
+    # The same where nothing is run, and where the file of the table is damaged.
+    for damaged in ("{", "[]"):
+        files[-1].write_text(damaged)
+        with pytest.raises(UserError, match="^no row is finished .*; the table .* is removed"):
+            main([*only, "--table"])
+    with pytest.raises(
+        UserError, match="^no row is finished in out: without --table they are made$"
+    ):
+        main([*only, "--table"])
