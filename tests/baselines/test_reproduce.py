@@ -649,7 +649,8 @@ def test_every_experiment_of_the_package_has_flags_that_exist(path, capsys):
         assert set(run.flags) <= set(known.__dataclass_fields__), run.name
     for data in experiment.data.values():
         assert set(data.process) <= flags_of_process, data.name
-        assert data.sample is not None or (data.origin and data.split_hash)
+        assert data.split_hash
+        assert data.sample is not None or data.origin
         raw = {data.process[name] for name in DATA_FILES if name in data.process}
         assert data.sample is not None or set(data.sha256) == raw
         assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in data.sha256.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from baselines.experiment import FOLDER
+from baselines.experiment import FOLDER, Experiment
 from benchmarks.measure import row
 from recformer.files import UserError
 from scripts import results
@@ -50,6 +50,16 @@ def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} <= named
     kept = {path.stem for path in results.FIGURES.rglob("*.json")}
     assert kept <= named
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_figures_are_of_the_split_that_the_experiment_names(path: Path) -> None:
+    experiment = Experiment.load(path.stem)
+    # Users learned by heart are judged on what they were trained on, a split of its own.
+    own = {run.name for run in experiment.runs if "overfit_users" in run.flags}
+    for kept in json.loads((results.FIGURES / f"{path.stem}.json").read_text())["rows"]:
+        named = experiment.data[kept["data"]].split_hash
+        assert (kept["rule"]["split_hash"] == named) is (kept["name"] not in own), kept["name"]
 
 
 def test_a_changed_figure_is_seen() -> None:
