@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines.experiment import FOLDER, Experiment, Run, Step
+from baselines.provenance import commit, commits_of
 from baselines.reproduction import Reproduction
 from baselines.rows import Row, same_users, tables
 from baselines.steps import Table, csv_line, step_record, step_tables
@@ -27,6 +28,7 @@ from recformer.evaluation.compare import METRICS, paired_test
 from recformer.evaluation.statistics import holm
 from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
 from recformer.files import UserError, atomic_write, read_json, write_json
+from recformer.processes import say
 
 # Of leave-one-out and of time; of windows, where an item is new that nobody met before the window.
 SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
@@ -257,17 +259,22 @@ def csv(content: Mapping[str, Any]) -> str:
 
 
 def origin(content: Mapping[str, Any]) -> str:
-    """Machine, versions and day of each row; a line for all that have the same."""
+    """Machine, versions, commit and day of each row; a line for all that have the same."""
     lines: dict[str, list[str]] = {}
-    for row in (*content["steps"], *content["rows"]):
-        if made := row.get("made"):
-            versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-            parts = [made["machine"], versions, made["date"]]
-            parts += [f"with another {word} (--replace)" for word in made.get("replaced", ())]
-            lines.setdefault("; ".join(filter(None, parts)), []).append(row["name"])
+    found = {row["name"]: row.get("made") for row in (*content["steps"], *content["rows"])}
+    found = {name: made for name, made in found.items() if made}
+    for name, made in found.items():
+        versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+        state = f"commit {made['commit']}" if made.get("commit") else ""
+        parts = [made["machine"], versions, state, made["date"]]
+        parts += [f"with another {word} (--replace)" for word in made.get("replaced", ())]
+        lines.setdefault("; ".join(filter(None, parts)), []).append(name)
+    states = commits_of(found.values())
+    several = f"of several states of the repository: {', '.join(states)}" if states[1:] else ""
     if len(lines) == 1:
-        return f"{next(iter(lines))}\n"
-    return "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
+        return "; ".join(filter(None, [*lines, several])) + "\n"
+    text = "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
+    return f"Rows are {several}\n\n{text}" if several else text
 
 
 def _by_target(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Table]:
@@ -325,6 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps = plan(reproduction, chosen)
         print(markdown_table(["step", "what", "minutes"], steps), end="")
         return
+    if not args.table:
+        _say_other_states(reproduction)
     failed = {} if args.table else reproduction.make(chosen)
     failed |= reproduction.damaged(row for row in experiment.rows() if row.name not in failed)
     finished = [row for row in reproduction.finished(experiment.rows()) if row.name not in failed]
@@ -360,6 +369,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         said.append(f"not as expected: {', '.join(different)}")
     if said:
         raise UserError("; ".join(said))
+
+
+def _say_other_states(reproduction: Reproduction) -> None:
+    """Say of rows that are finished, and stay, that another state of the repository made them."""
+    here = commit()
+    records = map(reproduction.record, reproduction.finished(reproduction.experiment.rows()))
+    made = [record["made"] for record in records if record and record["made"].get("commit")]
+    others = [each for each in made if each["commit"] != here]
+    if here is not None and others:
+        say(
+            f"finished rows made by another commit than {here}, which stay as they are: "
+            f"{len(others)} ({', '.join(commits_of(others))})"
+        )
 
 
 def _remove_tables(folder: Path, experiment: str) -> str:

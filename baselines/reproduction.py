@@ -21,7 +21,7 @@ from typing import Any
 
 from baselines.command_lines import checked
 from baselines.experiment import DATA_FILES, PLACE, Data, Experiment, Run, Step
-from baselines.provenance import DONE, MARKS, is_damaged, joined, provenance, read_record
+from baselines.provenance import DONE, MARKS, commit, is_damaged, joined, provenance, read_record
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one
 from recformer.cli import flag_words
 from recformer.data.processed import ProcessedFolder
@@ -351,7 +351,7 @@ class Reproduction:
             return
         self.refuse_other(row)  # now that the data are there
         lines = self.step_lines(row) if isinstance(row, Step) else [self.line(row)]
-        before = self._newest(row)
+        before, began = self._newest(row), commit()
         self._mark(row, made=None)
         for line in lines:
             self._run(line)
@@ -359,7 +359,7 @@ class Reproduction:
             raise UserError(f"{self.place(row)} has no figures or ranks though its command ended: "
                             f"{_AGAIN}")  # fmt: skip
         record = self.record(row)
-        earlier, made = (record or {}).get("before"), provenance()
+        earlier, made = (record or {}).get("before"), provenance(began)
         if before is not None and before == self._newest(row):  # it was finished before
             day = time.strftime("%Y-%m-%d", time.localtime(before))
             made = earlier or {"date": day, "machine": "machine not recorded", "versions": {}}

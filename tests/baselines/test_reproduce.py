@@ -253,11 +253,11 @@ def test_a_moved_folder_goes_on_and_lost_files_are_made_again(place, capsys):
     main([*flags, "elsewhere"])
     assert reproduce.ran == ["baseline"]
     content = read_json("elsewhere/reproduction.json")
-    assert {"date", "machine", "versions"} == content["rows"][0]["made"].keys()
+    assert {"date", "machine", "versions"} == content["rows"][0]["made"].keys() - {"commit"}
     assert reproduce.origin(content) in Path("elsewhere/reproduction.md").read_text()
     assert reproduce.origin(content).count("recformer") == 1
     content["rows"][0]["made"] = content["rows"][0]["made"] | {"date": "2020-02-02"}
-    lines = reproduce.origin(content).splitlines()
+    lines = [line for line in reproduce.origin(content).splitlines() if line.startswith("- ")]
     assert lines[0].startswith("- popularity: ")
     assert lines[0].endswith("; 2020-02-02")
     assert lines[1].startswith("- sasrec: ")
