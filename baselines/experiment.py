@@ -22,6 +22,9 @@ from recformer.preparation.sample_season import SAMPLES
 FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
 DATA_FILES = ("file_path", "meta_file_path")
 METRIC = re.compile(r"(NDCG|Recall|MRR)@[1-9]\d*|MRR")
+# Columns of the table by target, of the first metric. Of leave-one-out and of time; of windows,
+# where an item is new that nobody met before the window.
+SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
 PLACE = re.compile(r"\{([^{}]+)\}")  # a name in braces
 # What there is to expect of a step, by the last of its commands: a file it writes, and figures.
 CODES = ("reconstruction_error", "usage", "entropy", "colliding_items", "largest_collision")
@@ -113,8 +116,9 @@ class Run:
         flags: of the command, as a mapping.
         seeds: one run each; empty for the command's own.
         evaluation: `zero_shot`; None for the run's last one.
-        expected: metric -> value on the test users, a mean over seeds.
-        tolerance: by which a metric may differ.
+        expected: metric -> value on the test users, a mean over seeds; also of `SLICES`, the first
+            metric's value for these users.
+        tolerance: by which each of these may differ.
         minutes: about how long a seed takes.
         of: name of the run whose folder is read, where no run of its own is needed.
     """
@@ -264,9 +268,11 @@ class Experiment:
                 )
             if run.evaluation and names.get(run.of or run.name, run).command == "baseline":
                 raise UserError(f"{where}: evaluation {run.evaluation}, which a baseline has not")
-            unknown = [name for name in run.expected if name not in self.metrics]
+            columns = (*self.metrics, *SLICES)
+            unknown = [str(name) for name in run.expected if name not in columns]
             if unknown or not run.expected:
-                raise UserError(f"{where}: expected {unknown or 'nothing'}; of {self.metrics}")
+                named = ", ".join(unknown) or "nothing"
+                raise UserError(f"{where}: expected {named}; of {', '.join(columns)}")
         if not all(isinstance(title, str) for title in self.tests):
             raise UserError(f"{path}, tests: {list(self.tests)}, expected titles in words")
         for title, pairs in self.tests.items():

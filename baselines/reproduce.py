@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from baselines.experiment import FOLDER, Experiment, Run, Step
+from baselines.experiment import FOLDER, SLICES, Experiment, Run, Step
 from baselines.provenance import commit, commits_of
 from baselines.reproduction import Reproduction
 from baselines.rows import Row, same_users, tables
@@ -30,8 +30,6 @@ from recformer.evaluation.table import csv_table, figure_text, latex_table, mark
 from recformer.files import UserError, atomic_write, read_json, write_json
 from recformer.processes import say
 
-# Of leave-one-out and of time; of windows, where an item is new that nobody met before the window.
-SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
 TABLE = "reproduction"  # the files of a table, with these endings
 ENDINGS = (".md", ".tex", ".csv", ".json")
 
@@ -78,9 +76,13 @@ def plan(reproduction: Reproduction, chosen: Sequence[Step | Run]) -> list[list[
 
 
 def verdict(run: Run, row: Row) -> str:
-    """`reproduced`, or by how much a metric differs."""
-    off = {m: row.figures[m][0] - x for m, x in run.expected.items()}
-    worst = max(off, key=lambda metric: abs(off[metric]))
+    """`reproduced`, or by how much a metric or a slice differs."""
+    found = {name: x for name, (x, *_) in row.figures.items()}
+    found |= {name: x for name, (_, x) in row.slices.items()}
+    if lacking := [name for name in run.expected if name not in found]:
+        return f"differs: {', '.join(lacking)} not there"
+    off = {name: found[name] - x for name, x in run.expected.items()}
+    worst = max(off, key=lambda name: abs(off[name]))
     if abs(off[worst]) <= run.tolerance + 1e-9:
         return "reproduced"
     return f"differs: {worst} {off[worst]:+.4f}"

@@ -13,6 +13,7 @@ from baselines.experiment import FOLDER, Experiment
 from benchmarks.measure import row
 from recformer.files import UserError
 from scripts import results
+from scripts.summaries import SUMMARIES
 
 MACHINE = {
     "date": "2026-01-02", "cpu": "A CPU", "isa": ["avx2", "amx_tile"], "cores": 2, "threads": 2,
@@ -60,6 +61,22 @@ def test_figures_are_of_the_split_that_the_experiment_names(path: Path) -> None:
     for kept in json.loads((results.FIGURES / f"{path.stem}.json").read_text())["rows"]:
         named = experiment.data[kept["data"]].split_hash
         assert (kept["rule"]["split_hash"] == named) is (kept["name"] not in own), kept["name"]
+
+
+def test_what_the_readme_says_of_slices_is_expected() -> None:
+    """Its figures could be others with every row reproduced, were not the slice expected."""
+    columns, rows = SUMMARIES["readme"]
+    parts = [column for column in columns if column.part is not None]
+    assert parts
+    for column in parts:
+        experiment = Experiment.load(column.experiment)
+        runs = {run.name: run for run in experiment.runs}
+        content = json.loads((results.FIGURES / f"{column.experiment}.json").read_text())
+        kept = {row["name"]: row for row in content["rows"]}
+        for name in filter(None, (names.get(column.experiment) for names in rows.values())):
+            expected = runs[name].expected[column.part]
+            measured = kept[name]["slices"][column.part][1]
+            assert abs(measured - expected) <= runs[name].tolerance + 1e-9, name
 
 
 def test_a_changed_figure_is_seen() -> None:
