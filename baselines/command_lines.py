@@ -6,14 +6,19 @@ point.
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from baselines.settings import SETTINGS
+from recformer.files import UserError
 
 # The module that parses and runs each command.
 COMMANDS = {"baseline": "baselines.__main__", "finetune": "recformer.finetune"}
@@ -30,7 +35,15 @@ def checked(command: str, words: Sequence[str]) -> tuple[Any, Callable[..., Any]
         UserError, FileNotFoundError: a flag that the command lacks, or a value that is not allowed.
     """
     module = import_module(COMMANDS[command])
-    args = module.parse(words)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            args = module.parse(words)
+    except SystemExit:  # argparse's, after the usage of all flags, which would hide what is wrong
+        wrong = said.getvalue().partition(" error: ")[2].strip()
+        line = shlex.join(["recformer", command, *words])
+        raise UserError(wrong or f"{line} is no training") from None
+    sys.stderr.write(said.getvalue())
     args.check()
     return args, module.run
 

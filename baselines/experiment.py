@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from baselines.command_lines import COMMANDS
 from recformer.evaluation.compare import METRICS
@@ -21,6 +22,9 @@ from recformer.preparation.sample_season import SAMPLES
 FOLDER = Path(__file__).resolve().parents[1] / "recformer" / "experiments"
 DATA_FILES = ("file_path", "meta_file_path")
 METRIC = re.compile(r"(NDCG|Recall|MRR)@[1-9]\d*|MRR")
+# Columns of the table by target, of the first metric. Of leave-one-out and of time; of windows,
+# where an item is new that nobody met before the window.
+SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
 PLACE = re.compile(r"\{([^{}]+)\}")  # a name in braces
 # What there is to expect of a step, by the last of its commands: a file it writes, and figures.
 CODES = ("reconstruction_error", "usage", "entropy", "colliding_items", "largest_collision")
@@ -28,7 +32,10 @@ COUNTED = ("users", "items", "interactions", "targets")
 SHARES = ("ties", "cold", "seen", "same", "no_history", "later")  # of the targets, but the last
 # Of a file; what `flags` holds is for YAML's anchors alone, flags that rows share.
 KEYS = ("title", "hardware", "metrics", "data", "flags", "run", "runs", "steps", "tests")
+FORM = (TypeError, KeyError, AttributeError, ValueError)  # of what has another form
 REPORTS = {"semantic-ids": ("report.json", CODES), "audit": ("audit.json", (*COUNTED, *SHARES))}
+
+Part = TypeVar("Part", bound="Data | Step | Run")
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,9 @@ class Run:
         flags: of the command, as a mapping.
         seeds: one run each; empty for the command's own.
         evaluation: `zero_shot`; None for the run's last one.
-        expected: metric -> value on the test users, a mean over seeds.
-        tolerance: by which a metric may differ.
+        expected: metric -> value on the test users, a mean over seeds; also of `SLICES`, the first
+            metric's value for these users.
+        tolerance: by which each of these may differ.
         minutes: about how long a seed takes.
         of: name of the run whose folder is read, where no run of its own is needed.
     """
@@ -139,6 +147,7 @@ class Experiment:
         metrics: of its tables; the first is what rows are ordered and tested by.
         tests: title of a table -> pairs of runs, each tested against the other over the same
             targets; p is corrected for the number of pairs.
+        file: that it was read from, as messages name it.
     """
 
     name: str
@@ -149,6 +158,7 @@ class Experiment:
     steps: dict[str, Step] = field(default_factory=dict)
     metrics: tuple[str, ...] = METRICS
     tests: dict[str, list[list[str]]] = field(default_factory=dict)
+    file: str = ""
 
     @classmethod
     def load(cls, name_or_file: str) -> Experiment:
@@ -163,27 +173,32 @@ class Experiment:
         try:
             if unknown := sorted(set(map(str, content)) - set(KEYS)):
                 raise ValueError(f"{', '.join(unknown)}; expected of {', '.join(KEYS)}")
-            data = {name: Data(name=name, **facts) for name, facts in content["data"].items()}
-            shared = content.get("run", {})
-            runs = []
+            data, runs, steps = {}, [], {}
+            for name, facts in content["data"].items():
+                with _naming(f"data {name}"):
+                    data[name] = _part(Data, name, facts)
+            shared = content.get("run") or {}
             for name, facts in (content.get("runs") or {}).items():
-                facts = shared | facts
-                facts["seeds"] = tuple(facts.get("seeds", ()))
-                runs.append(Run(name=name, **{"flags": {}, "command": "", **facts}))
+                with _naming(f"run {name}"):
+                    facts = {"flags": {}, "command": "", **shared, **facts}
+                    facts["seeds"] = tuple(facts.get("seeds", ()))
+                    runs.append(_part(Run, name, facts))
             seeds = {run.name: run.seeds for run in runs}
             runs = [replace(r, seeds=r.seeds or seeds.get(r.of or "", ())) for r in runs]
-            steps = {
-                name: _step(name, facts) for name, facts in (content.get("steps") or {}).items()
-            }
+            for name, facts in (content.get("steps") or {}).items():
+                with _naming(f"step {name}"):
+                    commands = [shlex.split(c) for c in facts.get("commands") or ()]
+                    steps[name] = _part(Step, name, facts | {"commands": commands})
             metrics, tests = content.get("metrics", list(METRICS)), content.get("tests") or {}
             if not isinstance(metrics, list) or not metrics:
                 raise UserError(f"{path}: metrics are {metrics!r}, expected a list of some")
             title, hardware = content["title"], content["hardware"]
-            this = cls(path.stem, title, hardware, data, runs, steps, tuple(metrics), tests)
+            of = (data, runs, steps, tuple(metrics), tests)
+            this = cls(path.stem, title, hardware, *of, file=str(path))
             this.check(path)
         except UserError:
             raise
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except FORM as error:
             raise UserError(f"{path} is no experiment: {error}") from error
         return this
 
@@ -198,6 +213,8 @@ class Experiment:
                 raise UserError(
                     f"{path}, metrics: {name}; expected NDCG@k, Recall@k, MRR@k, MRR, each once"
                 )
+        if not self.rows():
+            raise UserError(f"{path}: no rows; expected runs, or steps with something expected")
         names = {run.name: run for run in self.runs if run.of is None}
         for data in self.data.values():
             where = f"{path}, data {data.name}"
@@ -251,9 +268,11 @@ class Experiment:
                 )
             if run.evaluation and names.get(run.of or run.name, run).command == "baseline":
                 raise UserError(f"{where}: evaluation {run.evaluation}, which a baseline has not")
-            unknown = [name for name in run.expected if name not in self.metrics]
+            columns = (*self.metrics, *SLICES)
+            unknown = [str(name) for name in run.expected if name not in columns]
             if unknown or not run.expected:
-                raise UserError(f"{where}: expected {unknown or 'nothing'}; of {self.metrics}")
+                named = ", ".join(unknown) or "nothing"
+                raise UserError(f"{where}: expected {named}; of {', '.join(columns)}")
         if not all(isinstance(title, str) for title in self.tests):
             raise UserError(f"{path}, tests: {list(self.tests)}, expected titles in words")
         for title, pairs in self.tests.items():
@@ -327,8 +346,38 @@ def _check_number(where: str, name: str, value: Any) -> None:
         raise UserError(f"{where}: {name} is {value}, expected 0 or more")
 
 
-def _step(name: str, facts: dict[str, Any]) -> Step:
-    return Step(name=name, **facts | {"commands": [shlex.split(c) for c in facts["commands"]]})
+def _part(kind: type[Part], name: Any, facts: dict[str, Any]) -> Part:
+    """Data, a step or a run of what a file says of it.
+
+    Raises:
+        ValueError, TypeError: it lacks something, has what is not known or mappings that are none,
+            or its name cannot be a folder's, which is not hidden and lies where it should.
+    """
+    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\")
+    if not plain or not name or name != name.strip() or name.startswith("."):
+        raise ValueError(
+            f"the name is {name!r}, expected that of a folder: text without / and \\, without a "
+            "point before it and without spaces around it"
+        )
+    known = {each.name: each for each in fields(kind) if each.name != "name"}
+    if unknown := [str(key) for key in facts if key not in known]:
+        raise ValueError(f"{', '.join(unknown)}; expected of {', '.join(known)}")
+    for key, each in known.items():
+        needed = each.default is MISSING and each.default_factory is MISSING
+        if needed and key not in facts:
+            raise ValueError(f"lacks {key}")
+        if key in ("flags", "expected") and not isinstance(facts.get(key, {}), dict):
+            raise ValueError(f"{key} is {facts[key]!r}, expected NAME: VALUE")
+    return kind(name=name, **facts)
+
+
+@contextmanager
+def _naming(part: str) -> Iterator[None]:
+    """Errors of form with the part of the file that has them."""
+    try:
+        yield
+    except FORM as error:
+        raise ValueError(f"{part}: {error}") from error
 
 
 def places_in(words: Iterable[str]) -> list[str]:

@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from baselines.experiment import FOLDER, Experiment, Run, Step
+from baselines.experiment import FOLDER, SLICES, Experiment, Run, Step
+from baselines.provenance import commit, commits_of
 from baselines.reproduction import Reproduction
 from baselines.rows import Row, same_users, tables
 from baselines.steps import Table, csv_line, step_record, step_tables
@@ -26,10 +27,11 @@ from recformer.cli import command_parser, exit_with_message
 from recformer.evaluation.compare import METRICS, paired_test
 from recformer.evaluation.statistics import holm
 from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
-from recformer.files import UserError, atomic_write, write_json
+from recformer.files import UserError, atomic_write, read_json, write_json
+from recformer.processes import say
 
-# Of leave-one-out and of time; of windows, where an item is new that nobody met before the window.
-SLICES = ("cold target", "rare target", "frequent target", "known target", "new target")
+TABLE = "reproduction"  # the files of a table, with these endings
+ENDINGS = (".md", ".tex", ".csv", ".json")
 
 
 def plan(reproduction: Reproduction, chosen: Sequence[Step | Run]) -> list[list[str]]:
@@ -74,9 +76,13 @@ def plan(reproduction: Reproduction, chosen: Sequence[Step | Run]) -> list[list[
 
 
 def verdict(run: Run, row: Row) -> str:
-    """`reproduced`, or by how much a metric differs."""
-    off = {m: row.figures[m][0] - x for m, x in run.expected.items()}
-    worst = max(off, key=lambda metric: abs(off[metric]))
+    """`reproduced`, or by how much a metric or a slice differs."""
+    found = {name: x for name, (x, *_) in row.figures.items()}
+    found |= {name: x for name, (_, x) in row.slices.items()}
+    if lacking := [name for name in run.expected if name not in found]:
+        return f"differs: {', '.join(lacking)} not there"
+    off = {name: found[name] - x for name, x in run.expected.items()}
+    worst = max(off, key=lambda name: abs(off[name]))
     if abs(off[worst]) <= run.tolerance + 1e-9:
         return "reproduced"
     return f"differs: {worst} {off[worst]:+.4f}"
@@ -255,17 +261,22 @@ def csv(content: Mapping[str, Any]) -> str:
 
 
 def origin(content: Mapping[str, Any]) -> str:
-    """Machine, versions and day of each row; a line for all that have the same."""
+    """Machine, versions, commit and day of each row; a line for all that have the same."""
     lines: dict[str, list[str]] = {}
-    for row in (*content["steps"], *content["rows"]):
-        if made := row.get("made"):
-            versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-            parts = [made["machine"], versions, made["date"]]
-            parts += [f"with another {word} (--replace)" for word in made.get("replaced", ())]
-            lines.setdefault("; ".join(filter(None, parts)), []).append(row["name"])
+    found = {row["name"]: row.get("made") for row in (*content["steps"], *content["rows"])}
+    found = {name: made for name, made in found.items() if made}
+    for name, made in found.items():
+        versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+        state = f"commit {made['commit']}" if made.get("commit") else ""
+        parts = [made["machine"], versions, state, made["date"]]
+        parts += [f"with another {word} (--replace)" for word in made.get("replaced", ())]
+        lines.setdefault("; ".join(filter(None, parts)), []).append(name)
+    states = commits_of(found.values())
+    several = f"of several states of the repository: {', '.join(states)}" if states[1:] else ""
     if len(lines) == 1:
-        return f"{next(iter(lines))}\n"
-    return "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
+        return "; ".join(filter(None, [*lines, several])) + "\n"
+    text = "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
+    return f"Rows are {several}\n\n{text}" if several else text
 
 
 def _by_target(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Table]:
@@ -319,28 +330,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     replaced = dict(text.split("=", 1) for text in args.replace)
     reproduction = Reproduction(experiment, output_dir, args.raw, replaced)
     if args.dry_run:
-        reproduction.check_flags(chosen)
+        reproduction.refuse(chosen)
         steps = plan(reproduction, chosen)
         print(markdown_table(["step", "what", "minutes"], steps), end="")
         return
+    if not args.table:
+        _say_other_states(reproduction)
     failed = {} if args.table else reproduction.make(chosen)
+    failed |= reproduction.damaged(row for row in experiment.rows() if row.name not in failed)
     finished = [row for row in reproduction.finished(experiment.rows()) if row.name not in failed]
     left_out = reproduction.left_out(row for row in experiment.rows() if row.name not in failed)
     if not finished:
+        gone = _remove_tables(output_dir, experiment.name)
         if failed:
-            raise UserError(f"failed: {_listed(failed)}")
-        some = f" ({_listed(left_out)})" if left_out else ": without --table they are made"
-        raise UserError(f"no row is finished in {output_dir}{some}")
+            raise UserError(f"failed: {_listed(failed)}{gone}")
+        some = ": without --table they are made" if args.table else ""
+        some = f" ({_listed(left_out)})" if left_out else some
+        raise UserError(f"no row is finished in {output_dir}{some}{gone}")
     content = report(reproduction, finished, failed)
     text = markdown(content)
     print("\n" + text, end="")
-    for name, words in (("md", text), ("tex", latex(content)), ("csv", csv(content))):
-        with atomic_write(output_dir / f"reproduction.{name}") as handle:
+    for ending, words in zip(ENDINGS, (text, latex(content), csv(content)), strict=False):
+        with atomic_write(output_dir / f"{TABLE}{ending}") as handle:
             handle.write(words)
-    write_json(output_dir / "reproduction.json", content, indent=1)
+    write_json(output_dir / f"{TABLE}.json", content, indent=1)
     print(f"written to {output_dir}: reproduction.md, .tex, .csv, .json")
     if left_out:
         print(f"not in the table: {_listed(left_out)}")
+    others = set(names) - {row.name for row in finished} - failed.keys() - left_out.keys()
+    if others:
+        print(f"not made yet: {len(others)} of {len(names)} rows")
     wanted = {row.name for row in chosen}
     records = [row for row in (*content["steps"], *content["rows"]) if row["name"] in wanted]
     different = [record["name"] for record in records if record["verdict"] != "reproduced"]
@@ -352,6 +371,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         said.append(f"not as expected: {', '.join(different)}")
     if said:
         raise UserError("; ".join(said))
+
+
+def _say_other_states(reproduction: Reproduction) -> None:
+    """Say of rows that are finished, and stay, that another state of the repository made them."""
+    here = commit()
+    records = map(reproduction.record, reproduction.finished(reproduction.experiment.rows()))
+    made = [record["made"] for record in records if record and record["made"].get("commit")]
+    others = [each for each in made if each["commit"] != here]
+    if here is not None and others:
+        say(
+            f"finished rows made by another commit than {here}, which stay as they are: "
+            f"{len(others)} ({', '.join(commits_of(others))})"
+        )
+
+
+def _remove_tables(folder: Path, experiment: str) -> str:
+    """Remove the table of an experiment of which no row is finished any more; words that say so.
+
+    It would go on to say of its rows that they are reproduced.
+    """
+    try:
+        content = read_json(folder / f"{TABLE}.json")
+    except FileNotFoundError:
+        return ""
+    except UserError:  # damaged, nobody knows of what
+        content = None
+    if isinstance(content, dict) and content.get("experiment") != experiment:
+        return ""  # of another file: it may be right
+    for ending in ENDINGS:
+        (folder / f"{TABLE}{ending}").unlink(missing_ok=True)
+    return f"; the table that lay there is removed: {folder / TABLE}{', '.join(ENDINGS)}"
 
 
 def _listed(failed: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from baselines.command_lines import checked
 from baselines.experiment import DATA_FILES, PLACE, Data, Experiment, Run, Step
-from baselines.provenance import DONE, MARKS, joined, provenance, read_record
+from baselines.provenance import DONE, MARKS, commit, is_damaged, joined, provenance, read_record
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one
 from recformer.cli import flag_words
 from recformer.data.processed import ProcessedFolder
@@ -33,6 +33,11 @@ from recformer.training.seeds import run_command
 
 TEXTS = "meta_data.json"  # of a processed folder; its hash stands beside the recipe
 _AGAIN = "remove it, and the same command makes it anew"
+# Not taken for a lost one: whoever removes the file knows what the row then lacks.
+_DAMAGED = (
+    "cannot be read: remove its folder, and the same command makes it anew; or that file alone, "
+    "and what else is there is taken as it is, of a machine that was not recorded"
+)
 
 
 class Reproduction:
@@ -189,11 +194,13 @@ class Reproduction:
         return [folder] if not run.seeds else [folder / f"seed_{seed}" for seed in run.seeds]
 
     def refuse_other(self, row: Run | Step) -> None:
-        """Refuse a folder in which something else was made.
+        """Refuse a folder in which something else was made, or nobody can say what.
 
         Raises:
             UserError: in what it differs, and what to do.
         """
+        if is_damaged(self.place(row)):
+            raise UserError(f"{self.place(row) / DONE} {_DAMAGED}")
         record = self.record(row)
         begun = isinstance(row, Run) and any(self.place(row).rglob(RUN_FILE))
         if record is None or not (record["made"] or begun):
@@ -284,6 +291,21 @@ class Reproduction:
         """Whether the processed folder is there."""
         return (self.data_folder(data) / "dataset.json").exists()
 
+    def _data_record(self, data: Data) -> dict[str, Any]:
+        """What a processed folder says of itself, of these data.
+
+        Raises:
+            UserError: nothing, or another recipe; what to do.
+        """
+        folder, recipe = self.data_folder(data), _as_json(data.recipe())
+        record = read_record(folder)
+        if record is None:
+            raise UserError(f"{folder} does not say of which recipe it is ({DONE}): {_AGAIN}")
+        other = sorted(k for k in recipe if recipe[k] != record["recipe"].get(k))
+        if other:
+            raise UserError(f"{folder} was made otherwise (other {', '.join(other)}): {_AGAIN}")
+        return record
+
     def prepare(self, data: Data) -> None:
         """Make the processed folder, where it is not there, and look whether it is the right one.
 
@@ -299,12 +321,7 @@ class Reproduction:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / DONE, {"recipe": recipe, "made": None}, indent=1)
             self._run(["recformer", "process", *flag_words(flags), "--output_path", str(folder)])
-        record = read_record(folder)
-        if record is None:
-            raise UserError(f"{folder} does not say of which recipe it is ({DONE}): {_AGAIN}")
-        other = sorted(k for k in recipe if recipe[k] != record["recipe"].get(k))
-        if other:
-            raise UserError(f"{folder} was made otherwise (other {', '.join(other)}): {_AGAIN}")
+        record = self._data_record(data)
         split = ProcessedFolder.load(folder).split_hash
         marks = {"split": split, TEXTS: file_sha256(folder / TEXTS)}
         if not record["made"]:  # the commands ended, or were cut off while they audited
@@ -334,7 +351,7 @@ class Reproduction:
             return
         self.refuse_other(row)  # now that the data are there
         lines = self.step_lines(row) if isinstance(row, Step) else [self.line(row)]
-        before = self._newest(row)
+        before, began = self._newest(row), commit()
         self._mark(row, made=None)
         for line in lines:
             self._run(line)
@@ -342,7 +359,7 @@ class Reproduction:
             raise UserError(f"{self.place(row)} has no figures or ranks though its command ended: "
                             f"{_AGAIN}")  # fmt: skip
         record = self.record(row)
-        earlier, made = (record or {}).get("before"), provenance()
+        earlier, made = (record or {}).get("before"), provenance(began)
         if before is not None and before == self._newest(row):  # it was finished before
             day = time.strftime("%Y-%m-%d", time.localtime(before))
             made = earlier or {"date": day, "machine": "machine not recorded", "versions": {}}
@@ -363,15 +380,24 @@ class Reproduction:
         every = (runs[r.of] if isinstance(r, Run) and r.of else r for r in chosen)
         return list({row.name: row for row in every}.values())
 
-    def check_flags(self, chosen: Sequence[Step | Run]) -> None:
-        """Refuse flags that a command lacks, and values that it does not take.
+    def refuse(self, chosen: Sequence[Step | Run]) -> None:
+        """Refuse what could be known to fail; nothing is run or written.
 
         Raises:
-            UserError, FileNotFoundError: of the first.
+            UserError: the first flag that a command lacks or value that it does not take, with its
+                row, or folder in which something else was made.
         """
-        for row in self.with_bases(chosen):
-            if isinstance(row, Run):
-                checked(row.command, self.line(row)[2:])
+        rows = self.with_bases(chosen)
+        for run in (row for row in rows if isinstance(row, Run)):
+            try:
+                checked(run.command, self.line(run)[2:])
+            except (UserError, FileNotFoundError) as error:
+                raise UserError(f"{self.experiment.file}, run {run.name}: {error}") from error
+        data, _, steps = self.experiment.needed(rows)
+        for row in (*steps, *rows):
+            self.refuse_other(row)
+        for each in filter(self.has_data, data):
+            self._data_record(each)
 
     def make(self, chosen: Sequence[Step | Run]) -> dict[str, str]:
         """Make what rows lack; what could be known to fail is said before anything is run.
@@ -380,13 +406,10 @@ class Reproduction:
             name of data, step or row -> why it failed, or why a row could not be begun.
 
         Raises:
-            FileNotFoundError, UserError: flags, folders in which something else was made, raw
-                files.
+            FileNotFoundError, UserError: as `refuse`, raw files.
         """
         rows = self.with_bases(chosen)
-        self.check_flags(rows)
-        for row in (*self.experiment.needed(rows)[2], *rows):
-            self.refuse_other(row)
+        self.refuse(rows)
         lacking = [row for row in rows if not self.made(row)]
         sets, _, steps = self.experiment.needed(lacking)
         raw = self.experiment.read_by(row for row in (*steps, *lacking) if not self.made(row))
@@ -426,13 +449,22 @@ class Reproduction:
         """Rows that can be put into a table as they are."""
         return [row for row in chosen if all(map(self.made, self.with_bases([row])))]
 
+    def damaged(self, rows: Iterable[Step | Run]) -> dict[str, str]:
+        """Rows of which nobody can say what they are, with the file that should."""
+        places = {row.name: self.place(row) for row in rows}  # of a row with others, theirs
+        return {n: f"{place / DONE} {_DAMAGED}" for n, place in places.items() if is_damaged(place)}
+
     def left_out(self, rows: Iterable[Step | Run]) -> dict[str, str]:
         """Rows that something is there of and that are no rows of a table, with why."""
         found = {}
         for row in rows:
             (base,) = self.with_bases([row])
             record = self.record(base)
-            if record is None or self.made(base):
+            if self.made(base):
+                continue
+            if record is None:
+                if self._newest(base) is not None:
+                    found[row.name] = f"figures without their {DONE}"
                 continue
             other = self._differences(base, record)
             found[row.name] = f"made otherwise: other {', '.join(other)}" if other else "unfinished"

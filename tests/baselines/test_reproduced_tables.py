@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from baselines.experiment import Experiment, Step
-from baselines.reproduce import tables_of, tests_of
+from baselines.experiment import Experiment, Run, Step
+from baselines.reproduce import tables_of, tests_of, verdict
 from baselines.rows import Row
 from baselines.steps import audit_facts, csv_line, step_record, step_tables
 from recformer.evaluation.compare import compare
@@ -106,6 +106,23 @@ def test_captions_say_who_is_drawn_and_what_pairs_are() -> None:
         ["", "against", "difference", "p"],
         [["a", "b", "-0.1250 [-0.2500, +0.5000]", "0.0300"]],
     )
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"),
+    [
+        ({"MRR": 0.5, "cold target": 0.251}, "reproduced"),
+        ({"MRR": 0.5, "cold target": 0.2}, "differs: cold target +0.0500"),
+        ({"MRR": 0.6, "cold target": 0.2}, "differs: MRR -0.1000"),
+        ({"MRR": 0.5, "rare target": 0.25}, "differs: rare target not there"),
+    ],
+)
+def test_a_slice_that_is_expected_is_judged_as_a_metric(
+    expected: dict[str, float], said: str
+) -> None:
+    found = Row(ranked("a", 0, False), {}, {"MRR": [0.5, 0.4, 0.6]}, {"cold target": [9, 0.25]},
+                None, None, None)  # fmt: skip
+    assert verdict(Run("a", "baseline", "shop", {}, expected, 0.002, 1), found) == said
 
 
 def audit(**others: Any) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
 
-from baselines.experiment import FOLDER
+from baselines.experiment import FOLDER, Experiment
 from benchmarks.measure import row
 from recformer.files import UserError
 from scripts import results
+from scripts.summaries import SUMMARIES
 
 MACHINE = {
     "date": "2026-01-02", "cpu": "A CPU", "isa": ["avx2", "amx_tile"], "cores": 2, "threads": 2,
@@ -55,12 +55,36 @@ def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_costs_that_are_said_first_are_no_less_than_the_training_took(path: Path) -> None:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    said = {run.name: run.minutes for run in Experiment.load(path.stem).runs}
     figures = json.loads((results.FIGURES / f"{path.stem}.json").read_text(encoding="utf-8"))
-    said = {name: run.get("minutes") for name, run in content.get("runs", {}).items()}
     for each in figures["rows"]:
-        minutes = said[each["name"]] or content["run"]["minutes"]
-        assert (each["train_seconds"] or 0) / 60 <= 1.3 * minutes, each["name"]
+        assert (each["train_seconds"] or 0) / 60 <= 1.3 * said[each["name"]], each["name"]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_figures_are_of_the_split_that_the_experiment_names(path: Path) -> None:
+    experiment = Experiment.load(path.stem)
+    # Users learned by heart are judged on what they were trained on, a split of its own.
+    own = {run.name for run in experiment.runs if "overfit_users" in run.flags}
+    for kept in json.loads((results.FIGURES / f"{path.stem}.json").read_text())["rows"]:
+        named = experiment.data[kept["data"]].split_hash
+        assert (kept["rule"]["split_hash"] == named) is (kept["name"] not in own), kept["name"]
+
+
+def test_what_the_readme_says_of_slices_is_expected() -> None:
+    """Its figures could be others with every row reproduced, were not the slice expected."""
+    columns, rows = SUMMARIES["readme"]
+    parts = [column for column in columns if column.part is not None]
+    assert parts
+    for column in parts:
+        experiment = Experiment.load(column.experiment)
+        runs = {run.name: run for run in experiment.runs}
+        content = json.loads((results.FIGURES / f"{column.experiment}.json").read_text())
+        kept = {row["name"]: row for row in content["rows"]}
+        for name in filter(None, (names.get(column.experiment) for names in rows.values())):
+            expected = runs[name].expected[column.part]
+            measured = kept[name]["slices"][column.part][1]
+            assert abs(measured - expected) <= runs[name].tolerance + 1e-9, name
 
 
 def test_a_changed_figure_is_seen() -> None:
