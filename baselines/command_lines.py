@@ -29,10 +29,18 @@ def checked(command: str, words: Sequence[str]) -> tuple[Any, Callable[..., Any]
     Raises:
         UserError, FileNotFoundError: a flag that the command lacks, or a value that is not allowed.
     """
-    module = import_module(COMMANDS[command])
-    args = module.parse(words)
+    args = parsed(command, words)
     args.check()
-    return args, module.run
+    return args, import_module(COMMANDS[command]).run
+
+
+def parsed(command: str, words: Sequence[str]) -> Any:
+    """Flags of a command line as their dataclass, values as they are.
+
+    Raises:
+        UserError, FileNotFoundError: a flag that the command lacks, a file that is not there.
+    """
+    return import_module(COMMANDS[command]).parse(words)
 
 
 def defaults_of(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,10 @@
 folders of `recformer baseline` and of `recformer finetune` (its last evaluation; zero-shot as a row
 of its own). With `--data_path` and `--models` it first runs those that are not there yet, each into
 FOLDER/NAME; a model is a name (`sasrec`) or a file of flags (`baselines/configs/t4r.yaml`). Further
-flags go to `recformer baseline`; untrained models get none of the trained models' settings. If a
-run fails, the others go on, the table is written, and the exit status is 1. `--data_path` also
-gives slices to runs that were written before there were any.
+flags go to `recformer baseline`; untrained models get none of training (epochs, batches, learning
+rate, …), none of the trained models' settings, and no seeds. If a run fails, the others go on, the
+table is written, and the exit status is 1. `--data_path` also gives slices to runs that were
+written before there were any.
 
 Runs that differ in split, tie rule or `filter_seen` get tables of their own. Runs that differ in
 their seed alone are one row: mean and standard deviation over the seeds, intervals and tests on
@@ -16,12 +17,13 @@ the means of every user. `--seeds 1 2 3` runs models with each.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Sequence, Set
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from baselines.command_lines import checked, defaults_of
+from baselines.arguments import BaselineArguments, BaselineTrainingArguments
+from baselines.command_lines import checked, defaults_of, parsed
 from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
 from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
@@ -33,6 +35,8 @@ from recformer.files import UserError, atomic_write, read_json, write_json
 from recformer.pictures import drawable
 from recformer.training.run_folder import IGNORED, RUN_FILE
 from recformer.training.seeds import run_command
+
+TRAINING = frozenset(field.name for field in fields(BaselineTrainingArguments))
 
 
 def caption(group: Sequence[Row], metric: str = METRICS[0]) -> str:
@@ -165,14 +169,16 @@ def run_models(
     lines = {}
     for model, name in zip(models, names, strict=True):
         line = ["--model" if name == model else "--config", model]
+        own = parsed("baseline", line).model
         line += ["--data_path", str(data.path), "--output_dir", str(folder / name)]
-        line += flags_without_training(name, flags) if name in UNTRAINED else flags
+        line += flags_without_training(own, flags) if own in UNTRAINED else flags
         lines[name] = line
     # What is wrong with the last model is said before the first one is trained.
     asked = {name: checked("baseline", line)[0] for name, line in lines.items()}
     finished = [name for name in names if (folder / name / METRICS_FILE).exists()]
     for name in finished:
-        _refuse_another(folder / name, asked[name], data)
+        without = TRAINING if asked[name].model in UNTRAINED else frozenset()
+        _refuse_another(folder / name, asked[name], data, without)
     failed = []
     for name, line in lines.items():
         if name in finished:
@@ -185,15 +191,19 @@ def run_models(
     return failed
 
 
-def _refuse_another(path: Path, args: Any, data: ProcessedFolder) -> None:
-    """Refuse a finished run of other flags or data than those that are asked for."""
+def _refuse_another(path: Path, args: Any, data: ProcessedFolder, without: Set[str]) -> None:
+    """Refuse a finished run of other flags or data than those that are asked for.
+
+    Flags in `without` may differ: figures of its model do not depend on them, though `recformer
+    baseline`, and this command before, noted them of untrained models too.
+    """
     if RunResult.load(path).split_hash != data.split_hash:
         raise UserError(f"{path} is a run on other data than {data.path}")
     if not (path / RUN_FILE).is_file():
         return
     asked = asdict(args) | args.settings().as_dict()
     held = defaults_of(asked) | read_json(path / RUN_FILE)
-    compared = (asked.keys() & held.keys()) - IGNORED - {"data_path"}
+    compared = (asked.keys() & held.keys()) - IGNORED - without - {"data_path"}
     different = sorted(name for name in compared if asked[name] != held[name])
     if different:
         raise UserError(
@@ -202,20 +212,29 @@ def _refuse_another(path: Path, args: Any, data: ProcessedFolder) -> None:
         )
 
 
-def flags_without_training(name: str, flags: Sequence[str]) -> list[str]:
-    """Flags, each with its values, but for settings that other models have and this one has not,
-    and for seeds, which do not matter to it.
+def flags_without_training(model: str, flags: Sequence[str]) -> list[str]:
+    """Flags, each with its values, but for those of training, settings that other models have and
+    an untrained one has not, and seeds, which do not matter to it.
 
     How it is evaluated must reach every model, or they would not stand in one table.
     """
-    foreign = set().union(*map(names_of, SETTINGS)) - names_of(name) | {"seeds"}
+    foreign = set().union(*map(names_of, SETTINGS)) - names_of(model) | TRAINING | {"seeds"}
     kept, keep = [], True
     for word in flags:
         if word.startswith("--"):
-            keep = word[2:].partition("=")[0] not in foreign
+            keep = flag_of(word) not in foreign
         if keep:
             kept.append(word)
     return kept
+
+
+def flag_of(word: str) -> str:
+    """Name of the flag that a word of a command line gives, hyphenated or cut short though it may
+    be, as the parser of `recformer baseline` takes it."""
+    name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+    known = [*(field.name for field in fields(BaselineArguments)), "config"]
+    longer = [each for each in known if each.startswith(name)]
+    return longer[0] if len(longer) == 1 else name
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -229,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--models needs --data_path, the processed folder to run them on")
     if flags and not args.models:
         raise UserError(f"{flags[0]}: flags of models need --models")
-    if own := [flag for flag in flags if flag.partition("=")[0] in ("--output_dir", "--config")]:
+    given = [word for word in flags if word.startswith("--")]
+    if own := [word for word in given if flag_of(word) in ("output_dir", "config")]:
         raise UserError(f"{own[0]}: each model has a folder of its own in {args.folder}")
     data = ProcessedFolder.load(args.data_path) if args.data_path else None
     failed = [] if data is None else run_models(args.folder, data, args.models, flags)

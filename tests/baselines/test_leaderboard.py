@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from baselines import leaderboard
+from baselines.arguments import BaselineRunArguments
 from baselines.command_lines import defaults_of
 from baselines.leaderboard import flags_without_training, main, markdown
 from baselines.rows import find_runs, row_of, tables
@@ -191,6 +193,37 @@ def test_flags_without_training():
     assert flags_without_training("cooccurrence", flags) == [
         "--decay", "0", "--device", "-1", "--seed", "1"
     ]  # fmt: skip
+    training = {
+        "num_train_epochs", "batch_size", "gradient_accumulation_steps", "learning_rate",
+        "weight_decay", "warmup_steps", "max_grad_norm", "verbose", "schedule", "optimizer",
+        "patience", "windows", "evaluate_only",
+    }  # fmt: skip
+    own = {field.name for field in fields(BaselineRunArguments)} - {"model", "seeds"}
+    words = [word for name in sorted(own) for word in (f"--{name}", "1")]
+    kept = [word for name in sorted(own - training) for word in (f"--{name}", "1")]
+    assert flags_without_training("vsknn", words) == kept
+    # As the parser takes them, too: with hyphens, cut short.
+    spelled = ["--num-train-epochs", "2", "--batch-s=4", "--neigh", "3", "--metric-ks", "5"]
+    assert flags_without_training("vsknn", spelled) == spelled[3:]
+
+
+def test_untrained_runs_of_other_flags_of_training_are_the_same_runs(tmp_path, monkeypatch):
+    data = SimpleNamespace(path=Path("D"), split_hash="abc")
+    monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: data)
+    monkeypatch.setattr(leaderboard, "run_command", lambda command: pytest.fail("run again"))
+    # As they were noted before flags of training were kept from untrained models.
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: cooccurrence\ndecay: 0.5\n")
+    for name, decay in (("cooccurrence", 0.6), ("mine", 0.5)):
+        write_run(tmp_path / name, [0, 1])
+        settings = {"model": "cooccurrence", "num_train_epochs": 2, "decay": decay}
+        settings["metric_ks"] = [10, 50]
+        write_json(tmp_path / name / "run.json", settings)
+    line = [str(tmp_path), "--data_path", "D", "--models", "cooccurrence", str(config)]
+    main(line)
+    main([*line, "--num_train_epochs", "3", "--batch-size", "8", "--hidden_size", "16"])
+    with pytest.raises(UserError, match=r"cooccurrence is a finished .*different: metric_ks\)"):
+        main([*line, "--metric_ks", "5"])
 
 
 def test_a_run_that_fails_leaves_the_others_and_their_table(tmp_path, monkeypatch, capsys):
@@ -224,6 +257,8 @@ def test_flags_that_make_no_sense_are_refused(tmp_path):
     line = [str(tmp_path), "--data_path", "x", "--models", "sasrec", "--output_dir", "one"]
     with pytest.raises(UserError, match="--output_dir: each model has a folder of its own in"):
         main(line)
+    with pytest.raises(UserError, match="--output-dir=one: each model has a folder of its own in"):
+        main([*line[:-2], "--output-dir=one"])
 
 
 def test_what_is_no_run_does_not_take_the_table_away(tmp_path, capsys):
