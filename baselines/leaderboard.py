@@ -12,6 +12,10 @@ written before there were any.
 Runs that differ in split, tie rule or `filter_seen` get tables of their own. Runs that differ in
 their seed alone are one row: mean and standard deviation over the seeds, intervals and tests on
 the means of every user. `--seeds 1 2 3` runs models with each.
+
+A run that is damaged is left out and named below the tables; a row of several seeds that lacks one,
+which is damaged or not finished, says so. Exit status 1 then, with what to do. Other runs that are
+not finished are named on stderr.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from typing import Any
 
 from baselines.arguments import BaselineArguments, BaselineTrainingArguments
 from baselines.command_lines import checked, defaults_of, parsed
-from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
+from baselines.rows import LeftOut, Row, find_runs, rows_of, seeds_as_one, tables
 from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
@@ -44,11 +48,12 @@ def caption(group: Sequence[Row], metric: str = METRICS[0]) -> str:
     run, rule = group[0].run, group[0].run.rule
     seen = "filtered" if rule["filter_seen"] else "kept"
     several = "; ±: standard deviation over seeds" if any(row.deviation for row in group) else ""
+    lacking = "".join(f" {r.run.name} lacks {', '.join(r.missing)}." for r in group if r.missing)
     return (
         f"Split {str(rule['split_hash'])[:12]}, {run.judged}, full "
         f"ranking, ties {rule['ties']}, seen items {seen}. 95 % bootstrap intervals over "
         f"{run.resampled}{several}; p: paired permutation test of {metric} against the first row, "
-        "corrected by Holm."
+        f"corrected by Holm.{lacking}"
     )
 
 
@@ -106,6 +111,7 @@ def records(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         for row in group:
             record: dict[str, Any] = {"name": row.run.name, **row.run.rule}
             record["seeds"] = " ".join(map(str, row.seeds))
+            record["missing"] = ", ".join(row.missing)
             for name, (value, low, high) in row.figures.items():
                 record |= {name: value, f"{name} low": low, f"{name} high": high}
                 record[f"{name} deviation"] = row.deviation.get(name)
@@ -253,30 +259,62 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{own[0]}: each model has a folder of its own in {args.folder}")
     data = ProcessedFolder.load(args.data_path) if args.data_path else None
     failed = [] if data is None else run_models(args.folder, data, args.models, flags)
-    failure = f"{', '.join(failed)} failed, see above"
-    runs = find_runs(args.folder)
+    failures = [f"{', '.join(failed)} failed, see above"] if failed else []
+    left_out: list[LeftOut] = []
+    runs = find_runs(args.folder, left_out)
+    singles = rows_of(runs, data, left_out=left_out)
+    rows = seeds_as_one(singles, left_out)
+    lacking = {name for row in rows for name in row.missing}
+    spoilt = [run for run in left_out if run.finished or run.name in lacking]
+    for run in spoilt:
+        print(f"{run.path} is left out: {run.why}", file=sys.stderr)
+    if begun := [run.name for run in left_out if run not in spoilt]:
+        print(f"not finished, so in no table: {', '.join(begun)}", file=sys.stderr)
     if not runs:
-        raise UserError(failure if failed else f"no folder in {args.folder} holds a metrics.json")
-    rows = seeds_as_one(rows_of(runs, data))
+        raise UserError(*failures or [f"no folder in {args.folder} holds a metrics.json"])
     if not rows:
-        raise UserError(failure if failed else f"no run in {args.folder} could be read, see above")
-    groups = tables(rows)
-    text = "\n".join(markdown(group) for group in groups)
+        raise UserError(*failures or [f"no run in {args.folder} could be read, see above"])
+    write(args.folder, tables(rows), spoilt)
+    failures += advice(spoilt)
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def advice(runs: Sequence[LeftOut]) -> list[str]:
+    """What to do about runs that the tables lack."""
+    damaged = ", ".join(run.name for run in runs if run.finished)
+    begun = ", ".join(run.name for run in runs if not run.finished)
+    said = []
+    if damaged:
+        said.append(
+            f"the tables lack {damaged}, see above: remove {METRICS_FILE}, evaluation and ranks "
+            "there, and the command that made it makes them again and trains nothing; or remove "
+            "the folder, and it is not missed"
+        )
+    if begun:
+        said.append(
+            f"the tables lack {begun}, not finished: the command that began it goes on there; or "
+            "remove the folder, and it is not missed"
+        )
+    return said
+
+
+def write(folder: Path, groups: Sequence[Sequence[Row]], spoilt: Sequence[LeftOut]) -> None:
+    """Print the tables, and write them in every form; runs that they lack are named below."""
+    below = [f"Left out: {run.name}, {' '.join(run.why.split())}" for run in spoilt]
+    text = "\n".join([*(markdown(group) for group in groups), *(f"{line}\n" for line in below)])
     print(text, end="")
+    comments = [f"% {line}\n" for line in below]
     for ending, content in (
         ("md", text),
-        ("tex", "\n".join(latex(group) for group in groups)),
+        ("tex", "\n".join([*(latex(group) for group in groups), *comments])),
         ("csv", csv_table(records(groups))),
     ):
-        with atomic_write(args.folder / f"leaderboard.{ending}") as handle:
+        with atomic_write(folder / f"leaderboard.{ending}") as handle:
             handle.write(content)
-    write_json(
-        args.folder / "leaderboard.json", [[row.record() for row in g] for g in groups], indent=1
-    )
-    plot(groups, args.folder / "leaderboard.png")
-    print(f"written to {args.folder}: leaderboard.md, .tex, .csv, .json, .png")
-    if failed:
-        raise UserError(failure)
+    write_json(folder / "leaderboard.json", [[row.record() for row in g] for g in groups], indent=1)
+    plot(groups, folder / "leaderboard.png")
+    print(f"written to {folder}: leaderboard.md, .tex, .csv, .json, .png")
 
 
 if __name__ == "__main__":
