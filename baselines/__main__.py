@@ -103,7 +103,8 @@ def run(args: BaselineRunArguments, callbacks: Sequence[Callback] = ()) -> dict[
     if is_first():
         print(f"\n{format_over_time(result.test, [args.metric])}")
         print(report({args.model: result.test}, args.metric))
-        print(f"written to {args.output_dir}: metrics.json, ranks, windows, {TABLE}, {PICTURE}")
+        written = f"metrics.json, ranks, windows, {TABLE}, .tex, .csv, {PICTURE}"
+        print(f"written to {args.output_dir}: {written}")
     return result.as_dict()
 
 

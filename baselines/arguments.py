@@ -14,17 +14,15 @@ from baselines.settings import (
     settings_of,
 )
 from recformer.files import UserError, read_yaml, yaml_file
-from recformer.training.arguments import RunArguments, flag
+from recformer.training.arguments import RunArguments, TrainingArguments, flag
 
 FOLDER = Path(__file__).resolve().parent / "configs"
 
 
 @dataclass
-class BaselineRunArguments(RunArguments):
-    """Train and evaluate a baseline on a processed folder by full ranking."""
+class BaselineTrainingArguments(TrainingArguments):
+    """Flags of training that baselines have, with their defaults."""
 
-    model: str = flag("sasrec", "which baseline", choices=list(SETTINGS))
-    output_dir: str = flag("", "everything that is written goes there; unset: result/<model>")
     num_train_epochs: int = flag(200, "epochs at most")
     batch_size: int = flag(128, "users a process and step")
     gradient_accumulation_steps: int = flag(1, "batches an optimizer step")
@@ -53,12 +51,20 @@ class BaselineRunArguments(RunArguments):
         "train on what the last one brought; or scratch, on all before it",
         choices=["incremental", "scratch"],
     )
+    evaluate_only: bool = flag(False, "rank with the weights of --from_published, do not train")
+
+
+@dataclass
+class BaselineRunArguments(BaselineTrainingArguments, RunArguments):
+    """Train and evaluate a baseline on a processed folder by full ranking."""
+
+    model: str = flag("sasrec", "which baseline", choices=list(SETTINGS))
+    output_dir: str = flag("", "everything that is written goes there; unset: result/<model>")
     overfit_users: int | None = flag(
         None,
         "train on a seeded sample of so many users alone, and judge them on the last item of their "
         "training sequences: Recall@10 near 1 says that the model can learn at all",
     )
-    evaluate_only: bool = flag(False, "rank with the weights of --from_published, do not train")
 
     def __post_init__(self) -> None:
         if self.optimizer is None:

@@ -34,18 +34,27 @@ def checked(command: str, words: Sequence[str]) -> tuple[Any, Callable[..., Any]
     Raises:
         UserError, FileNotFoundError: a flag that the command lacks, or a value that is not allowed.
     """
-    module = import_module(COMMANDS[command])
+    args = parsed(command, words)
+    args.check()
+    return args, import_module(COMMANDS[command]).run
+
+
+def parsed(command: str, words: Sequence[str]) -> Any:
+    """Flags of a command line as their dataclass, values as they are.
+
+    Raises:
+        UserError, FileNotFoundError: a flag that the command lacks, a file that is not there.
+    """
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            args = module.parse(words)
+            args = import_module(COMMANDS[command]).parse(words)
     except SystemExit:  # argparse's, after the usage of all flags, which would hide what is wrong
         wrong = said.getvalue().partition(" error: ")[2].strip()
         line = shlex.join(["recformer", command, *words])
         raise UserError(wrong or f"{line} is no training") from None
     sys.stderr.write(said.getvalue())
-    args.check()
-    return args, module.run
+    return args
 
 
 def defaults_of(settings: Mapping[str, Any]) -> dict[str, Any]:

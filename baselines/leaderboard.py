@@ -4,25 +4,31 @@
 folders of `recformer baseline` and of `recformer finetune` (its last evaluation; zero-shot as a row
 of its own). With `--data_path` and `--models` it first runs those that are not there yet, each into
 FOLDER/NAME; a model is a name (`sasrec`) or a file of flags (`baselines/configs/t4r.yaml`). Further
-flags go to `recformer baseline`; untrained models get none of the trained models' settings. If a
-run fails, the others go on, the table is written, and the exit status is 1. `--data_path` also
-gives slices to runs that were written before there were any.
+flags go to `recformer baseline`; untrained models get none of training (epochs, batches, learning
+rate, …), none of the trained models' settings, and no seeds. If a run fails, the others go on, the
+table is written, and the exit status is 1. `--data_path` also gives slices to runs that were
+written before there were any.
 
 Runs that differ in split, tie rule or `filter_seen` get tables of their own. Runs that differ in
 their seed alone are one row: mean and standard deviation over the seeds, intervals and tests on
 the means of every user. `--seeds 1 2 3` runs models with each.
+
+A run that is damaged is left out and named below the tables; a row of several seeds that lacks one,
+which is damaged or not finished, says so. Exit status 1 then, with what to do. Other runs that are
+not finished are named on stderr.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Sequence, Set
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from baselines.command_lines import checked, defaults_of
-from baselines.rows import Row, find_runs, rows_of, seeds_as_one, tables
+from baselines.arguments import BaselineArguments, BaselineTrainingArguments
+from baselines.command_lines import checked, defaults_of, parsed
+from baselines.rows import LeftOut, Row, find_runs, rows_of, seeds_as_one, tables
 from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
@@ -34,17 +40,20 @@ from recformer.pictures import drawable
 from recformer.training.run_folder import IGNORED, RUN_FILE
 from recformer.training.seeds import run_command
 
+TRAINING = frozenset(field.name for field in fields(BaselineTrainingArguments))
+
 
 def caption(group: Sequence[Row], metric: str = METRICS[0]) -> str:
     """Rules that all rows of a table share, and a legend."""
     run, rule = group[0].run, group[0].run.rule
     seen = "filtered" if rule["filter_seen"] else "kept"
     several = "; ±: standard deviation over seeds" if any(row.deviation for row in group) else ""
+    lacking = "".join(f" {r.run.name} lacks {', '.join(r.missing)}." for r in group if r.missing)
     return (
         f"Split {str(rule['split_hash'])[:12]}, {run.judged}, full "
         f"ranking, ties {rule['ties']}, seen items {seen}. 95 % bootstrap intervals over "
         f"{run.resampled}{several}; p: paired permutation test of {metric} against the first row, "
-        "corrected by Holm."
+        f"corrected by Holm.{lacking}"
     )
 
 
@@ -102,6 +111,7 @@ def records(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         for row in group:
             record: dict[str, Any] = {"name": row.run.name, **row.run.rule}
             record["seeds"] = " ".join(map(str, row.seeds))
+            record["missing"] = ", ".join(row.missing)
             for name, (value, low, high) in row.figures.items():
                 record |= {name: value, f"{name} low": low, f"{name} high": high}
                 record[f"{name} deviation"] = row.deviation.get(name)
@@ -165,14 +175,16 @@ def run_models(
     lines = {}
     for model, name in zip(models, names, strict=True):
         line = ["--model" if name == model else "--config", model]
+        own = parsed("baseline", line).model
         line += ["--data_path", str(data.path), "--output_dir", str(folder / name)]
-        line += flags_without_training(name, flags) if name in UNTRAINED else flags
+        line += flags_without_training(own, flags) if own in UNTRAINED else flags
         lines[name] = line
     # What is wrong with the last model is said before the first one is trained.
     asked = {name: checked("baseline", line)[0] for name, line in lines.items()}
     finished = [name for name in names if (folder / name / METRICS_FILE).exists()]
     for name in finished:
-        _refuse_another(folder / name, asked[name], data)
+        without = TRAINING if asked[name].model in UNTRAINED else frozenset()
+        _refuse_another(folder / name, asked[name], data, without)
     failed = []
     for name, line in lines.items():
         if name in finished:
@@ -185,15 +197,19 @@ def run_models(
     return failed
 
 
-def _refuse_another(path: Path, args: Any, data: ProcessedFolder) -> None:
-    """Refuse a finished run of other flags or data than those that are asked for."""
+def _refuse_another(path: Path, args: Any, data: ProcessedFolder, without: Set[str]) -> None:
+    """Refuse a finished run of other flags or data than those that are asked for.
+
+    Flags in `without` may differ: figures of its model do not depend on them, though `recformer
+    baseline`, and this command before, noted them of untrained models too.
+    """
     if RunResult.load(path).split_hash != data.split_hash:
         raise UserError(f"{path} is a run on other data than {data.path}")
     if not (path / RUN_FILE).is_file():
         return
     asked = asdict(args) | args.settings().as_dict()
     held = defaults_of(asked) | read_json(path / RUN_FILE)
-    compared = (asked.keys() & held.keys()) - IGNORED - {"data_path"}
+    compared = (asked.keys() & held.keys()) - IGNORED - without - {"data_path"}
     different = sorted(name for name in compared if asked[name] != held[name])
     if different:
         raise UserError(
@@ -202,20 +218,29 @@ def _refuse_another(path: Path, args: Any, data: ProcessedFolder) -> None:
         )
 
 
-def flags_without_training(name: str, flags: Sequence[str]) -> list[str]:
-    """Flags, each with its values, but for settings that other models have and this one has not,
-    and for seeds, which do not matter to it.
+def flags_without_training(model: str, flags: Sequence[str]) -> list[str]:
+    """Flags, each with its values, but for those of training, settings that other models have and
+    an untrained one has not, and seeds, which do not matter to it.
 
     How it is evaluated must reach every model, or they would not stand in one table.
     """
-    foreign = set().union(*map(names_of, SETTINGS)) - names_of(name) | {"seeds"}
+    foreign = set().union(*map(names_of, SETTINGS)) - names_of(model) | TRAINING | {"seeds"}
     kept, keep = [], True
     for word in flags:
         if word.startswith("--"):
-            keep = word[2:].partition("=")[0] not in foreign
+            keep = flag_of(word) not in foreign
         if keep:
             kept.append(word)
     return kept
+
+
+def flag_of(word: str) -> str:
+    """Name of the flag that a word of a command line gives, hyphenated or cut short though it may
+    be, as the parser of `recformer baseline` takes it."""
+    name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+    known = [*(field.name for field in fields(BaselineArguments)), "config"]
+    longer = [each for each in known if each.startswith(name)]
+    return longer[0] if len(longer) == 1 else name
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -229,34 +254,67 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--models needs --data_path, the processed folder to run them on")
     if flags and not args.models:
         raise UserError(f"{flags[0]}: flags of models need --models")
-    if own := [flag for flag in flags if flag.partition("=")[0] in ("--output_dir", "--config")]:
+    given = [word for word in flags if word.startswith("--")]
+    if own := [word for word in given if flag_of(word) in ("output_dir", "config")]:
         raise UserError(f"{own[0]}: each model has a folder of its own in {args.folder}")
     data = ProcessedFolder.load(args.data_path) if args.data_path else None
     failed = [] if data is None else run_models(args.folder, data, args.models, flags)
-    failure = f"{', '.join(failed)} failed, see above"
-    runs = find_runs(args.folder)
+    failures = [f"{', '.join(failed)} failed, see above"] if failed else []
+    left_out: list[LeftOut] = []
+    runs = find_runs(args.folder, left_out)
+    singles = rows_of(runs, data, left_out=left_out)
+    rows = seeds_as_one(singles, left_out)
+    lacking = {name for row in rows for name in row.missing}
+    spoilt = [run for run in left_out if run.finished or run.name in lacking]
+    for run in spoilt:
+        print(f"{run.path} is left out: {run.why}", file=sys.stderr)
+    if begun := [run.name for run in left_out if run not in spoilt]:
+        print(f"not finished, so in no table: {', '.join(begun)}", file=sys.stderr)
     if not runs:
-        raise UserError(failure if failed else f"no folder in {args.folder} holds a metrics.json")
-    rows = seeds_as_one(rows_of(runs, data))
+        raise UserError(*failures or [f"no folder in {args.folder} holds a metrics.json"])
     if not rows:
-        raise UserError(failure if failed else f"no run in {args.folder} could be read, see above")
-    groups = tables(rows)
-    text = "\n".join(markdown(group) for group in groups)
+        raise UserError(*failures or [f"no run in {args.folder} could be read, see above"])
+    write(args.folder, tables(rows), spoilt)
+    failures += advice(spoilt)
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def advice(runs: Sequence[LeftOut]) -> list[str]:
+    """What to do about runs that the tables lack."""
+    damaged = ", ".join(run.name for run in runs if run.finished)
+    begun = ", ".join(run.name for run in runs if not run.finished)
+    said = []
+    if damaged:
+        said.append(
+            f"the tables lack {damaged}, see above: remove {METRICS_FILE}, evaluation and ranks "
+            "there, and the command that made it makes them again and trains nothing; or remove "
+            "the folder, and it is not missed"
+        )
+    if begun:
+        said.append(
+            f"the tables lack {begun}, not finished: the command that began it goes on there; or "
+            "remove the folder, and it is not missed"
+        )
+    return said
+
+
+def write(folder: Path, groups: Sequence[Sequence[Row]], spoilt: Sequence[LeftOut]) -> None:
+    """Print the tables, and write them in every form; runs that they lack are named below."""
+    below = [f"Left out: {run.name}, {' '.join(run.why.split())}" for run in spoilt]
+    text = "\n".join([*(markdown(group) for group in groups), *(f"{line}\n" for line in below)])
     print(text, end="")
+    comments = [f"% {line}\n" for line in below]
     for ending, content in (
         ("md", text),
-        ("tex", "\n".join(latex(group) for group in groups)),
+        ("tex", "\n".join([*(latex(group) for group in groups), *comments])),
         ("csv", csv_table(records(groups))),
     ):
-        with atomic_write(args.folder / f"leaderboard.{ending}") as handle:
+        with atomic_write(folder / f"leaderboard.{ending}") as handle:
             handle.write(content)
-    write_json(
-        args.folder / "leaderboard.json", [[row.record() for row in g] for g in groups], indent=1
-    )
-    plot(groups, args.folder / "leaderboard.png")
-    print(f"written to {args.folder}: leaderboard.md, .tex, .csv, .json, .png")
-    if failed:
-        raise UserError(failure)
+    write_json(folder / "leaderboard.json", [[row.record() for row in g] for g in groups], indent=1)
+    plot(groups, folder / "leaderboard.png")
+    print(f"written to {folder}: leaderboard.md, .tex, .csv, .json, .png")
 
 
 if __name__ == "__main__":

@@ -482,6 +482,8 @@ class Reproduction:
         rows = seeds_as_one(rows_of(runs, None, self.experiment.metrics))
         if len(rows) != 1:
             raise UserError(f"{folder} has not the figures of a row ({len(rows)}): {_AGAIN}")
+        if run.seeds and sorted(rows[0].seeds) != sorted(run.seeds):
+            raise UserError(f"{folder} has not the figures of every seed: {_AGAIN}")
         return rows[0]
 
 

@@ -2,6 +2,8 @@
 
 Runs that differ in split, tie rule or `filter_seen` get tables of their own; runs that differ in
 their seed alone are one row. A flag that a run of an older version lacks counts as its default.
+A run that is damaged or not finished is in no row; the row of its other seeds says that it lacks
+it.
 
 Shapes: U test users.
 """
@@ -9,6 +11,7 @@ Shapes: U test users.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -34,6 +37,8 @@ from recformer.training.seeds import FOLDERS
 # A folder of another program, a run that was not finished, a file cut off.
 UNREADABLE = (UserError, OSError, KeyError, AttributeError, TypeError, ValueError)
 
+ZERO_SHOT = ", zero-shot"  # ends the name of a finetuning's evaluation before it
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,6 +57,7 @@ class Row:
         seeds: of the runs behind it.
         deviation: metric -> standard deviation over seeds; empty for one.
         p: of the paired permutation test against the best row, corrected by Holm; None for it.
+        missing: names of runs of other seeds that it should hold and that cannot be read.
     """
 
     run: RankedRun
@@ -66,33 +72,69 @@ class Row:
     seeds: tuple[int, ...] = ()
     deviation: dict[str, float] = field(default_factory=dict)
     p: float | None = None
+    missing: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """The row as JSON has it."""
-        left_out = ("run", "values", "settings", "evaluation")
+        """The row as JSON has it; `missing` only where something is."""
+        left_out = ["run", "values", "settings", "evaluation"]
+        left_out += [] if self.missing else ["missing"]
         facts = {name: value for name, value in vars(self).items() if name not in left_out}
         return {"name": self.run.name, "rule": self.run.rule} | facts
 
 
-def find_runs(folder: Path) -> list[tuple[Path, str, str]]:
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that is in no row.
+
+    Attributes:
+        path: its folder.
+        name: in tables.
+        why: in words.
+        finished: it was, and is damaged; else it is under way or was cut off.
+        settings: what its `run.json` holds; empty where that cannot be read.
+    """
+
+    path: Path
+    name: str
+    why: str
+    finished: bool
+    settings: dict[str, Any]
+
+
+def find_runs(folder: Path, left_out: list[LeftOut] | None = None) -> list[tuple[Path, str, str]]:
     """Arguments of `RankedRun.read` for every run in `folder`, at any depth; by name, the path
     within it.
 
-    Folders of something else are named on stderr and left out.
+    Args:
+        folder: where to look.
+        left_out: runs that are not finished are put in, and folders that cannot be looked into.
     """
-    found = []
-    for path in sorted(_run_folders(folder)):
-        name = folder.resolve().name if path == folder else path.relative_to(folder).as_posix()
+    found: list[tuple[Path, str, str]] = []
+    paths, others = _run_folders(folder)
+    for path in sorted(paths):
+        name = _name_of(path, folder)
         try:
             found += _evaluations_of(path, name)
-        except UNREADABLE as error:
-            _leave_out(path, error)
+        except UNREADABLE:  # said where it is read as a row
+            found.append((path, "", name))
+    if left_out is not None:
+        for path, error in others:
+            settings, why = _settings_of(path), f"it is not finished, it has no {METRICS_FILE}"
+            why = why if error is None else str(error)
+            name = _name_of(path, folder)
+            left_out.append(LeftOut(path, name, why, error is not None, settings))
     return found
 
 
-def _run_folders(folder: Path) -> list[Path]:
+def _name_of(path: Path, folder: Path) -> str:
+    return folder.resolve().name if path == folder else path.relative_to(folder).as_posix()
+
+
+def _run_folders(folder: Path) -> tuple[list[Path], list[tuple[Path, OSError | None]]]:
     """Folders that hold a `metrics.json`, each once; of what lies in a run's folder (checkpoints,
-    its windows) only runs of their own."""
+    its windows) only runs of their own. And folders of runs that hold none yet, or that cannot be
+    looked into."""
+    others: list[tuple[Path, OSError | None]] = []
     found, seen, waiting = [], set(), deque([folder])
     while waiting:
         path = waiting.popleft()
@@ -103,17 +145,47 @@ def _run_folders(folder: Path) -> list[Path]:
         try:
             entries = [entry for entry in os.scandir(path) if entry.is_dir()]
         except OSError as error:
-            _leave_out(path, error)
+            others.append((path, error))
             continue
         if (path / METRICS_FILE).exists():
             found.append(path)
+        elif _of_a_command(_settings_of(path)) or _is_a_seed(path):
+            others.append((path, None))
         children = [
             Path(entry.path)
             for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
             if not entry.name.startswith(".")
         ]
         waiting += filter(_holds_runs, children) if _is_run(path) else children
-    return found
+    return found, others
+
+
+def _is_a_seed(path: Path) -> bool:
+    """Whether this is where `--seeds` puts a run, beside others that are finished."""
+    siblings = path.parent.glob(f"{FOLDERS}/{METRICS_FILE}")
+    return re.fullmatch(r"seed_\d+", path.name) is not None and any(siblings)
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """What the `run.json` of a folder holds; nothing where there is none, or a damaged one."""
+    try:
+        settings = read_json(path / RUN_FILE)
+    except (UserError, OSError):
+        return {}
+    return _as_now(settings) if isinstance(settings, dict) else {}
+
+
+def _as_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what older runs noted, as `RunFolder.claim` reads them."""
+    if settings.get("num_nodes") == 1 and WRITTEN_BY not in settings:
+        del settings["num_nodes"]
+    return settings
+
+
+def _of_a_command(settings: dict[str, Any]) -> bool:
+    """Whether settings are of a baseline, a finetuning, or a model from outside; a sweep and a
+    pretraining have a `run.json` too."""
+    return "model" in settings or "pretrain_ckpt" in settings
 
 
 def _is_run(path: Path) -> bool:
@@ -129,28 +201,56 @@ def _evaluations_of(path: Path, name: str) -> list[tuple[Path, str, str]]:
     last = [(path, "", name)]
     if "zero_shot" not in evaluations or len(evaluations) == 1:
         return last
-    return [(path, "zero_shot", f"{name}, zero-shot"), *last]
+    return [(path, "zero_shot", name + ZERO_SHOT), *last]
 
 
 def rows_of(
     runs: Sequence[tuple[Path, str, str]],
     folder: ProcessedFolder | None,
     metrics: Sequence[str] = METRICS,
+    left_out: list[LeftOut] | None = None,
 ) -> list[Row]:
-    """The rows of runs; one that cannot be read is said and left out."""
+    """The rows of runs.
+
+    Args:
+        runs: of `find_runs`.
+        folder, metrics: see `row_of`.
+        left_out: runs that cannot be read are put in, and the others are rows all the same. What
+            another program wrote is said on stderr alone.
+
+    Raises:
+        UserError: a run cannot be read, and there is no `left_out`.
+    """
     rows = []
-    for run in runs:
+    for path, evaluation, name in runs:
         try:
-            rows.append(row_of(*run, folder, metrics))
+            rows.append(row_of(path, evaluation, name, folder, metrics))
         except UNREADABLE as error:
-            _leave_out(run[0], error)
+            settings = _settings_of(path)
+            foreign = not _of_a_command(settings) and _is_of_another_kind(path)
+            lacking = isinstance(error, KeyError | AttributeError)
+            why = f"its {METRICS_FILE} is not of a run on a processed folder" if lacking else error
+            if left_out is None:
+                raise UserError(
+                    f"{path} has not the figures of a row: {why}; remove it, and its command makes "
+                    "it anew"
+                ) from error
+            if foreign:
+                print(f"{path} is left out: {why}", file=sys.stderr, flush=True)
+            elif all(other.path != path for other in left_out):  # its zero-shot ranks may be, too
+                own = name.removesuffix(ZERO_SHOT)
+                left_out.append(LeftOut(path, own, str(why), True, settings))
     return rows
 
 
-def _leave_out(path: Path, error: Exception) -> None:
-    lacking = isinstance(error, KeyError | AttributeError)  # another program's metrics.json
-    why = "its metrics.json is not of a run on a processed folder" if lacking else error
-    print(f"{path} is left out: {why}", file=sys.stderr, flush=True)
+def _is_of_another_kind(path: Path) -> bool:
+    """Whether a `metrics.json` is whole and of no run on a processed folder."""
+    try:
+        content = read_json(path / METRICS_FILE)
+    except (UserError, OSError):
+        return False
+    evaluations = content.get("evaluations") if isinstance(content, dict) else None
+    return not isinstance(evaluations, dict)
 
 
 def row_of(
@@ -183,12 +283,9 @@ def row_of(
     if not parts and folder is not None and same and of_users:
         for name, chosen in slices(folder, "test", run.user_ids, run.targets).items():
             parts[name] = [int(chosen.sum()), float(values[metrics[0]][chosen].mean())]
-    settings = read_json(path / RUN_FILE) if (path / RUN_FILE).exists() else {}
+    settings = _as_now(read_json(path / RUN_FILE)) if (path / RUN_FILE).exists() else {}
     if seconds is None and WRITTEN_BY not in settings:
         seconds = 0.0  # not trained
-    # Of older runs, as `RunFolder.claim` reads them.
-    if settings.get("num_nodes") == 1 and WRITTEN_BY not in settings:
-        del settings["num_nodes"]
     return Row(
         run,
         {name: values[name] for name in metrics},
@@ -203,8 +300,13 @@ def row_of(
     )
 
 
-def seeds_as_one(rows: Sequence[Row]) -> list[Row]:
-    """Rows of runs that differ in their seed alone become one, where the first of them stood."""
+def seeds_as_one(rows: Sequence[Row], left_out: Sequence[LeftOut] = ()) -> list[Row]:
+    """Rows of runs that differ in their seed alone become one, where the first of them stood.
+
+    Args:
+        rows: of one run each.
+        left_out: runs that the rows of their other seeds are to say they lack.
+    """
     groups: list[list[Row]] = []
     for row in rows:
         for group in groups:
@@ -213,20 +315,39 @@ def seeds_as_one(rows: Sequence[Row]) -> list[Row]:
                 break
         else:
             groups.append([row])
-    return [group[0] if len(group) == 1 else _mean_of(group) for group in groups]
+    missing = [[run.name for run in left_out if _lacks(group, run)] for group in groups]
+    return [_as_one(*each) for each in zip(groups, missing, strict=True)]
 
 
 def _of_one_setting(one: Row, other: Row) -> bool:
     if one.evaluation != other.evaluation or one.parameters != other.parameters:
         return False
-    if not differ_in_seed_alone(one.settings, other.settings) or not same_users(one, other):
+    return same_users(one, other) and _differ_in_seed_alone(one.settings, other.settings)
+
+
+def _differ_in_seed_alone(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    if not differ_in_seed_alone(one, other):
         return False
-    if one.settings.keys() == other.settings.keys():
+    if one.keys() == other.keys():
         return True
-    if WRITTEN_BY in one.settings.keys() | other.settings.keys():  # from outside: no flags
+    if WRITTEN_BY in one.keys() | other.keys():  # from outside: no flags
         return False
     # Only now: the flags of a command take seconds to import.
-    return differ_in_seed_alone(one.settings, other.settings, defaults_of(one.settings))
+    return differ_in_seed_alone(one, other, defaults_of(one))
+
+
+def _lacks(group: Sequence[Row], run: LeftOut) -> bool:
+    """Whether a run is another seed of these: by its settings, or by its folder without them."""
+    if _of_a_command(run.settings):
+        return all(_differ_in_seed_alone(row.settings, run.settings) for row in group)
+    place = _place_of_seeds(run.name)
+    return place is not None and any(_place_of_seeds(row.run.name) == place for row in group)
+
+
+def _place_of_seeds(name: str) -> str | None:
+    """Where the run of that name lies beside those of other seeds; None if it does not."""
+    match = re.fullmatch(r"(.*/)?seed_\d+", name.removesuffix(ZERO_SHOT))
+    return None if match is None else match[1] or ""
 
 
 def same_users(one: Row, other: Row) -> bool:
@@ -238,10 +359,21 @@ def same_users(one: Row, other: Row) -> bool:
     )
 
 
+def _as_one(group: Sequence[Row], missing: Sequence[str]) -> Row:
+    """The row of runs of some seeds, whose name says how many there are and should be."""
+    row = group[0] if len(group) == 1 else _mean_of(group)
+    name = row.run.name
+    if missing:
+        name += f" ({len(group)} of {len(group) + len(missing)} seeds)"
+    elif len(group) > 1:
+        name += f" ({len(group)} seeds)"
+    return replace(row, run=replace(row.run, name=name), missing=tuple(missing))
+
+
 def _mean_of(group: Sequence[Row]) -> Row:
     group = sorted(group, key=lambda row: row.seeds)
     first, seeds = group[0], tuple(seed for row in group for seed in row.seeds)
-    ending = ", zero-shot" if first.evaluation else ""
+    ending = ZERO_SHOT if first.evaluation else ""
     name = common_name([row.run.name.removesuffix(ending) for row in group]) + ending
     values = {m: np.mean([row.values[m] for row in group], axis=0) for m in first.values}
 
@@ -250,7 +382,7 @@ def _mean_of(group: Sequence[Row]) -> Row:
         return sum(known) / len(known) if known else None
 
     return Row(
-        replace(first.run, name=f"{name} ({len(seeds)} seeds)"),
+        replace(first.run, name=name),
         values,
         {m: [float(x.mean()), *interval(x, first.run.sequences, 0)] for m, x in values.items()},
         {

@@ -2,7 +2,8 @@
 
 output_dir/windows/003/     the run that is judged on window 3, as any run's folder
 output_dir/metrics.json     figures of every window and their average, as `RunResult` has them
-output_dir/windows.md, windows.png      the table, and the curve over time
+output_dir/windows.md, .tex, .csv       the table
+output_dir/windows.png      the curve over time
 output_dir/ranks/*.parquet  ranks of the targets of all windows, for `recformer compare`
 
 A window that is finished is not computed again, so that the same command goes on where it stopped.
@@ -11,7 +12,7 @@ A window that is finished is not computed again, so that the same command goes o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,16 @@ from safetensors.torch import load_file
 from baselines.arguments import BaselineRunArguments
 from recformer.data.windows import Windows, WindowView
 from recformer.evaluation.evaluator import Evaluator
-from recformer.evaluation.over_time import WindowRanks, figures_over_time, format_over_time
+from recformer.evaluation.over_time import (
+    WindowRanks,
+    cells_over_time,
+    figures_over_time,
+    format_over_time,
+    records_over_time,
+)
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.runs import METRICS_FILE, RunResult, ranks_file, read_ranks
+from recformer.evaluation.table import csv_table, latex_table
 from recformer.files import (
     CHECKSUMS_FILE,
     UserError,
@@ -39,6 +47,7 @@ from recformer.training.run_folder import RunFolder
 # Trains and evaluates on one window's view: (flags, view, best_model folder to go on from).
 RunOne = Callable[[BaselineRunArguments, WindowView, Path | None], RunResult]
 FOLDER, TABLE, PICTURE = "windows", "windows.md", "windows.png"
+TABLES = (TABLE, "windows.tex", "windows.csv")
 
 
 def run_windows(args: BaselineRunArguments, windows: Windows, run_one: RunOne) -> RunResult:
@@ -59,12 +68,15 @@ def run_windows(args: BaselineRunArguments, windows: Windows, run_one: RunOne) -
     output = RunFolder.claim(
         args.output_dir,
         settings | {"split_hash": windows.folder.split_hash, "windows_hash": windows.hash},
-        (METRICS_FILE, "ranks", FOLDER, TABLE, PICTURE),
+        (METRICS_FILE, "ranks", FOLDER, *TABLES, PICTURE),
         args.overwrite_output_dir,
     )
     with output:
         if output.has(METRICS_FILE, "ranks", TABLE):
-            return RunResult.load(output.path)
+            finished = RunResult.load(output.path)
+            if is_first() and not output.has(*TABLES):  # earlier versions wrote the first alone
+                _write_tables(finished, args.metric_ks, output.path)
+            return finished
         results, before = {}, None
         for number in range(1, len(windows)):
             view = windows.view(number, args.windows == "incremental")
@@ -82,12 +94,22 @@ def run_windows(args: BaselineRunArguments, windows: Windows, run_one: RunOne) -
         result.seconds = round(time.monotonic() - started, 1)
         if is_first():
             (shown,) = (name for name in result.evaluations)
-            metrics = [f"{name}@{k}" for k in args.metric_ks for name in ("NDCG", "Recall")]
-            with atomic_write(output.path / TABLE) as handle:
-                handle.write(format_over_time(result.test, metrics))
+            _write_tables(result, args.metric_ks, output.path)
             draw_over_time({shown: result.test}, args.metric, output.path / PICTURE)
             result.save(output.path)
         return result
+
+
+def _write_tables(result: RunResult, ks: Sequence[int], path: Path) -> None:
+    metrics = [f"{name}@{k}" for k in ks for name in ("NDCG", "Recall")]
+    contents = (
+        format_over_time(result.test, metrics),
+        latex_table(*cells_over_time(result.test, metrics)),
+        csv_table(records_over_time(result.test, metrics)),
+    )
+    for name, content in zip(TABLES, contents, strict=True):
+        with atomic_write(path / name) as handle:
+            handle.write(content)
 
 
 def _sum_up(

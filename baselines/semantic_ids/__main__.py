@@ -3,8 +3,8 @@
 `recformer semantic-ids --data_path FOLDER --text_encoder ENCODER --output_dir DIR`
 
 Writes semantic_ids.json (the ids), quantiser.safetensors (which gives new items their ids,
-`--extend DIR`), report.json, and hierarchy.md and .png (size and typical words of every first-level
-code).
+`--extend DIR`), report.json, and hierarchy.md, .tex, .csv and .png (size and typical words of every
+first-level code).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from baselines.semantic_ids.unique import check_room, content_codes, extended_id
 from baselines.text_vectors import text_vectors
 from recformer.cli import exit_with_message, keep_freed_memory, parse_flags
 from recformer.data.processed import ProcessedFolder
+from recformer.evaluation.table import csv_table
 from recformer.files import UserError, atomic_write, write_json
 from recformer.training.arguments import flag
 
@@ -137,13 +138,19 @@ def run(args: SemanticIdRunArguments) -> SemanticIds:
 
     output_dir = Path(args.output_dir)
     rows = code_words.describe(codes, folder.items)
-    with atomic_write(output_dir / "hierarchy.md") as handle:
-        handle.write(code_words.markdown(rows))
+    for ending, content in (
+        ("md", code_words.markdown(rows)),
+        ("tex", code_words.latex(rows)),
+        ("csv", csv_table(code_words.records(rows))),
+    ):
+        with atomic_write(output_dir / f"hierarchy.{ending}") as handle:
+            handle.write(content)
     code_words.plot(rows, output_dir / "hierarchy.png")
     write_json(output_dir / "report.json", report, indent=1)
     save_quantiser(output_dir / QUANTISER_FILE, quantiser, text_encoder)
     ids.save(output_dir / FILE)  # last: names what is complete
-    print(f"written to {output_dir}: {FILE}, {QUANTISER_FILE}, report.json, hierarchy.md and .png")
+    print(f"written to {output_dir}: {FILE}, {QUANTISER_FILE}, report.json, hierarchy.md, .tex, "
+          ".csv and .png")  # fmt: skip
     return ids
 
 

@@ -6,7 +6,7 @@ quantiser to the items' vectors and writes
     semantic_ids.json       the ids, see below
     quantiser.safetensors   what made them: gives new items their ids (`--extend DIR`)
     report.json             reconstruction, code usage and entropy a level, collisions, seconds
-    hierarchy.md, .png      size and typical words of every first-level code
+    hierarchy.md, .tex, .csv, .png  size and typical words of every first-level code
 
 `semantic_ids.json` is the contract between what makes codes and what learns to generate them:
 

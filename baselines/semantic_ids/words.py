@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import CountVectorizer
 
+from recformer.evaluation.table import latex_table, markdown_table
 from recformer.files import atomic_write
 from recformer.pictures import drawable
 from recformer.preparation.text import cut_words
 
 WORDS = 3  # shown of a code
+CAPTION = "Share of the code's items that have the word in brackets."
 ROWS_OF_A_COLUMN = 64
 
 
@@ -93,21 +96,40 @@ def typical_words(texts: list[str], groups: np.ndarray) -> list[list[tuple[str, 
     ]
 
 
-def markdown(rows: list[CodeWords]) -> str:
-    """A line a code."""
+def cells(rows: list[CodeWords]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table, a row a code."""
+
+    def shown(words: list[tuple[str, float]]) -> str:
+        return ", ".join(f"{word} ({share:.0%})" for word, share in words)
+
     lines = [
-        "Share of the code's items that have the word in brackets.",
-        "",
-        "|code|items|second-level codes|category|title|",
-        "|---|---|---|---|---|",
+        [str(r.code), str(r.size), str(r.children), shown(r.category), shown(r.title)] for r in rows
     ]
+    return ["code", "items", "second-level codes", "category", "title"], lines
+
+
+def markdown(rows: list[CodeWords]) -> str:
+    """The table, and what stands in brackets."""
+    return f"{CAPTION}\n\n{markdown_table(*cells(rows))}"
+
+
+def latex(rows: list[CodeWords]) -> str:
+    """The same in LaTeX."""
+    return f"% {CAPTION}\n{latex_table(*cells(rows))}"
+
+
+def records(rows: list[CodeWords]) -> list[dict[str, Any]]:
+    """Rows for CSV: a column a word and one its share, in full."""
+    found = []
     for row in rows:
-        cells = [
-            ", ".join(f"{word} ({share:.0%})" for word, share in words)
-            for words in (row.category, row.title)
-        ]
-        lines.append(f"|{row.code}|{row.size}|{row.children}|{cells[0]}|{cells[1]}|")
-    return "\n".join(lines) + "\n"
+        record: dict[str, Any] = {"code": row.code, "items": row.size}
+        record["second-level codes"] = row.children
+        for part, words in (("category", row.category), ("title", row.title)):
+            padded = [*words, *[("", None)] * (WORDS - len(words))]
+            for number, (word, share) in enumerate(padded, 1):
+                record |= {f"{part} {number}": word, f"{part} {number} share": share}
+        found.append(record)
+    return found
 
 
 def plot(rows: list[CodeWords], path: Path) -> None:

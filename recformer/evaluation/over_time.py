@@ -21,6 +21,7 @@ from recformer.evaluation.figures import RESAMPLES
 from recformer.evaluation.metrics import per_user_metrics
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.statistics import bootstrap_interval, percentiles, resampled_means
+from recformer.evaluation.table import figure_text, markdown_table
 
 
 @dataclass(frozen=True)
@@ -138,23 +139,43 @@ class _Pool:
         return found
 
 
+#: The two lines of the average in a table, and where their intervals stand.
+_AVERAGES = {"average, by session": "intervals", "average, by window": "intervals_by_window"}
+
+
 def format_over_time(figures: dict[str, Any], metrics: Sequence[str]) -> str:
     """A Markdown table: a row a window with the interval by session, then the average with both."""
-    lines = [
-        "|window|from|sessions|targets|new|" + "|".join(metrics) + "|",
-        "|---|---|---|---|---|" + "---|" * len(metrics),
-    ]
+    return markdown_table(*cells_over_time(figures, metrics))
+
+
+def cells_over_time(
+    figures: dict[str, Any], metrics: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of that table."""
+
+    def cells(row: dict[str, Any], key: str) -> list[str]:
+        return [figure_text(row[name], *row[key][name]) for name in metrics]
+
+    rows = []
     for row in figures["windows"]:
-        cells = [_cell(row[name], row["intervals"][name]) for name in metrics]
         counts = (row["num_sequences"], row["num_users"], row["num_new"])
-        shown = "|".join(f"{number:,}" for number in counts)
-        lines.append(f"|{row['number']}|{row['starts']}|{shown}|" + "|".join(cells) + "|")
-    for title, key in (("by session", "intervals"), ("by window", "intervals_by_window")):
-        cells = [_cell(figures[name], figures[key][name]) for name in metrics]
-        total = f"{figures['num_sequences']:,}|{figures['num_users']:,}|"
-        lines.append(f"|average, {title}||{total}|" + "|".join(cells) + "|")
-    return "\n".join(lines) + "\n"
+        shown = [f"{number:,}" for number in counts]
+        rows.append([str(row["number"]), row["starts"], *shown, *cells(row, "intervals")])
+    total = [f"{figures[name]:,}" for name in ("num_sequences", "num_users")]
+    rows += [[title, "", *total, "", *cells(figures, key)] for title, key in _AVERAGES.items()]
+    return ["window", "from", "sessions", "targets", "new", *metrics], rows
 
 
-def _cell(value: float, interval: Sequence[float]) -> str:
-    return f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
+def records_over_time(figures: dict[str, Any], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of that table with their figures in full, for CSV."""
+
+    def record(window: Any, starts: str, row: dict[str, Any], key: str) -> dict[str, Any]:
+        facts = {"window": window, "from": starts, "sessions": row["num_sequences"]}
+        facts |= {"targets": row["num_users"], "new": row.get("num_new")}
+        for name in metrics:
+            low, high = row[key][name]
+            facts |= {name: row[name], f"{name} low": low, f"{name} high": high}
+        return facts
+
+    rows = [record(row["number"], row["starts"], row, "intervals") for row in figures["windows"]]
+    return rows + [record(title, "", figures, key) for title, key in _AVERAGES.items()]

@@ -194,13 +194,9 @@ def check_nodes(num_nodes: int | None) -> None:
 
 
 @dataclass
-class RunArguments(DeviceArguments, EvaluationArguments):
-    """Flags of every training run on a processed folder, whatever its model."""
+class TrainingArguments:
+    """Flags of how weights are trained, which mean nothing to a model without any."""
 
-    data_path: str = flag(
-        "finetune_data/Scientific", "processed folder, as `recformer process` writes it"
-    )
-    output_dir: str = flag("result", "folder for all output")
     num_train_epochs: int = flag(16, "most epochs of a stage")
     batch_size: int = flag(16, "users in a batch of one process")
     gradient_accumulation_steps: int = flag(8, "batches per optimizer step")
@@ -209,6 +205,16 @@ class RunArguments(DeviceArguments, EvaluationArguments):
     warmup_steps: int = flag(100, "optimizer steps of linear warm-up in each stage")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 for no clipping")
     verbose: int = flag(3, "epochs between validations; the last epoch is always validated")
+
+
+@dataclass
+class RunArguments(TrainingArguments, DeviceArguments, EvaluationArguments):
+    """Flags of every training run on a processed folder, whatever its model."""
+
+    data_path: str = flag(
+        "finetune_data/Scientific", "processed folder, as `recformer process` writes it"
+    )
+    output_dir: str = flag("result", "folder for all output")
     dataloader_num_workers: int = flag(0, "loader processes")
     seed: int = flag(42, "seed of weights, order, targets, dropout and sampled users")
     seeds: list[int] | None = flag(

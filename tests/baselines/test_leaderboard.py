@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,10 @@ import pytest
 import torch
 
 from baselines import leaderboard
+from baselines.arguments import BaselineRunArguments
 from baselines.command_lines import defaults_of
 from baselines.leaderboard import flags_without_training, main, markdown
-from baselines.rows import find_runs, row_of, tables
+from baselines.rows import find_runs, row_of, rows_of, tables
 from baselines.settings import SETTINGS
 from recformer.data.processed import ProcessedFolder, Sequences, write_processed
 from recformer.evaluation.evaluator import Evaluator
@@ -191,6 +194,37 @@ def test_flags_without_training():
     assert flags_without_training("cooccurrence", flags) == [
         "--decay", "0", "--device", "-1", "--seed", "1"
     ]  # fmt: skip
+    training = {
+        "num_train_epochs", "batch_size", "gradient_accumulation_steps", "learning_rate",
+        "weight_decay", "warmup_steps", "max_grad_norm", "verbose", "schedule", "optimizer",
+        "patience", "windows", "evaluate_only",
+    }  # fmt: skip
+    own = {field.name for field in fields(BaselineRunArguments)} - {"model", "seeds"}
+    words = [word for name in sorted(own) for word in (f"--{name}", "1")]
+    kept = [word for name in sorted(own - training) for word in (f"--{name}", "1")]
+    assert flags_without_training("vsknn", words) == kept
+    # As the parser takes them, too: with hyphens, cut short.
+    spelled = ["--num-train-epochs", "2", "--batch-s=4", "--neigh", "3", "--metric-ks", "5"]
+    assert flags_without_training("vsknn", spelled) == spelled[3:]
+
+
+def test_untrained_runs_of_other_flags_of_training_are_the_same_runs(tmp_path, monkeypatch):
+    data = SimpleNamespace(path=Path("D"), split_hash="abc")
+    monkeypatch.setattr(leaderboard.ProcessedFolder, "load", lambda path: data)
+    monkeypatch.setattr(leaderboard, "run_command", lambda command: pytest.fail("run again"))
+    # As they were noted before flags of training were kept from untrained models.
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: cooccurrence\ndecay: 0.5\n")
+    for name, decay in (("cooccurrence", 0.6), ("mine", 0.5)):
+        write_run(tmp_path / name, [0, 1])
+        settings = {"model": "cooccurrence", "num_train_epochs": 2, "decay": decay}
+        settings["metric_ks"] = [10, 50]
+        write_json(tmp_path / name / "run.json", settings)
+    line = [str(tmp_path), "--data_path", "D", "--models", "cooccurrence", str(config)]
+    main(line)
+    main([*line, "--num_train_epochs", "3", "--batch-size", "8", "--hidden_size", "16"])
+    with pytest.raises(UserError, match=r"cooccurrence is a finished .*different: metric_ks\)"):
+        main([*line, "--metric_ks", "5"])
 
 
 def test_a_run_that_fails_leaves_the_others_and_their_table(tmp_path, monkeypatch, capsys):
@@ -224,6 +258,8 @@ def test_flags_that_make_no_sense_are_refused(tmp_path):
     line = [str(tmp_path), "--data_path", "x", "--models", "sasrec", "--output_dir", "one"]
     with pytest.raises(UserError, match="--output_dir: each model has a folder of its own in"):
         main(line)
+    with pytest.raises(UserError, match="--output-dir=one: each model has a folder of its own in"):
+        main([*line[:-2], "--output-dir=one"])
 
 
 def test_what_is_no_run_does_not_take_the_table_away(tmp_path, capsys):
@@ -237,7 +273,9 @@ def test_what_is_no_run_does_not_take_the_table_away(tmp_path, capsys):
     (tmp_path / "unranked" / "ranks" / "trained_test.parquet").unlink()
     write_run(tmp_path / "broken", [0] * 8)
     (tmp_path / "broken" / "ranks" / "trained_test.parquet").write_bytes(b"PAR1")
-    main([str(tmp_path)])
+    # What may have been a run is missed; what another program wrote is not.
+    with pytest.raises(UserError, match=r"^the tables lack broken, cut, unranked, see above: "):
+        main([str(tmp_path)])
     ((row,),) = read_json(tmp_path / "leaderboard.json")
     assert (row["name"], row["figures"]["NDCG@10"]) == ("good", [1, 1, 1])
     said = capsys.readouterr().err
@@ -246,6 +284,87 @@ def test_what_is_no_run_does_not_take_the_table_away(tmp_path, capsys):
     (tmp_path / "good" / "metrics.json").unlink()
     with pytest.raises(UserError, match="no run in .* could be read"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("settings", [True, False])
+@pytest.mark.parametrize("spoil", ["ranks", "metrics.json", "unfinished"])
+def test_a_row_of_seeds_says_which_of_them_it_lacks(tmp_path, capsys, settings, spoil):
+    """Also where a run's settings are gone: its place says whose seed it is."""
+    write_run(tmp_path / "popularity", [90] * 8, parameters=0)
+    for seed in (1, 2, 3):
+        folder = tmp_path / "sasrec" / f"seed_{seed}"
+        write_run(folder, [0] * (8 - seed) + [5] * seed, seed=seed)
+        write_json(folder / "run.json", {"model": "sasrec", "seed": seed})
+    # Begun with another setting, which no row holds.
+    (tmp_path / "wider" / "seed_1").mkdir(parents=True)
+    write_json(tmp_path / "wider" / "seed_1" / "run.json", {"model": "sasrec", "hidden_size": 9})
+    main([str(tmp_path)])
+    assert "not finished, so in no table: wider/seed_1\n" in capsys.readouterr().err
+    folder = tmp_path / "sasrec" / "seed_2"
+    if spoil == "ranks":
+        path = folder / "ranks" / "trained_test.parquet"
+        content = path.read_bytes()
+        path.write_bytes(content[:100] + b"XXXX" + content[104:])
+    elif spoil == "metrics.json":
+        (folder / spoil).write_text('{"evaluations": {"trai')
+    else:
+        (folder / "metrics.json").unlink()
+    if not settings:
+        (folder / "run.json").unlink()
+    said = {
+        "ranks": "remove metrics.json, evaluation and ranks there",
+        "metrics.json": "remove metrics.json, evaluation and ranks there",
+        "unfinished": "not finished: the command that began it goes on there",
+    }
+    with pytest.raises(UserError, match="^the tables lack sasrec/seed_2, .*") as error:
+        main([str(tmp_path)])
+    assert said[spoil] in str(error.value)
+    out, err = capsys.readouterr()
+    assert f"{folder} is left out: " in err
+    text, latex = ((tmp_path / f"leaderboard.{ending}").read_text() for ending in ("md", "tex"))
+    assert text in out
+    for content in (text, latex):
+        assert "corrected by Holm. sasrec (2 of 3 seeds) lacks sasrec/seed_2.\n" in content
+        assert "Left out: sasrec/seed_2, " in content
+    (rows,) = read_json(tmp_path / "leaderboard.json")
+    assert {row["name"]: row.get("missing") for row in rows} == {
+        "sasrec (2 of 3 seeds)": ["sasrec/seed_2"], "popularity": None,
+    }  # fmt: skip
+    with (tmp_path / "leaderboard.csv").open() as handle:
+        assert [line["missing"] for line in csv.DictReader(handle)] == ["sasrec/seed_2", ""]
+    # One seed that is left of two says so as well; without the folder nothing is missed.
+    shutil.rmtree(tmp_path / "sasrec" / "seed_3")
+    with pytest.raises(UserError, match="^the tables lack sasrec/seed_2, "):
+        main([str(tmp_path)])
+    assert "|sasrec/seed_1 (1 of 2 seeds)|" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    main([str(tmp_path)])
+    assert "|sasrec/seed_1|" in capsys.readouterr().out
+
+
+def test_evaluations_of_a_damaged_seed_are_lacking_each_in_its_row(tmp_path):
+    for seed in (1, 2, 3):
+        folder = tmp_path / "head" / f"seed_{seed}"
+        write_run(folder, [0, seed], ("zero_shot", "stage1"), seed=seed)
+        write_json(folder / "run.json", {"pretrain_ckpt": "x", "seed": seed})
+    ranks = tmp_path / "head" / "seed_3" / "ranks"
+    for name, zero_shot in (("stage1", "3 seeds"), ("zero_shot", "2 of 3 seeds")):
+        (ranks / f"{name}_test.parquet").write_bytes(b"PAR1")
+        with pytest.raises(UserError, match="^the tables lack head/seed_3, see above"):
+            main([str(tmp_path)])
+        (rows,) = read_json(tmp_path / "leaderboard.json")
+        assert {row["name"] for row in rows} == {
+            "head (2 of 3 seeds)", f"head, zero-shot ({zero_shot})",
+        }  # fmt: skip
+
+
+def test_rows_without_a_list_of_what_is_left_out_are_all_rows(tmp_path):
+    """So no caller has a mean over fewer seeds than it asked for."""
+    for seed in (1, 2):
+        write_run(tmp_path / f"seed_{seed}", [0, 1], seed=seed)
+    (tmp_path / "seed_2" / "ranks" / "trained_test.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="seed_2 has not the figures of a row: .* is damaged"):
+        rows_of(find_runs(tmp_path), None)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path, capsys):

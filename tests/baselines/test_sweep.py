@@ -23,7 +23,8 @@ from optuna.exceptions import StorageInternalError
 from baselines import sweep
 from baselines.__main__ import main as baseline
 from baselines.command_lines import checked
-from baselines.sweep import Sweep, folder_of, main
+from baselines.sweep import folder_of, main
+from baselines.sweep_file import Sweep
 from recformer.data.processed import Sequences, write_processed
 from recformer.files import UserError, read_json
 from recformer.training import run_folder
@@ -279,8 +280,14 @@ def test_errors_of_the_study_are_a_line(tmp_path):
         ("num_layers: 1", "num_layers: 1\n  num_layers: 2", "'num_layers' stands twice"),
         ("search:", "searches:", "expected command, flags and search"),
         ("command:", "command: [", "is no YAML"),
+        ("search:", "metric: Recall@10\nsearch:", "yaml: metric means nothing there, expected "
+         "command, flags and search"),
+        ("search:", "trails: 3\nflagz: {}\n7: 8\nsearch:", "sweep.yaml: trails, flagz, 7 means"),
+        ("log: true", "log: true\n    step: 2", "sweep.yaml, search of learning_rate: step means "
+         "nothing there, expected low, high and log"),
+        ("log: true", "lag: true", "search of learning_rate: lag means nothing"),
     ],
-)
+)  # fmt: skip
 def test_files_of_another_form_are_refused(place, old, new, said):
     Path("sweep.yaml").write_text(Path("sweep.yaml").read_text().replace(old, new))
     with pytest.raises(UserError, match=said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -62,7 +63,23 @@ def test_untrained_lines_know_all_that_came_before(data: Path, tmp_path: Path) -
     assert compared.sequences is not None
     np.testing.assert_array_equal(compared.sequences, windows.joined.rows[columns["user_id"]])
     assert (tmp_path / "windows.png").stat().st_size > 5000
-    assert (tmp_path / "windows.md").read_text().count("\n") == 8
+    table = (tmp_path / "windows.md").read_text()
+    assert table.count("\n") == 8
+    # The same as LaTeX, and as CSV with all digits; a finished run of before gets them, too.
+    for _ in range(2):
+        latex = (tmp_path / "windows.tex").read_text()
+        for line in table.splitlines()[2:]:
+            assert " & ".join(line.strip("|").split("|")) in latex
+        with (tmp_path / "windows.csv").open() as handle:
+            lines = list(csv.DictReader(handle))
+        expected = [row["NDCG@10"] for row in result.test["windows"]]
+        expected += [result.test["NDCG@10"]] * 2
+        assert [float(line["NDCG@10"]) for line in lines] == expected
+        low, high = result.test["intervals_by_window"]["Recall@5"]
+        assert [float(lines[-1][f"Recall@5 {end}"]) for end in ("low", "high")] == [low, high]
+        for ending in ("tex", "csv"):
+            (tmp_path / f"windows.{ending}").unlink()
+        run(data, tmp_path, "--model", "popularity", "--metric_ks", "5", "10")
 
 
 @pytest.mark.parametrize("mode", ["incremental", "scratch"])

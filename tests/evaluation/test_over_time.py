@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from recformer.evaluation.compare import by_sequence, interval
-from recformer.evaluation.over_time import WindowRanks, figures_over_time, format_over_time
+from recformer.evaluation.over_time import (
+    WindowRanks,
+    figures_over_time,
+    format_over_time,
+    records_over_time,
+)
 from recformer.evaluation.ranks import TargetRanks
 from recformer.evaluation.statistics import resampled_means
 
@@ -41,6 +46,17 @@ def test_windows_count_alike_whatever_their_size() -> None:
     table = format_over_time(found, ["Recall@10"])
     assert "|1|day 1|2|3|1|0.6667 [0.0000, 1.0000]|" in table
     assert "|average, by session||3|4||0.3333 [0.0000, 0.5000]|" in table
+    first, second, by_session, by_window = records_over_time(found, ["Recall@10"])
+    assert first == {
+        "window": 1, "from": "day 1", "sessions": 2, "targets": 3, "new": 1,
+        "Recall@10": pytest.approx(2 / 3), "Recall@10 low": 0.0, "Recall@10 high": 1.0,
+    }  # fmt: skip
+    assert (second["window"], second["Recall@10"]) == (2, 0.0)
+    assert by_session == {
+        "window": "average, by session", "from": "", "sessions": 3, "targets": 4, "new": None,
+        "Recall@10": pytest.approx(1 / 3), "Recall@10 low": 0.0, "Recall@10 high": 0.5,
+    }  # fmt: skip
+    assert by_window["Recall@10 high"] == pytest.approx(2 / 3)
 
 
 def test_members_of_a_group_are_drawn_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -385,6 +386,11 @@ def test_hierarchy_by_hand() -> None:
     assert rows[0].title == [("polish", pytest.approx(2 / 3))]
     table = code_words.markdown(rows).splitlines()
     assert table[4:] == ["|2|3|2|nail (33%)|polish (67%)|", "|5|1|1|hair (100%)|brush (100%)|"]
+    assert r"2 & 3 & 2 & nail (33\%) & polish (67\%) \\" in code_words.latex(rows)
+    first = code_words.records(rows)[0]
+    assert (first["items"], first["second-level codes"]) == (3, 2)
+    assert (first["title 1"], first["title 1 share"]) == ("polish", pytest.approx(2 / 3))
+    assert (first["title 3"], first["title 3 share"]) == ("", None)
     # Without categories: all but the title.
     films = [{"title": "Heat", "genres": "Crime"}, {"title": "Bambi", "genres": "Animation"}]
     rows = code_words.describe(codes[:2], films)
@@ -449,6 +455,9 @@ def test_the_command(
     table = (output / "hierarchy.md").read_text()
     assert sum(int(line.split("|")[2]) for line in table.splitlines()[4:]) == 40
     assert pyplot.imread(output / "hierarchy.png").shape[1] > 300
+    assert r"\begin{tabular}{lrrrr}" in (output / "hierarchy.tex").read_text()
+    with (output / "hierarchy.csv").open() as handle:
+        assert sum(int(row["items"]) for row in csv.DictReader(handle)) == 40
 
     # The same command gives the same file; twenty new items move none of the old ones.
     again = tmp_path / "again"
