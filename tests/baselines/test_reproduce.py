@@ -152,6 +152,18 @@ def test_data_that_were_cut_off_in_their_audit_are_taken(place):
     assert read_json(record)["content"] == content["content"]
 
 
+def test_no_row_is_the_mean_of_some_of_its_seeds(place, monkeypatch):
+    main(["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "sasrec"])
+    every = reproduction.find_runs
+
+    def without_the_last(folder: Path) -> list[tuple[Path, str, str]]:
+        return [run for run in every(folder) if run[0].name != "seed_2"]
+
+    monkeypatch.setattr(reproduction, "find_runs", without_the_last)
+    with pytest.raises(UserError, match="has not the figures of every seed"):
+        main(["shop.yaml", "--table", "--output_dir", "out"])
+
+
 def test_seeds_may_be_added_and_a_typo_mended(place, capsys):
     flags = ["shop.yaml", "--raw", "raw files", "--output_dir", "out", "--only", "sasrec"]
     text = Path("shop.yaml").read_text()
