@@ -28,7 +28,7 @@ from typing import Any
 
 from baselines.arguments import BaselineArguments, BaselineTrainingArguments
 from baselines.command_lines import checked, defaults_of, parsed
-from baselines.rows import LeftOut, Row, find_runs, rows_of, seeds_as_one, tables
+from baselines.rows import UNREADABLE, LeftOut, Row, find_runs, rows_of, seeds_as_one, tables
 from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
@@ -190,6 +190,8 @@ def run_models(
         if name in finished:
             continue
         print(f"== {name}", flush=True)
+        if asked[name].model in UNTRAINED:
+            _note_as_asked(folder / name, asked[name])
         command = [sys.executable, "-m", "baselines", *line]
         if run_command(command) != 0:
             print(f"{name} failed: {' '.join(command)}", file=sys.stderr, flush=True)
@@ -203,12 +205,17 @@ def _refuse_another(path: Path, args: Any, data: ProcessedFolder, without: Set[s
     Flags in `without` may differ: figures of its model do not depend on them, though `recformer
     baseline`, and this command before, noted them of untrained models too.
     """
-    if RunResult.load(path).split_hash != data.split_hash:
+    try:
+        split_hash = RunResult.load(path).split_hash
+        noted = read_json(path / RUN_FILE) if (path / RUN_FILE).is_file() else {}
+    except UNREADABLE:  # damaged, which is said where the tables are made
+        return
+    if split_hash != data.split_hash:
         raise UserError(f"{path} is a run on other data than {data.path}")
-    if not (path / RUN_FILE).is_file():
+    if not noted:
         return
     asked = asdict(args) | args.settings().as_dict()
-    held = defaults_of(asked) | read_json(path / RUN_FILE)
+    held = defaults_of(asked) | noted
     compared = (asked.keys() & held.keys()) - IGNORED - without - {"data_path"}
     different = sorted(name for name in compared if asked[name] != held[name])
     if different:
@@ -216,6 +223,17 @@ def _refuse_another(path: Path, args: Any, data: ProcessedFolder, without: Set[s
             f"{path} is a finished run of other flags (different: {', '.join(different)}): take "
             "another folder, or remove it to run it anew"
         )
+
+
+def _note_as_asked(path: Path, args: Any) -> None:
+    """Let an untrained run that was begun with flags of training go on without them."""
+    try:
+        noted = read_json(path / RUN_FILE)
+    except (FileNotFoundError, UserError):  # not begun, or damaged, which the run itself says
+        return
+    now = {name: value for name, value in asdict(args).items() if name in TRAINING & noted.keys()}
+    if noted | now != noted:
+        write_json(path / RUN_FILE, noted | now, indent=1)
 
 
 def flags_without_training(model: str, flags: Sequence[str]) -> list[str]:
@@ -282,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def advice(runs: Sequence[LeftOut]) -> list[str]:
     """What to do about runs that the tables lack."""
-    damaged = ", ".join(run.name for run in runs if run.finished)
+    # Whose flags cannot be read: its command would refuse the folder.
+    nameless = [r for r in runs if r.finished and not r.settings and (r.path / RUN_FILE).exists()]
+    damaged = ", ".join(run.name for run in runs if run.finished and run not in nameless)
     begun = ", ".join(run.name for run in runs if not run.finished)
     said = []
     if damaged:
@@ -290,6 +310,11 @@ def advice(runs: Sequence[LeftOut]) -> list[str]:
             f"the tables lack {damaged}, see above: remove {METRICS_FILE}, evaluation and ranks "
             "there, and the command that made it makes them again and trains nothing; or remove "
             "the folder, and it is not missed"
+        )
+    if nameless:
+        said.append(
+            f"the tables lack {', '.join(run.name for run in nameless)}, see above: put {RUN_FILE} "
+            "back from a copy, or remove the folder and run it anew"
         )
     if begun:
         said.append(

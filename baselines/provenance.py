@@ -80,7 +80,9 @@ def joined(earlier: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _both(one: str, other: str) -> str:
-    return one if other in ("", *one.split(AND)) else f"{one}{AND}{other}" if one else other
+    return AND.join(
+        dict.fromkeys(word for text in (one, other) for word in text.split(AND) if word)
+    )
 
 
 def commits_of(made: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -341,7 +341,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finished = [row for row in reproduction.finished(experiment.rows()) if row.name not in failed]
     left_out = reproduction.left_out(row for row in experiment.rows() if row.name not in failed)
     if not finished:
-        gone = _remove_tables(output_dir, experiment.name)
+        # Of rows that are whole, but of other flags, the table says what was so.
+        gone = "" if left_out and not failed else _remove_tables(output_dir, experiment.name)
         if failed:
             raise UserError(f"failed: {_listed(failed)}{gone}")
         some = ": without --table they are made" if args.table else ""
@@ -382,7 +383,7 @@ def _say_other_states(reproduction: Reproduction) -> None:
     if here is not None and others:
         say(
             f"finished rows made by another commit than {here}, which stay as they are: "
-            f"{len(others)} ({', '.join(commits_of(others))})"
+            f"{len(others)} ({', '.join(each for each in commits_of(others) if each != here)})"
         )
 
 

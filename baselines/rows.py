@@ -315,7 +315,7 @@ def seeds_as_one(rows: Sequence[Row], left_out: Sequence[LeftOut] = ()) -> list[
                 break
         else:
             groups.append([row])
-    missing = [[run.name for run in left_out if _lacks(group, run)] for group in groups]
+    missing = [[run for run in left_out if _lacks(group, run)] for group in groups]
     return [_as_one(*each) for each in zip(groups, missing, strict=True)]
 
 
@@ -359,15 +359,21 @@ def same_users(one: Row, other: Row) -> bool:
     )
 
 
-def _as_one(group: Sequence[Row], missing: Sequence[str]) -> Row:
+def _seed_of(run: LeftOut) -> object:
+    """By its settings, or by its folder without them."""
+    return str(run.settings.get("seed", run.name.rpartition("seed_")[2].removesuffix(ZERO_SHOT)))
+
+
+def _as_one(group: Sequence[Row], missing: Sequence[LeftOut]) -> Row:
     """The row of runs of some seeds, whose name says how many there are and should be."""
     row = group[0] if len(group) == 1 else _mean_of(group)
     name = row.run.name
     if missing:
-        name += f" ({len(group)} of {len(group) + len(missing)} seeds)"
+        name += f" ({len(group)} of {len(group) + len({*map(_seed_of, missing)})} seeds)"
     elif len(group) > 1:
         name += f" ({len(group)} seeds)"
-    return replace(row, run=replace(row.run, name=name), missing=tuple(missing))
+    lacking = tuple(run.name for run in missing)
+    return replace(row, run=replace(row.run, name=name), missing=lacking)
 
 
 def _mean_of(group: Sequence[Row]) -> Row:

@@ -15,7 +15,7 @@ import torch
 
 from baselines import leaderboard
 from baselines.arguments import BaselineRunArguments
-from baselines.command_lines import defaults_of
+from baselines.command_lines import checked, defaults_of
 from baselines.leaderboard import flags_without_training, main, markdown
 from baselines.rows import find_runs, row_of, rows_of, tables
 from baselines.settings import SETTINGS
@@ -497,3 +497,19 @@ def test_names_with_the_signs_of_tables_and_formulas(tmp_path, capsys):
         assert run.name == name
     with pytest.raises(FileNotFoundError, match="gone is no run: expected"):
         RankedRun.load(str(tmp_path / "gone"))
+
+
+def test_flags_that_cannot_be_read_are_no_reason_to_remove_figures(tmp_path):
+    write_run(tmp_path / "sasrec", [0] * 8)
+    write_run(tmp_path / "popularity", [90] * 8, parameters=0)
+    (tmp_path / "sasrec" / "run.json").write_text('{"mo')
+    with pytest.raises(UserError, match="^the tables lack sasrec, see above: put run.json back"):
+        main([str(tmp_path)])
+
+
+def test_an_untrained_run_that_was_begun_with_flags_of_training_goes_on(tmp_path):
+    args = checked("baseline", ["--model", "popularity"])[0]
+    write_json(tmp_path / "run.json", {"model": "popularity", "num_train_epochs": 1, "seed": 7})
+    leaderboard._note_as_asked(tmp_path, args)
+    noted = read_json(tmp_path / "run.json")
+    assert noted == {"model": "popularity", "num_train_epochs": 200, "seed": 7}

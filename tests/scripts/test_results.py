@@ -54,7 +54,7 @@ def test_every_experiment_and_every_file_of_figures_is_in_a_page() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_costs_that_are_said_first_are_no_less_than_the_training_took(path: Path) -> None:
+def test_costs_that_are_said_first_are_not_far_below_what_the_training_took(path: Path) -> None:
     said = {run.name: run.minutes for run in Experiment.load(path.stem).runs}
     figures = json.loads((results.FIGURES / f"{path.stem}.json").read_text(encoding="utf-8"))
     for each in figures["rows"]:

@@ -141,6 +141,10 @@ inline void linear_back(const LinearSizes &of, const float *grad, const float *w
 inline void linear_back_weight(const LinearSizes &of, const float *grad, const float *x,
                                float *grad_weight, int64_t threads) {
     const int64_t tokens = of.tokens, inputs = of.inputs, outputs = of.outputs;
+    if (tokens == 0) {
+        std::fill_n(grad_weight, outputs * inputs, 0.0f);
+        return;
+    }
     const int64_t most = share_of(tokens, TOKENS_AT_ONCE), panels = inputs / PANEL;
     const int64_t blocks = (outputs + ROWS - 1) / ROWS;
     const int64_t together = std::clamp<int64_t>(blocks / (2 * threads), 1, MOST_BLOCKS);
