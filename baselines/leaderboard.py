@@ -28,14 +28,23 @@ from typing import Any
 
 from baselines.arguments import BaselineArguments, BaselineTrainingArguments
 from baselines.command_lines import checked, defaults_of, parsed
-from baselines.rows import UNREADABLE, LeftOut, Row, find_runs, rows_of, seeds_as_one, tables
+from baselines.rows import (
+    UNREADABLE,
+    LeftOut,
+    Row,
+    find_runs,
+    noted_settings,
+    rows_of,
+    seeds_as_one,
+    tables,
+)
 from baselines.settings import SETTINGS, names_of
 from recformer.cli import command_parser, exit_with_message
 from recformer.data.processed import ProcessedFolder
 from recformer.evaluation.compare import METRICS
 from recformer.evaluation.runs import METRICS_FILE, RunResult
 from recformer.evaluation.table import csv_table, figure_text, latex_table, markdown_table
-from recformer.files import UserError, atomic_write, read_json, write_json
+from recformer.files import UserError, atomic_write, write_json
 from recformer.pictures import drawable
 from recformer.training.run_folder import IGNORED, RUN_FILE
 from recformer.training.seeds import run_command
@@ -207,11 +216,11 @@ def _refuse_another(path: Path, args: Any, data: ProcessedFolder, without: Set[s
     """
     try:
         split_hash = RunResult.load(path).split_hash
-        noted = read_json(path / RUN_FILE) if (path / RUN_FILE).is_file() else {}
     except UNREADABLE:  # damaged, which is said where the tables are made
         return
     if split_hash != data.split_hash:
         raise UserError(f"{path} is a run on other data than {data.path}")
+    noted = noted_settings(path)
     if not noted:
         return
     asked = asdict(args) | args.settings().as_dict()
@@ -226,10 +235,9 @@ def _refuse_another(path: Path, args: Any, data: ProcessedFolder, without: Set[s
 
 
 def _note_as_asked(path: Path, args: Any) -> None:
-    """Let an untrained run that was begun with flags of training go on without them."""
-    try:
-        noted = read_json(path / RUN_FILE)
-    except (FileNotFoundError, UserError):  # not begun, or damaged, which the run itself says
+    """Let a run of this untrained model that was begun with flags of training go on without."""
+    noted = noted_settings(path)
+    if noted.get("model") != args.model:  # not begun, damaged or another's: the run itself says so
         return
     now = {name: value for name, value in asdict(args).items() if name in TRAINING & noted.keys()}
     if noted | now != noted:

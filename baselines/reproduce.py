@@ -20,7 +20,7 @@ from typing import Any
 
 from baselines.experiment import FOLDER, SLICES, Experiment, Run, Step
 from baselines.provenance import commit, commits_of
-from baselines.reproduction import Reproduction
+from baselines.reproduction import OTHERWISE, Reproduction
 from baselines.rows import Row, same_users, tables
 from baselines.steps import Table, csv_line, step_record, step_tables
 from recformer.cli import command_parser, exit_with_message
@@ -342,7 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     left_out = reproduction.left_out(row for row in experiment.rows() if row.name not in failed)
     if not finished:
         # Of rows that are whole, but of other flags, the table says what was so.
-        gone = "" if left_out and not failed else _remove_tables(output_dir, experiment.name)
+        whole = left_out and not failed and all(w.startswith(OTHERWISE) for w in left_out.values())
+        gone = "" if whole else _remove_tables(output_dir, experiment.name)
         if failed:
             raise UserError(f"failed: {_listed(failed)}{gone}")
         some = ": without --table they are made" if args.table else ""

@@ -32,6 +32,7 @@ from recformer.training.run_folder import advising
 from recformer.training.seeds import run_command
 
 TEXTS = "meta_data.json"  # of a processed folder; its hash stands beside the recipe
+OTHERWISE = "made otherwise: other "  # begins why a whole row is left out
 _AGAIN = "remove it, and the same command makes it anew"
 # Not taken for a lost one: whoever removes the file knows what the row then lacks.
 _DAMAGED = (
@@ -467,7 +468,7 @@ class Reproduction:
                     found[row.name] = f"figures without their {DONE}"
                 continue
             other = self._differences(base, record)
-            found[row.name] = f"made otherwise: other {', '.join(other)}" if other else "unfinished"
+            found[row.name] = f"{OTHERWISE}{', '.join(other)}" if other else "unfinished"
         return found
 
     def row(self, run: Run) -> Row:

@@ -119,7 +119,7 @@ def find_runs(folder: Path, left_out: list[LeftOut] | None = None) -> list[tuple
             found.append((path, "", name))
     if left_out is not None:
         for path, error in others:
-            settings, why = _settings_of(path), f"it is not finished, it has no {METRICS_FILE}"
+            settings, why = noted_settings(path), f"it is not finished, it has no {METRICS_FILE}"
             why = why if error is None else str(error)
             name = _name_of(path, folder)
             left_out.append(LeftOut(path, name, why, error is not None, settings))
@@ -149,7 +149,7 @@ def _run_folders(folder: Path) -> tuple[list[Path], list[tuple[Path, OSError | N
             continue
         if (path / METRICS_FILE).exists():
             found.append(path)
-        elif _of_a_command(_settings_of(path)) or _is_a_seed(path):
+        elif _of_a_command(noted_settings(path)) or _is_a_seed(path):
             others.append((path, None))
         children = [
             Path(entry.path)
@@ -166,7 +166,7 @@ def _is_a_seed(path: Path) -> bool:
     return re.fullmatch(r"seed_\d+", path.name) is not None and any(siblings)
 
 
-def _settings_of(path: Path) -> dict[str, Any]:
+def noted_settings(path: Path) -> dict[str, Any]:
     """What the `run.json` of a folder holds; nothing where there is none, or a damaged one."""
     try:
         settings = read_json(path / RUN_FILE)
@@ -226,7 +226,7 @@ def rows_of(
         try:
             rows.append(row_of(path, evaluation, name, folder, metrics))
         except UNREADABLE as error:
-            settings = _settings_of(path)
+            settings = noted_settings(path)
             foreign = not _of_a_command(settings) and _is_of_another_kind(path)
             lacking = isinstance(error, KeyError | AttributeError)
             why = f"its {METRICS_FILE} is not of a run on a processed folder" if lacking else error
@@ -359,17 +359,13 @@ def same_users(one: Row, other: Row) -> bool:
     )
 
 
-def _seed_of(run: LeftOut) -> object:
-    """By its settings, or by its folder without them."""
-    return str(run.settings.get("seed", run.name.rpartition("seed_")[2].removesuffix(ZERO_SHOT)))
-
-
 def _as_one(group: Sequence[Row], missing: Sequence[LeftOut]) -> Row:
     """The row of runs of some seeds, whose name says how many there are and should be."""
     row = group[0] if len(group) == 1 else _mean_of(group)
     name = row.run.name
-    if missing:
-        name += f" ({len(group)} of {len(group) + len({*map(_seed_of, missing)})} seeds)"
+    if missing:  # a seed may lie there twice; without settings its folder says which it is
+        seeds = {str(r.settings.get("seed", r.name.rpartition("seed_")[2])) for r in missing}
+        name += f" ({len(group)} of {len(group) + len(seeds)} seeds)"
     elif len(group) > 1:
         name += f" ({len(group)} seeds)"
     lacking = tuple(run.name for run in missing)

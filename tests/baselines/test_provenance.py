@@ -40,6 +40,13 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
+def test_a_commit_is_named_once() -> None:
+    made = {"date": "d", "machine": "m", "versions": {"torch": "2"}}
+    both = joined(made | {"commit": "a"}, made | {"commit": "a and b"})
+    assert both == made | {"commit": "a and b"}
+    assert commits_of([both, made | {"commit": "b"}]) == ["a", "b"]
+
+
 def test_a_checkout_is_named_by_its_commit(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

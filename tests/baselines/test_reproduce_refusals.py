@@ -159,3 +159,14 @@ def test_no_table_stays_of_which_no_row_is_finished(place):  # noqa: F811
         UserError, match="^no row is finished in out: without --table they are made$"
     ):
         main([*only, "--table"])
+
+
+def test_a_table_of_other_flags_stays(place):  # noqa: F811
+    main([*FLAGS, "--only", "popularity"])
+    text = Path("out/reproduction.md").read_text()
+    content = yaml.safe_load(Path("shop.yaml").read_text())
+    content["runs"]["popularity"]["flags"]["metric_ks"] = [5, 10]
+    Path("shop.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="made otherwise: other [^;]*$"):
+        main([*FLAGS, "--table"])
+    assert Path("out/reproduction.md").read_text() == text
