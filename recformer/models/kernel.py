@@ -82,6 +82,8 @@ TRAINING = {
     "recformer_linear_back": "nnnpppn",
     "recformer_linear_back_weight": "nnnpppn",
 }
+#: What starts torch's threads, and what tells each of how many it is which.
+OPEN_MP = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
 LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, GELUActivation)
 # Modules of this package whose classes may hold them.
 HOLDERS = ("recformer.models.encoder", "recformer.models.attention")
@@ -187,7 +189,21 @@ def library() -> ctypes.CDLL | None:
     for name, codes in TRAINING.items():
         getattr(built, name).argtypes = [ctypes.c_int, *(CODES[code] for code in codes)]
     built.recformer_use_amx(1)
+    use_torch_threads(built)
     return built
+
+
+def use_torch_threads(built: ctypes.CDLL, wanted: bool = True) -> bool:
+    """Let the kernel compute on the threads of torch, see `cpp/threads.h`; whether it does now."""
+    # What torch is linked with is looked through, too: libgomp, or another with its functions.
+    linked = ctypes.CDLL(torch._C.__file__)
+    functions = [getattr(linked, name, None) for name in OPEN_MP]
+    wanted = wanted and None not in functions
+    built.recformer_use_threads.argtypes = [ctypes.c_void_p] * len(OPEN_MP)
+    built.recformer_use_threads(
+        *(ctypes.cast(each, ctypes.c_void_p) if wanted else None for each in functions)
+    )
+    return wanted
 
 
 def _compiled(flags: frozenset[str]) -> Path:

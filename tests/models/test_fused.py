@@ -30,6 +30,7 @@ def one_thread_again() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    kernel.use_torch_threads(kernel.library())
 
 
 def _mixed(x: int) -> int:
@@ -333,7 +334,9 @@ def test_gradients_of_the_encoder_are_those_of_torch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_seed_decides_and_the_number_of_threads_does_not(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("torchs", [True, False])
+def test_a_seed_decides_and_threads_do_not(dtype: torch.dtype, torchs: bool) -> None:
+    assert kernel.use_torch_threads(kernel.library(), torchs) == torchs
     model = make(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     torch.set_num_threads(1)
     first = gradients(model, dtype)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,12 +170,16 @@ def alone(packed: PackedTokens, number: int) -> PackedTokens:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("amx", [1, 0])
-def test_neither_batch_nor_threads_change_a_bit(dtype: torch.dtype, amx: int, library: Any) -> None:
+@pytest.mark.parametrize("torchs", [True, False])
+def test_neither_batch_nor_threads_change_a_bit(
+    dtype: torch.dtype, amx: int, torchs: bool, library: Any
+) -> None:
     if "avx512_bf16" not in kernel.cpu_flags() and dtype == torch.bfloat16:
         pytest.skip("no AVX512_BF16")
     model = make(max_position_embeddings=500).to(dtype)
-    packed = batch([*LENGTHS, 430, 25, 90])  # those of 60 tokens and more are shared by threads
+    packed = batch([*LENGTHS, 430, 25, 90])  # those of 24 tokens and more are shared by threads
     library.recformer_use_amx(amx)
+    assert kernel.use_torch_threads(library, torchs) == torchs
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -189,7 +196,86 @@ def test_neither_batch_nor_threads_change_a_bit(dtype: torch.dtype, amx: int, li
                 assert torch.equal(by_kernel(model, one, "avg"), means[each : each + 1])
     finally:
         torch.set_num_threads(threads)
-        library.recformer_use_amx(1)
+        kernel.use_torch_threads(library)
+
+
+@pytest.mark.parametrize("limit", ["1", "2"])
+def test_where_openmp_gives_fewer_threads_one_computes(limit: str) -> None:
+    """Three asked for, the crew of which would wait for ever for those that do not come."""
+    ran = subprocess.run(
+        [sys.executable, "-c", FEWER_THREADS],
+        env=os.environ | {"OMP_THREAD_LIMIT": limit},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "the same\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_computes_on_threads_of_its_own() -> None:
+    """OpenMP's threads are not in the new process, which would wait for them for ever."""
+    ran = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "the same\n"
+
+
+# Gradients and vectors of one thread and of three.
+COMPUTED = """
+import os, sys, torch
+from recformer.models import RecformerModel, kernel
+from recformer.config import RecformerConfig
+from recformer.packing import PackedTokens
+
+torch.manual_seed(0)
+model = RecformerModel(RecformerConfig(
+    vocab_size=90, hidden_size=64, num_attention_heads=2, intermediate_size=160,
+    num_hidden_layers=2, max_position_embeddings=130, max_item_embeddings=5, attention_window=16))
+ids = torch.arange(200) % 90
+packed = PackedTokens(ids, ids % 4, ids % 5, torch.tensor([0, 90, 200]))
+
+def computed():
+    with torch.inference_mode():
+        vectors = [model.eval().encode(packed)]
+    model.train().zero_grad()
+    torch.manual_seed(1)
+    model.encode(packed).square().sum().backward()
+    return [*vectors, *(p.grad.clone() for p in model.parameters())]
+
+def same(some, others):  # gradients but for what torch itself sums in another order
+    near = all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(some, others, strict=True))
+    return torch.equal(some[0], others[0]) and near
+
+torch.set_num_threads(1)
+expected = computed()
+torch.set_num_threads(3)
+"""
+FEWER_THREADS = (
+    COMPUTED
+    + """
+assert kernel.use_torch_threads(kernel.library())
+print("the same" if same(computed(), expected) else "not the same")
+"""
+)
+FORKED = (
+    COMPUTED
+    + """
+assert same(computed(), expected)  # and so OpenMP's threads are there
+def vectors():
+    # What torch itself would share out hangs after a fork: the kernel alone.
+    return kernel.encode(model.eval(), packed, torch.float32, None)
+
+with torch.no_grad():
+    before = vectors()
+child = os.fork()
+if child == 0:
+    with torch.no_grad():
+        os._exit(0 if torch.equal(vectors(), before) else 1)
+_, status = os.waitpid(child, 0)
+print("the same" if status == 0 else f"not the same: {status}")
+"""
+)
 
 
 def test_panels_hold_the_weights() -> None:

@@ -20,11 +20,12 @@
 #include "numbers.h"
 #include "products.h"
 #include "stages.h"
+#include "threads.h"
 
 namespace {
 
 constexpr int64_t INNER = 768 << 10;  // bytes of inner states of the feed-forward held at once
-constexpr int64_t LEAST_TOKENS = 24;  // a thread
+constexpr int64_t LEAST_TOKENS = ROWS;  // a thread
 constexpr int64_t FIRST = 1, MEAN_AS_PUBLISHED = 3;  // of `pooling`
 constexpr double MOST_WAITING = 1.2;  // busiest thread to mean, above which all share each chunk
 
@@ -447,6 +448,7 @@ class Worker {
 // All chunks, each by one thread, or by all of them if there are too few for that.
 template <class T>
 void encode(const Model &model, const Batch &batch, int64_t tokens, int64_t threads) {
+    const int64_t of_torch = threads;
     threads = std::max<int64_t>(1, std::min(threads, tokens / LEAST_TOKENS));
     const double rounds = double(tokens) / batch.chunk_tokens / threads;
     const int64_t number = std::max<int64_t>(1, std::llround(rounds)) * threads;
@@ -489,21 +491,7 @@ void encode(const Model &model, const Batch &batch, int64_t tokens, int64_t thre
         for (int each = 0; each < STAGES; ++each) spent[each] += std::exchange(ticks[each], 0);
 #endif
     };
-    std::atomic<int> start{0};  // 1: go, -1: leave
-    std::vector<std::thread> others;
-    try {
-        for (int64_t n = 1; n < threads; ++n)
-            others.emplace_back([&, n] {
-                Crew::wait([&] { return start != 0; });
-                if (start > 0) run(n);
-            });
-        start = 1;
-    } catch (...) {
-        start = -1;
-    }
-    if (start > 0) run(0);
-    for (auto &other : others) other.join();
-    if (start < 0) encode<T>(model, batch, tokens, 1);  // no more threads to be had
+    if (!at_once(threads, of_torch, run)) encode<T>(model, batch, tokens, 1);
 }
 
 }  // namespace

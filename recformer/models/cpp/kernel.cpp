@@ -64,6 +64,13 @@ int recformer_use_amx(int wanted) {
 
 int recformer_uses_amx() { return amx; }
 
+// Compute on the threads of this OpenMP (GOMP_parallel, omp_get_num_threads, omp_get_thread_num); with
+// null threads are made at every call.
+void recformer_use_threads(decltype(OpenMp::parallel) parallel, decltype(OpenMp::size) size,
+                           decltype(OpenMp::own) own) {
+    use_open_mp({parallel, size, own});
+}
+
 #ifdef RECFORMER_TIMES
 // Ticks of each stage since the last call, of all threads.
 void recformer_times(uint64_t *ticks) {

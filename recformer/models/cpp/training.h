@@ -14,13 +14,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <exception>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "crews.h"
 #include "numbers.h"
+#include "threads.h"
 
 namespace {
 
@@ -88,18 +87,10 @@ void share_out(int64_t count, int64_t threads, const Room &shape, Work work) {
         room.cut(cutter);
     }
     std::atomic<int64_t> next{0};
-    auto run = [&](Room &room) {
-        for (int64_t n; (n = next++) < count;) work(n, room);
+    auto run = [&](int64_t room) {
+        for (int64_t n; (n = next++) < count;) work(n, rooms[room]);
     };
-    std::vector<std::thread> others;
-    others.reserve(rooms.size());
-    try {
-        for (size_t n = 1; n < rooms.size(); ++n)
-            others.emplace_back([&run, &room = rooms[n]] { run(room); });
-    } catch (const std::exception &) {  // no more threads to be had: those that run do the work
-    }
-    run(rooms[0]);
-    for (auto &other : others) other.join();
+    if (!at_once(rooms.size(), threads, run)) run(0);
 }
 
 // `rows` in blocks, each with a row of `width` sums; the sums of all blocks into `sums`.
