@@ -1,6 +1,6 @@
 """Parts of a layer that trains on a CPU, in C++: what lies between its products (`cpp/training.h`).
 
-On processors of AMD its products of float32, too (`cpp/training_products.h`).
+On processors of AMD its products, too (`cpp/training_products.h`).
 
 Attention in place of products over blocks, softmax and masks; bias, dropout, residual and LayerNorm
 in one pass; bias and GELU in one; each with the gradients of all that goes in. Random bits of
@@ -105,7 +105,7 @@ def _checked(starts: Tensor, num_tokens: int, least: int = 1) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, in half the time where torch is slow.
+    """`torch.nn.functional.linear`, autocast too, faster where torch is slow.
 
     Args:
         x: (T, K).
@@ -114,21 +114,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (T, N); sums and gradients do not depend on the number of threads where they are made here.
+        Under autocast the gradient of the weight is not rounded to bfloat16.
     """
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    dtypes = (dtype, torch.float32) if autocast else (dtype,)
     if (
-        x.dtype == weight.dtype == torch.float32
+        _multiplies(dtype)
         and x.ndim == weight.ndim == 2
         and usable(x)
-        and torch_is_slow()
         and len(x)
         and x.shape[1] == weight.shape[1]
+        and (dtype == torch.float32 or len(weight) % 2 == 0)
         and type(weight) in (nn.Parameter, Tensor)
         and x.device == weight.device
-        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
-        and not torch.is_autocast_enabled("cpu")
+        and x.dtype in dtypes
+        and weight.dtype in dtypes
+        and (bias is None or (bias.dtype in dtypes and bias.shape == weight.shape[:1]))
     ):
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(x.to(dtype), weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are faster here than in torch."""
+    if not torch_is_slow():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and "avx512_bf16" in kernel.cpu_flags()
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -136,9 +150,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         y = x.new_empty(len(x), len(weight))
-        bias = None if bias is None else _numbers(bias)
-        _call("linear", x, *x.shape, len(weight), x, weight, bias, y)
+        ctx.sizes = (*x.shape, len(weight))
+        ctx.floats = int(weight.dtype == torch.float32)
+        small = None if bias is None else _numbers(bias)
+        _call("linear", x, *ctx.sizes, x, ctx.floats, weight, small, y)
         ctx.save_for_backward(x, weight)
+        ctx.of_bias = None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -146,16 +163,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        sizes = (*x.shape, len(weight))
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = torch.empty_like(x)
-            _call("linear_back", x, *sizes, grad, weight, of_x)
+            _call("linear_back", x, *ctx.sizes, grad, ctx.floats, weight, of_x)
         if ctx.needs_input_grad[1]:
-            of_weight = torch.empty_like(weight)
-            _call("linear_back_weight", x, *sizes, grad, x, of_weight)
+            of_weight = _floats(*weight.shape)
+            _call("linear_back_weight", x, *ctx.sizes, grad, x, of_weight)
+            of_weight = of_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            of_bias = grad.sum(0)
+            of_bias = grad.sum(0).to(ctx.of_bias)
         return of_x, of_weight, of_bias
 
 

@@ -78,8 +78,8 @@ TRAINING = {
     "recformer_band_back": "npnnnnppppsnpn",
     "recformer_gather": "npnnppsnpppn",
     "recformer_gather_back": "npnnpppppsnppn",
-    "recformer_linear": "nnnppppn",
-    "recformer_linear_back": "nnnpppn",
+    "recformer_linear": "nnnpnpppn",
+    "recformer_linear_back": "nnnpnppn",
     "recformer_linear_back_weight": "nnnpppn",
 }
 #: What starts torch's threads, and what tells each of how many it is which.

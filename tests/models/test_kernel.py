@@ -223,7 +223,7 @@ def test_a_fork_computes_on_threads_of_its_own() -> None:
 
 # Gradients and vectors of one thread and of three.
 COMPUTED = """
-import os, sys, torch
+import os, signal, torch
 from recformer.models import RecformerModel, kernel
 from recformer.config import RecformerConfig
 from recformer.packing import PackedTokens
@@ -270,6 +270,7 @@ with torch.no_grad():
     before = vectors()
 child = os.fork()
 if child == 0:
+    signal.alarm(30)  # one that waits for ever is not left behind
     with torch.no_grad():
         os._exit(0 if torch.equal(vectors(), before) else 1)
 _, status = os.waitpid(child, 0)

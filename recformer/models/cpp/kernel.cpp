@@ -48,6 +48,17 @@ int by_type(int numbers, Work work) {
     return 0;
 }
 
+// The type of what is multiplied, and that of the weight.
+template <class Work>
+int by_types(int numbers, int64_t floats, Work work) {
+    return by_type(numbers, [&](auto of) {
+        if (floats)
+            work(of, float{});
+        else
+            work(of, of);
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -190,26 +201,28 @@ int recformer_gather_back(int numbers, int64_t sequences, const int64_t *starts,
     });
 }
 
-// Of float alone; `bias` may be null.
-int recformer_linear(int, int64_t tokens, int64_t inputs, int64_t outputs, const float *x,
-                     const float *weight, const float *bias, float *y, int64_t threads) {
-    return by_type(0, [&](auto) {
-        linear({tokens, inputs, outputs}, x, weight, bias, y, threads);
+// `floats`: the weight is of float, whatever x is. `bias` may be null.
+int recformer_linear(int numbers, int64_t tokens, int64_t inputs, int64_t outputs, const void *x,
+                     int64_t floats, const void *weight, const float *bias, void *y, int64_t threads) {
+    return by_types(numbers, floats, [&](auto of, auto of_weight) {
+        linear({tokens, inputs, outputs}, as(of, x), as(of_weight, weight), bias, as(of, y), threads);
     });
 }
 
-int recformer_linear_back(int, int64_t tokens, int64_t inputs, int64_t outputs, const float *grad,
-                          const float *weight, float *grad_x, int64_t threads) {
-    return by_type(0, [&](auto) {
-        linear_back({tokens, inputs, outputs}, grad, weight, grad_x, threads);
+int recformer_linear_back(int numbers, int64_t tokens, int64_t inputs, int64_t outputs,
+                          const void *grad, int64_t floats, const void *weight, void *grad_x,
+                          int64_t threads) {
+    return by_types(numbers, floats, [&](auto of, auto of_weight) {
+        linear_back({tokens, inputs, outputs}, as(of, grad), as(of_weight, weight), as(of, grad_x),
+                    threads);
     });
 }
 
-int recformer_linear_back_weight(int, int64_t tokens, int64_t inputs, int64_t outputs,
-                                 const float *grad, const float *x, float *grad_weight,
+int recformer_linear_back_weight(int numbers, int64_t tokens, int64_t inputs, int64_t outputs,
+                                 const void *grad, const void *x, float *grad_weight,
                                  int64_t threads) {
-    return by_type(0, [&](auto) {
-        linear_back_weight({tokens, inputs, outputs}, grad, x, grad_weight, threads);
+    return by_type(numbers, [&](auto of) {
+        linear_back_weight({tokens, inputs, outputs}, as(of, grad), as(of, x), grad_weight, threads);
     });
 }
 

@@ -35,13 +35,15 @@ inline __m512i rounded(__m512 value) {  // to the nearest bfloat16, in the upper
     __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     return _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc00000));
 }
-inline void store(bf16 *to, __m512 value) {
+inline __m256i half(__m512 value) {  // to the nearest bfloat16
 #ifdef __AVX512BF16__
-    __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
 #else
-    __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(value), 16));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(value), 16));
 #endif
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), half);
+}
+inline void store(bf16 *to, __m512 value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), half(value));
 }
 inline __m512 widen(const uint16_t *from) { return load(reinterpret_cast<const bf16 *>(from)); }
 
@@ -117,12 +119,11 @@ inline __m512 gelu_slope(__m512 x) {  // (1 + erf(x / sqrt 2)) / 2 + x exp(-x x 
     return _mm512_fmadd_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.39894228f)), bell, below);
 }
 
-// Up to 16 rows of 16 numbers into 16 columns.
-template <class N>
-void transpose(const N *rows, int64_t width, int64_t count, float *to, int64_t line) {
+// Up to 16 rows, row(i), of 16 numbers into 16 columns.
+template <class Row>
+void transposed(int64_t count, Row row, float *to, int64_t line) {
     __m512 r[16], x[16];
-    for (int64_t i = 0; i < 16; ++i)
-        r[i] = i < count ? load(rows + i * width) : _mm512_setzero_ps();
+    for (int64_t i = 0; i < 16; ++i) r[i] = i < count ? row(i) : _mm512_setzero_ps();
     for (int i = 0; i < 16; i += 2) {
         x[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
         x[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
@@ -143,6 +144,10 @@ void transpose(const N *rows, int64_t width, int64_t count, float *to, int64_t l
         r[j + 8] = _mm512_shuffle_f32x4(x[j], x[j + 8], 0xdd);
     }
     for (int c = 0; c < 16; ++c) store(to + c * line, r[c]);
+}
+template <class N>
+void transpose(const N *rows, int64_t width, int64_t count, float *to, int64_t line) {
+    transposed(count, [=](int64_t i) { return load(rows + i * width); }, to, line);
 }
 
 }  // namespace

@@ -17,14 +17,16 @@ constexpr int64_t ROWS = 12;   // rows a tile of sums in vector registers
 
 // Sums of R rows and 16 C columns: step by step, a number (or a pair of bfloat16) of each row times
 // C vectors. Offsets in elements: `row` between rows of a, `next` between its steps, `line` between
-// those of b.
+// those of b. Sums begin with the rows of `first`, `first_line` apart, or with zeros if it is null.
 template <class T, int R, int C>
 [[gnu::noinline]] void tile(const T *a, int64_t row, int64_t next, const T *b, int64_t line,
-                            int64_t steps, float *c, int64_t ldc, bool add) {
+                            int64_t steps, float *c, int64_t ldc, const float *first,
+                            int64_t first_line) {
     __m512 sum[R][C];
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < C; ++j)
-            sum[r][j] = add ? _mm512_loadu_ps(c + r * ldc + 16 * j) : _mm512_setzero_ps();
+            sum[r][j] = first ? _mm512_loadu_ps(first + r * first_line + 16 * j)
+                              : _mm512_setzero_ps();
     const T *base[(R + 3) / 4];
     for (int g = 0; g < (R + 3) / 4; ++g) base[g] = a + 4 * g * row;
     for (int64_t k = 0; k < steps; ++k) {
@@ -55,14 +57,22 @@ template <class T, int R, int C>
 
 template <class T, int C>
 [[gnu::noinline]] void tiles(int64_t rows, const T *a, int64_t row, int64_t next, const T *b,
-                             int64_t line, int64_t steps, float *c, int64_t ldc, bool add) {
+                             int64_t line, int64_t steps, float *c, int64_t ldc,
+                             const float *first, int64_t first_line) {
     switch (rows) {
 #define CASE(R) \
-    case R: return tile<T, R, C>(a, row, next, b, line, steps, c, ldc, add);
+    case R: return tile<T, R, C>(a, row, next, b, line, steps, c, ldc, first, first_line);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
     }
+}
+
+// In c, or added to it.
+template <class T, int C>
+void tiles(int64_t rows, const T *a, int64_t row, int64_t next, const T *b, int64_t line,
+           int64_t steps, float *c, int64_t ldc, bool add) {
+    tiles<T, C>(rows, a, row, next, b, line, steps, c, ldc, add ? c : nullptr, ldc);
 }
 
 bool amx = false;

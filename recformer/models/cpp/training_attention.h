@@ -53,6 +53,14 @@ void take_rows(const T *rows, int64_t width, int64_t length, int64_t dim, float 
         for (int64_t d = 0; d < dim; d += 16) store(to + t * dim + d, load(rows + t * width + d));
 }
 
+// Asks for rows that take_rows will read.
+template <class T>
+void fetch_rows(const T *rows, int64_t width, int64_t length, int64_t dim) {
+    for (int64_t t = 0; t < length; ++t)
+        for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T)))
+            _mm_prefetch(reinterpret_cast<const char *>(rows + t * width + d), _MM_HINT_T1);
+}
+
 // Columns of (L, D) rows: (D, C), zeros at columns beyond the last row.
 inline void take_columns(const float *rows, int64_t length, int64_t dim, float *to) {
     const int64_t columns = (length + 15) / 16 * 16;
@@ -137,6 +145,17 @@ inline void spread_rows(const Span &span, const float *weights, const float *row
     }
 }
 
+// Calls work(sequence, head, room) for all, of one sequence by one thread where there are many: it finds
+// the next head's rows near those of the last.
+template <class Work>
+void share_heads(int64_t sequences, int64_t heads, int64_t threads, const HeadRoom &shape, Work work) {
+    const int64_t together = sequences >= 16 * threads ? heads : 1, tasks = heads / together;
+    share_out(sequences * tasks, threads, shape, [&](int64_t task, HeadRoom &room) {
+        for (int64_t n = 0; n < together; ++n)
+            work(task / tasks, task % tasks * together + n, room);
+    });
+}
+
 // Contexts (T, H) of queries, keys and values (T, 3 H); (T, A) `levels` make weights of scores again.
 template <class T>
 void band(const Sequences &sequences, int64_t hidden, int64_t heads, const Window &window,
@@ -144,14 +163,16 @@ void band(const Sequences &sequences, int64_t hidden, int64_t heads, const Windo
     const int64_t dim = hidden / heads, width = 3 * hidden;
     const float scale = 1.0f / std::sqrt(float(dim));
     const HeadRoom shape{sequences.longest(), dim, false};
-    share_out(sequences.number * heads, threads, shape, [&](int64_t task, HeadRoom &room) {
-        const int64_t s = task / heads, head = task % heads;
+    share_heads(sequences.number, heads, threads, shape, [&](int64_t s, int64_t head, HeadRoom &room) {
         const int64_t start = sequences.starts[s], length = sequences.starts[s + 1] - start;
         const T *rows = qkv + start * width + head * dim;
         take_rows(rows, width, length, dim, room.query);
         take_rows(rows + hidden, width, length, dim, room.key);
         take_rows(rows + 2 * hidden, width, length, dim, room.value);
         take_columns(room.key, length, dim, room.key_columns);
+        if (head + 1 < heads)  // while this one is computed
+            for (int64_t part = 0; part < 3; ++part)
+                fetch_rows(rows + part * hidden + dim, width, length, dim);
         for (int64_t q = 0; q < length; q += ROWS) {
             const Span span(q, length, window);
             times_columns(span, room.query + q * dim, dim, room.key_columns, length, room.scores);
@@ -194,8 +215,7 @@ void band_back(const Sequences &sequences, int64_t hidden, int64_t heads, const 
     const int64_t dim = hidden / heads, width = 3 * hidden;
     const float scale = 1.0f / std::sqrt(float(dim));
     const HeadRoom shape{sequences.longest(), dim, true};
-    share_out(sequences.number * heads, threads, shape, [&](int64_t task, HeadRoom &room) {
-        const int64_t s = task / heads, head = task % heads;
+    share_heads(sequences.number, heads, threads, shape, [&](int64_t s, int64_t head, HeadRoom &room) {
         const int64_t start = sequences.starts[s], length = sequences.starts[s + 1] - start;
         const T *rows = qkv + start * width + head * dim;
         T *result = grad_qkv + start * width + head * dim;
@@ -206,6 +226,13 @@ void band_back(const Sequences &sequences, int64_t hidden, int64_t heads, const 
         if (!window.causal) std::fill_n(room.grad, dim, 0.0f);
         take_columns(room.key, length, dim, room.key_columns);
         take_columns(room.value, length, dim, room.value_columns);
+        if (head + 1 < heads) {  // while this one is computed
+            const int64_t at = start * hidden + (head + 1) * dim;
+            for (int64_t part = 0; part < 3; ++part)
+                fetch_rows(rows + part * hidden + dim, width, length, dim);
+            fetch_rows(grad + at, hidden, length, dim);
+            fetch_rows(context + at, hidden, length, dim);
+        }
         std::fill_n(room.grad_key, length * dim, 0.0f);
         std::fill_n(room.grad_value, length * dim, 0.0f);
         for (int64_t q = 0; q < length; q += ROWS) {
@@ -285,10 +312,14 @@ void take_heads(const T *from, int64_t apart, int64_t heads, int64_t hidden, flo
 // (L, 32) products of states (L, H) with the columns of heads.
 inline void times_heads(int64_t length, const float *states, int64_t hidden, int64_t heads,
                         const float *columns, float *to) {
-    for (int64_t t = 0; t < length; t += ROWS)
-        (heads > 16 ? tiles<float, 2> : tiles<float, 1>)(std::min(ROWS, length - t),
-                                                         states + t * hidden, hidden, 1, columns,
-                                                         LANES, hidden, to + t * LANES, LANES, false);
+    for (int64_t t = 0; t < length; t += ROWS) {
+        const int64_t count = std::min(ROWS, length - t);
+        const float *rows = states + t * hidden;
+        if (heads > 16)
+            tiles<float, 2>(count, rows, hidden, 1, columns, LANES, hidden, to + t * LANES, LANES, false);
+        else
+            tiles<float, 1>(count, rows, hidden, 1, columns, LANES, hidden, to + t * LANES, LANES, false);
+    }
 }
 
 // Of every head the sum of states (L, H) under its weights (L, 32), to rows that lie `apart`.

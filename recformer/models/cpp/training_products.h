@@ -1,9 +1,11 @@
-// Products of a linear layer that trains, forward and backward, of float in vector registers.
+// Products of a linear layer that trains, forward and backward, in vector registers: of float, or of
+// bfloat16 with sums in float.
 //
 // Rows are shared among threads, and every sum goes over its numbers in one order, whoever computes
 // it: neither results nor gradients depend on the threads.
 //
-// T tokens, K inputs (a multiple of 32), N outputs.
+// T tokens, K inputs (a multiple of 32), N outputs (of bfloat16 an even number). `T` is the type of
+// the numbers that are multiplied, `W` that of the weight: T, or float.
 
 #pragma once
 
@@ -34,57 +36,119 @@ inline int64_t share_of(int64_t number, int64_t most) {
 
 inline int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
-// Columns 32 p.. of rows (count, width) one after the other: [count][32], zeros past the last.
-inline void pack_columns(const float *rows, int64_t count, int64_t width, int64_t p, float *to) {
-    const int64_t from = p * PANEL, size = std::min(PANEL, width - from);
-    for (int64_t k = 0; k < count; ++k, to += PANEL) {
-        const float *at = rows + k * width + from;
-        std::copy(at, at + size, to);
-        std::fill(to + size, to + PANEL, 0.0f);
+// Products take a word of four bytes at a time: a number, or two of bfloat16, of two inputs.
+template <class T>
+constexpr int64_t A_WORD = 4 / sizeof(T);
+
+// Of whole words: one more than an odd number of bfloat16.
+template <class T>
+int64_t whole_words(int64_t count) {
+    return (count + A_WORD<T> - 1) / A_WORD<T> * A_WORD<T>;
+}
+
+// Tokens from a block of columns to the next, so that blocks of 32 begin in other lines of the caches.
+template <class T>
+int64_t line_of(int64_t tokens) {
+    return (whole_words<T>(tokens) / A_WORD<T> / 32 * 32 + 33) * A_WORD<T>;
+}
+
+// 16 words of numbers that lie side by side.
+template <class T, class W>
+__m512 words(const W *at) {
+    if constexpr (sizeof(W) == sizeof(T))
+        return _mm512_loadu_ps(at);
+    else
+        return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(half(load(at))),
+                                                      half(load(at + 16)), 1));
+}
+
+// Of the first `count` of 16 numbers those bits that bfloat16 has.
+inline __m512i short_bits(const bf16 *at, int64_t count) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1 << count) - 1), at));
+}
+inline __m512i short_bits(const float *at, int64_t count) {
+    return _mm512_cvtepu16_epi32(half(_mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), at)));
+}
+
+// A step: `columns` words of rows that lie `width` apart, one row of float or two that become pairs;
+// `size` columns and `rows` rows are there. What lies past the last column is left as it is.
+template <class T, int64_t columns, class W>
+void pack_step(const W *row, int64_t width, int64_t rows, int64_t size, T *to) {
+    if constexpr (sizeof(T) == 4) {
+        std::copy_n(row, std::min(columns, size), to);
+    } else {
+        for (int64_t c = 0; c < std::min(columns, size); c += 16) {
+            const int64_t count = std::min<int64_t>(16, std::min(columns, size) - c);
+            __m512i pairs = short_bits(row + c, count);
+            if (rows > 1)
+                pairs = _mm512_or_si512(pairs,
+                                        _mm512_slli_epi32(short_bits(row + width + c, count), 16));
+            _mm512_mask_storeu_epi32(to + 2 * c, __mmask16((1 << count) - 1), pairs);
+        }
     }
 }
 
-// Tokens `from`.. of (tokens, width) as blocks of columns: [width / columns][tokens][columns]; what lies past
-// the last column is left as it is.
-template <int64_t columns>
-inline void pack_tokens(const float *rows, int64_t tokens, int64_t width, int64_t from, float *to) {
-    const int64_t end = std::min(tokens, from + TOKENS_A_PACK);
+// Columns 32 p.. of rows (count, width), width a multiple of 32: [count] steps of 32.
+template <class T, class W>
+void pack_columns(const W *rows, int64_t count, int64_t width, int64_t p, T *to) {
+    for (int64_t k = 0; k < count; k += A_WORD<T>)
+        pack_step<T, PANEL>(rows + k * width + p * PANEL, width, count - k, PANEL, to + k * PANEL);
+}
+
+// Tokens `from`.. of (tokens, width) as blocks of columns: [width / columns][tokens][columns], of bfloat16
+// in pairs of tokens, after an odd number of them zeros.
+template <int64_t columns, class T>
+void pack_tokens(const T *rows, int64_t tokens, int64_t width, int64_t from, T *to) {
+    const int64_t end = std::min(tokens, from + TOKENS_A_PACK), line = line_of<T>(tokens);
     for (int64_t first = from; first < end; first += TOKENS_A_READ)
         for (int64_t n = 0; n < width; n += columns)
-            for (int64_t t = first; t < std::min(end, first + TOKENS_A_READ); ++t)
-                std::copy_n(rows + t * width + n, std::min(columns, width - n),
-                            to + n * tokens + t * columns);
+            for (int64_t t = first; t < std::min(end, first + TOKENS_A_READ); t += A_WORD<T>)
+                pack_step<T, columns>(rows + t * width + n, width, tokens - t, width - n,
+                                      to + n * line + t * columns);
 }
 
-// Rows 32 p.. of (count, width) as columns: [width][32], zeros past the last; width: of 16.
-inline void pack_rows(const float *rows, int64_t count, int64_t width, int64_t p, float *to) {
-    for (int64_t half = 0; half < PANEL; half += 16) {
-        const int64_t first = p * PANEL + half;
+// Rows 32 p.. of (count, width) as columns: [width] steps of 32, zeros past the last row; width: of 32.
+template <class T, class W>
+void pack_rows(const W *rows, int64_t count, int64_t width, int64_t p, T *to) {
+    for (int64_t part = 0; part < PANEL; part += 16) {
+        const int64_t first = p * PANEL + part;
         const int64_t there = std::clamp<int64_t>(count - first, 0, 16);
-        for (int64_t k = 0; k < width; k += 16)
-            transpose(rows + std::min(first, count - 1) * width + k, width, there,
-                      to + k * PANEL + half, PANEL);
+        const W *from = rows + std::min(first, count - 1) * width;
+        for (int64_t k = 0; k < width; k += 16 * A_WORD<T>)
+            transposed(there, [=](int64_t i) { return words<T>(from + i * width + k); },
+                       reinterpret_cast<float *>(to) + k / A_WORD<T> * PANEL + part, PANEL);
     }
 }
 
-// y (rows, outputs) = x (rows, inputs) times panels [inputs][32] of the outputs, plus `bias` if any.
-inline void multiply_rows(int64_t rows, int64_t inputs, int64_t outputs, const float *x,
-                          const float *panels, const float *bias, float *y) {
+// Up to 32 sums to where they belong.
+inline void put_sums(const float *sums, int64_t size, float *to) { std::copy_n(sums, size, to); }
+inline void put_sums(const float *sums, int64_t size, bf16 *to) {
+    for (int64_t n = 0; n < size; n += 16)
+        _mm256_mask_storeu_epi16(to + n, __mmask16((1 << std::min<int64_t>(16, size - n)) - 1),
+                                 half(load(sums + n)));
+}
+
+// y (rows, outputs) = x (rows, inputs) times panels of the outputs, plus `bias` if any.
+template <class T>
+void multiply_rows(int64_t rows, int64_t inputs, int64_t outputs, const T *x, const T *panels,
+                   const float *bias, T *y) {
+    constexpr int64_t step = A_WORD<T>;
     alignas(64) float sums[ROWS * PANEL] = {};
     for (int64_t n = 0; n < outputs; n += PANEL, panels += inputs * PANEL) {
         const int64_t size = std::min(PANEL, outputs - n);
+        alignas(64) float shift[PANEL] = {};
+        if (bias) std::copy_n(bias + n, size, shift);
         for (int64_t m = 0; m < rows; m += ROWS) {
             const int64_t count = std::min(ROWS, rows - m);
-            const bool whole = size == PANEL;
-            float *to = whole ? y + m * outputs + n : sums;
-            const int64_t line = whole ? outputs : PANEL;
-            if (bias)
-                for (int64_t r = 0; r < count; ++r) std::copy_n(bias + n, size, to + r * line);
-            tiles<float, 2>(count, x + m * inputs, inputs, 1, panels, PANEL, inputs, to, line,
-                            bias != nullptr);
-            if (!whole)
+            float *to = sums;
+            int64_t line = PANEL;
+            if constexpr (sizeof(T) == 4)
+                if (size == PANEL) to = y + m * outputs + n, line = outputs;
+            tiles<T, 2>(count, x + m * inputs, inputs, step, panels, PANEL * step, inputs / step, to,
+                        line, bias ? shift : nullptr, 0);
+            if (to == sums)
                 for (int64_t r = 0; r < count; ++r)
-                    std::copy_n(sums + r * PANEL, size, y + (m + r) * outputs + n);
+                    put_sums(sums + r * PANEL, size, y + (m + r) * outputs + n);
         }
     }
 }
@@ -105,12 +169,12 @@ void share_out_in_turn(int64_t before, int64_t count, int64_t threads, First fir
 }
 
 // (T, outputs) = (T, inputs) times the panels that pack(p, to) makes of the weight.
-template <class Pack>
-void multiply_packed(int64_t tokens, int64_t inputs, int64_t outputs, const float *x,
-                     const float *bias, float *y, int64_t threads, Pack pack) {
+template <class T, class Pack>
+void multiply_packed(int64_t tokens, int64_t inputs, int64_t outputs, const T *x, const float *bias,
+                     T *y, int64_t threads, Pack pack) {
     const int64_t count = panels_of(outputs), size = inputs * PANEL;
-    const Memory memory(count * size * sizeof(float));
-    float *panels = reinterpret_cast<float *>(memory.get());
+    const Memory memory(count * size * sizeof(T));
+    T *panels = reinterpret_cast<T *>(memory.get());
     share_out_in_turn(
         count, (tokens + TOKENS_A_TASK - 1) / TOKENS_A_TASK, threads,
         [&](int64_t p) { pack(p, panels + p * size); },
@@ -122,36 +186,40 @@ void multiply_packed(int64_t tokens, int64_t inputs, int64_t outputs, const floa
 }
 
 // y (T, N) = x (T, K) times the transpose of weight (N, K), plus `bias`, which may be null.
-inline void linear(const LinearSizes &of, const float *x, const float *weight, const float *bias,
-                   float *y, int64_t threads) {
-    multiply_packed(of.tokens, of.inputs, of.outputs, x, bias, y, threads,
-                    [&](int64_t p, float *to) { pack_rows(weight, of.outputs, of.inputs, p, to); });
+template <class T, class W>
+void linear(const LinearSizes &of, const T *x, const W *weight, const float *bias, T *y,
+            int64_t threads) {
+    multiply_packed(of.tokens, of.inputs, of.outputs, x, bias, y, threads, [&](int64_t p, T *to) {
+        pack_rows(weight, of.outputs, of.inputs, p, to);
+    });
 }
 
 // Gradient of x: (T, K) = grad (T, N) times weight (N, K).
-inline void linear_back(const LinearSizes &of, const float *grad, const float *weight,
-                        float *grad_x, int64_t threads) {
-    multiply_packed(of.tokens, of.outputs, of.inputs, grad, nullptr, grad_x, threads,
-                    [&](int64_t p, float *to) {
-                        pack_columns(weight, of.outputs, of.inputs, p, to);
-                    });
+template <class T, class W>
+void linear_back(const LinearSizes &of, const T *grad, const W *weight, T *grad_x, int64_t threads) {
+    multiply_packed<T>(of.tokens, of.outputs, of.inputs, grad, nullptr, grad_x, threads,
+                       [&](int64_t p, T *to) {
+                           pack_columns(weight, of.outputs, of.inputs, p, to);
+                       });
 }
 
 // Gradient of the weight: (N, K) = the transpose of grad (T, N) times x (T, K).
-inline void linear_back_weight(const LinearSizes &of, const float *grad, const float *x,
-                               float *grad_weight, int64_t threads) {
+template <class T>
+void linear_back_weight(const LinearSizes &of, const T *grad, const T *x, float *grad_weight,
+                        int64_t threads) {
+    constexpr int64_t step = A_WORD<T>;
     const int64_t tokens = of.tokens, inputs = of.inputs, outputs = of.outputs;
     if (tokens == 0) {
         std::fill_n(grad_weight, outputs * inputs, 0.0f);
         return;
     }
-    const int64_t most = share_of(tokens, TOKENS_AT_ONCE), panels = inputs / PANEL;
-    const int64_t blocks = (outputs + ROWS - 1) / ROWS;
+    const int64_t most = whole_words<T>(share_of(tokens, TOKENS_AT_ONCE * step));
+    const int64_t panels = inputs / PANEL, blocks = (outputs + ROWS - 1) / ROWS;
     const int64_t together = std::clamp<int64_t>(blocks / (2 * threads), 1, MOST_BLOCKS);
-    const Memory memory(most * (inputs + blocks * ROWS) * sizeof(float));
-    float *right = reinterpret_cast<float *>(memory.get()), *left = right + most * inputs;
+    const Memory memory(line_of<T>(most) * (inputs + blocks * ROWS) * sizeof(T));
+    T *right = reinterpret_cast<T *>(memory.get()), *left = right + line_of<T>(most) * inputs;
     for (int64_t from = 0; from < tokens; from += most) {
-        const int64_t count = std::min(most, tokens - from);
+        const int64_t count = std::min(most, tokens - from), line = line_of<T>(count);
         auto pack = [&](int64_t task) {
             const int64_t t = task * TOKENS_A_PACK;
             pack_tokens<PANEL>(x + from * inputs, count, inputs, t, right);
@@ -163,8 +231,8 @@ inline void linear_back_weight(const LinearSizes &of, const float *grad, const f
             for (int64_t p = 0; p < panels; ++p)
                 for (int64_t block = begin; block < end; ++block) {
                     const int64_t first = block * ROWS, size = std::min(ROWS, outputs - first);
-                    tiles<float, 2>(size, left + first * count, 1, ROWS, right + p * count * PANEL,
-                                    PANEL, count, sums, PANEL, false);
+                    tiles<T, 2>(size, left + first * line, step, ROWS * step, right + p * line * PANEL,
+                                PANEL * step, whole_words<T>(count) / step, sums, PANEL, false);
                     float *to = grad_weight + first * inputs + p * PANEL;
                     for (int64_t r = 0; r < size; ++r)
                         for (int64_t j = 0; j < PANEL; j += 16) {
