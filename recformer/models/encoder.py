@@ -32,7 +32,7 @@ from recformer.models.dropout import add_dropout, dropout
 from recformer.packing import PackedTokens
 
 # oneDNN compiles a 16-bit matmul for each number of rows and caches it, which takes longer than the
-# product; rounding the rows up to a multiple keeps the variants few.
+# product; rounding the rows up to a multiple keeps the variants few where torch multiplies.
 CPU_TOKEN_MULTIPLE = 256
 # In inference the feed-forward goes over rows in pieces whose inner states take about this: glibc
 # takes blocks above 32 MB from the kernel anew, page by page, each time.
@@ -53,10 +53,7 @@ def _only_infers(module: nn.Module) -> bool:
 def _trains_in_cpp(module: nn.Module, hidden: Tensor, dense: nn.Linear) -> bool:
     """Whether what follows a linear layer's product can be computed by `fused`."""
     return (
-        not _only_infers(module)
-        and fused.usable(hidden)
-        and fused.plain(dense, nn.Linear)
-        and dense.out_features % kernel.PANEL == 0
+        not _only_infers(module) and fused.usable(hidden) and dense.out_features % kernel.PANEL == 0
     )
 
 
@@ -135,7 +132,7 @@ class _ResidualOutput(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        if _trains_in_cpp(self, residual, self.dense) and fused.plain(self.LayerNorm, nn.LayerNorm):
+        if self.plain() and _trains_in_cpp(self, residual, self.dense):
             hidden = fused.linear(hidden, self.dense.weight)
             dropout_p = self.dropout_p if self.training else 0.0
             return fused.residual_norm(hidden, self.dense.bias, residual, self.LayerNorm, dropout_p)
@@ -145,6 +142,9 @@ class _ResidualOutput(nn.Module):
         hidden = add_dropout(residual, hidden, self.dropout_p, self.training)
         # Autocast on a GPU gives the output of LayerNorm in float32.
         return self.LayerNorm(hidden).to(residual.dtype)
+
+    def plain(self) -> bool:
+        return fused.plain(self.dense, nn.Linear) and fused.plain(self.LayerNorm, nn.LayerNorm)
 
     def _normalise_sum(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """LayerNorm of the sum, in the memory of `hidden`; 16-bit numbers are added in float32."""
@@ -181,13 +181,16 @@ class RecformerIntermediate(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        exact_gelu = fused.plain(self.activation, GELUActivation)
-        if exact_gelu and _trains_in_cpp(self, hidden, self.dense):
+        if self.plain() and _trains_in_cpp(self, hidden, self.dense):
             return fused.bias_gelu(fused.linear(hidden, self.dense.weight), self.dense.bias)
         hidden = self.dense(hidden)
         if isinstance(self.activation, GELUActivation) and _only_infers(self):
             return torch.ops.aten.gelu_(hidden)
         return self.activation(hidden)
+
+    def plain(self) -> bool:
+        """With exact GELU, too, which `fused` computes."""
+        return fused.plain(self.dense, nn.Linear) and fused.plain(self.activation, GELUActivation)
 
 
 class RecformerLayer(GradientCheckpointingLayer):
@@ -209,6 +212,15 @@ class RecformerLayer(GradientCheckpointingLayer):
         if len(hidden) <= rows:
             return self._feed_forward(hidden)
         return torch.cat([self._feed_forward(piece) for piece in hidden.split(rows)])
+
+    def plain(self) -> bool:
+        """Whether all that it multiplies rows of tokens with are layers as they were made."""
+        halves = (self.attention.output, self.output)
+        return (
+            all(half.plain() for half in halves)
+            and self.intermediate.plain()
+            and self.intermediate.dense.out_features % kernel.PANEL == 0
+        )
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         return self.output(self.intermediate(hidden), hidden)
@@ -376,7 +388,11 @@ class RecformerModel(RecformerPreTrainedModel):
     ) -> tuple[Tensor, AttentionLayout]:
         """Hidden states, of tokens or of each `<s>`, which may go on with those of filler."""
         dtype = self._dtype()
-        if self._table().device.type == "cpu" and dtype.itemsize == 2:
+        if (
+            self._table().device.type == "cpu"
+            and dtype.itemsize == 2
+            and not self._multiplies_in_cpp(dtype)
+        ):
             packed = packed.with_filler(CPU_TOKEN_MULTIPLE, longest)
         # Else the residuals would stay in float32 under autocast, cast around every product.
         hidden = self.embeddings(packed).to(dtype)
@@ -384,6 +400,15 @@ class RecformerModel(RecformerPreTrainedModel):
         windows = () if in_cpp else self.encoder.windows
         layout = build_layout(packed, windows, hidden.dtype, longest)
         return self.encoder(hidden, layout, first_only), layout
+
+    def _multiplies_in_cpp(self, dtype: torch.dtype) -> bool:
+        """Whether `fused.linear` makes every product of the rows of all tokens."""
+        return (
+            not _only_infers(self)
+            and fused.multiplies(dtype)
+            and fused.attends(self._table().detach(), self.config.num_attention_heads)
+            and all(type(layer) is RecformerLayer and layer.plain() for layer in self.encoder.layer)
+        )
 
     def pack(
         self,

@@ -120,7 +120,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     dtypes = (dtype, torch.float32) if autocast else (dtype,)
     if (
-        _multiplies(dtype)
+        multiplies(dtype)
         and x.ndim == weight.ndim == 2
         and usable(x)
         and len(x)
@@ -136,8 +136,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are faster here than in torch."""
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `linear` makes products of this dtype itself, of whatever number of rows."""
     if not torch_is_slow():
         return False
     return dtype == torch.float32 or (

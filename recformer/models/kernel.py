@@ -197,11 +197,13 @@ def use_torch_threads(built: ctypes.CDLL, wanted: bool = True) -> bool:
     """Let the kernel compute on the threads of torch, see `cpp/threads.h`; whether it does now."""
     # What torch is linked with is looked through, too: libgomp, or another with its functions.
     linked = ctypes.CDLL(torch._C.__file__)
-    functions = [getattr(linked, name, None) for name in OPEN_MP]
-    wanted = wanted and None not in functions
+    wanted = wanted and all(hasattr(linked, name) for name in OPEN_MP)
     built.recformer_use_threads.argtypes = [ctypes.c_void_p] * len(OPEN_MP)
     built.recformer_use_threads(
-        *(ctypes.cast(each, ctypes.c_void_p) if wanted else None for each in functions)
+        *(
+            ctypes.cast(getattr(linked, name), ctypes.c_void_p) if wanted else None
+            for name in OPEN_MP
+        )
     )
     return wanted
 

@@ -19,10 +19,10 @@
 namespace {
 
 constexpr int64_t TOKENS_A_TASK = 8 * ROWS;
-constexpr int64_t TOKENS_AT_ONCE = 1024;  // at most, whose products a gradient of weights is summed over
+constexpr int64_t TOKENS_AT_ONCE = 1280;  // at most, whose products a gradient of weights is summed over
 constexpr int64_t TOKENS_A_PACK = 32;     // of a task that packs, of which
 constexpr int64_t TOKENS_A_READ = 8;      // are read side by side
-constexpr int64_t MOST_BLOCKS = 4;        // of ROWS outputs that share a panel in the cache
+constexpr int64_t MOST_BLOCKS = 8;        // of ROWS outputs that share a panel in the cache
 
 struct LinearSizes {
     int64_t tokens, inputs, outputs;
