@@ -215,9 +215,13 @@ class RecformerLayer(GradientCheckpointingLayer):
 
     def plain(self) -> bool:
         """Whether all that it multiplies rows of tokens with are layers as they were made."""
-        halves = (self.attention.output, self.output)
         return (
-            all(half.plain() for half in halves)
+            type(self.attention) is RecformerAttention
+            and type(self.intermediate) is RecformerIntermediate
+            and all(
+                type(half) is _ResidualOutput and half.plain()
+                for half in (self.attention.output, self.output)
+            )
             and self.intermediate.plain()
             and self.intermediate.dense.out_features % kernel.PANEL == 0
         )
@@ -405,8 +409,8 @@ class RecformerModel(RecformerPreTrainedModel):
         """Whether `fused.linear` makes every product of the rows of all tokens."""
         return (
             not _only_infers(self)
-            and fused.multiplies(dtype)
             and fused.attends(self._table().detach(), self.config.num_attention_heads)
+            and fused.multiplies(dtype)
             and all(type(layer) is RecformerLayer and layer.plain() for layer in self.encoder.layer)
         )
 

@@ -120,9 +120,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     dtypes = (dtype, torch.float32) if autocast else (dtype,)
     if (
-        multiplies(dtype)
-        and x.ndim == weight.ndim == 2
+        x.ndim == weight.ndim == 2
         and usable(x)
+        and multiplies(dtype)
         and len(x)
         and x.shape[1] == weight.shape[1]
         and (dtype == torch.float32 or len(weight) % 2 == 0)

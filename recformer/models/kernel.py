@@ -189,15 +189,24 @@ def library() -> ctypes.CDLL | None:
     for name, codes in TRAINING.items():
         getattr(built, name).argtypes = [ctypes.c_int, *(CODES[code] for code in codes)]
     built.recformer_use_amx(1)
-    use_torch_threads(built)
+    _set_threads(built, True)
     return built
 
 
-def use_torch_threads(built: ctypes.CDLL, wanted: bool = True) -> bool:
-    """Let the kernel compute on the threads of torch, see `cpp/threads.h`; whether it does now."""
+def use_torch_threads(wanted: bool = True) -> bool:
+    """Let the kernel compute on the threads of torch, see `cpp/threads.h`; whether it does now.
+
+    Not in a process that was forked, which is without them. A service, where torch computes on one
+    thread, does better without: threads that sleep between requests are late, and spin afterwards.
+    """
+    built = library()
+    return built is not None and _set_threads(built, wanted)
+
+
+def _set_threads(built: ctypes.CDLL, wanted: bool) -> bool:
     # What torch is linked with is looked through, too: libgomp, or another with its functions.
     linked = ctypes.CDLL(torch._C.__file__)
-    wanted = wanted and all(hasattr(linked, name) for name in OPEN_MP)
+    wanted = wanted and not _forked and all(hasattr(linked, name) for name in OPEN_MP)
     built.recformer_use_threads.argtypes = [ctypes.c_void_p] * len(OPEN_MP)
     built.recformer_use_threads(
         *(
@@ -206,6 +215,19 @@ def use_torch_threads(built: ctypes.CDLL, wanted: bool = True) -> bool:
         )
     )
     return wanted
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    if library.cache_info().currsize:
+        use_torch_threads()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _compiled(flags: frozenset[str]) -> Path:

@@ -30,7 +30,7 @@ def one_thread_again() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    kernel.use_torch_threads(kernel.library())
+    kernel.use_torch_threads()
 
 
 def _mixed(x: int) -> int:
@@ -273,7 +273,7 @@ def test_gradients_of_the_encoder_are_those_of_torch(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("torchs", [True, False])
 def test_a_seed_decides_and_threads_do_not(dtype: torch.dtype, torchs: bool) -> None:
-    assert kernel.use_torch_threads(kernel.library(), torchs) == torchs
+    assert kernel.use_torch_threads(torchs) == torchs
     model = make(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     torch.set_num_threads(1)
     first = gradients(model, dtype)
@@ -289,6 +289,29 @@ def test_a_seed_decides_and_threads_do_not(dtype: torch.dtype, torchs: bool) -> 
         y = fused.residual_norm(x, bias, x.detach(), nn.LayerNorm(96), 0.2)
         found.append([y, *torch.autograd.grad(y.square().sum(), (x, bias))])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_are_attended_to_alike_however_they_are_shared(
+    causal: bool, dtype: torch.dtype
+) -> None:
+    """40 sequences of one thread are taken whole, of three threads head by head."""
+    lengths = [1 + n % 23 for n in range(40)]
+    qkv = numbers(sum(lengths), 3 * HIDDEN, dtype=dtype)
+    first = numbers(len(lengths), HIDDEN, dtype=dtype, seed=2)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(4)
+        x = qkv.clone().requires_grad_()
+        if causal:
+            y = fused.causal_attention(x, starts_of(lengths), HEADS, 0.2)
+        else:
+            y = fused.band_attention(x, first, starts_of(lengths), HEADS, 16, 0.2)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert all((part != 0).any(0).all() for part in found[0])  # of every head
 
 
 def test_checkpointed_layers_drop_the_same() -> None:

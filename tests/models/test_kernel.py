@@ -179,7 +179,7 @@ def test_neither_batch_nor_threads_change_a_bit(
     model = make(max_position_embeddings=500).to(dtype)
     packed = batch([*LENGTHS, 430, 25, 90])  # those of 24 tokens and more are shared by threads
     library.recformer_use_amx(amx)
-    assert kernel.use_torch_threads(library, torchs) == torchs
+    assert kernel.use_torch_threads(torchs) == torchs
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -196,7 +196,7 @@ def test_neither_batch_nor_threads_change_a_bit(
                 assert torch.equal(by_kernel(model, one, "avg"), means[each : each + 1])
     finally:
         torch.set_num_threads(threads)
-        kernel.use_torch_threads(library)
+        kernel.use_torch_threads()
 
 
 @pytest.mark.parametrize("limit", ["1", "2"])
@@ -213,17 +213,18 @@ def test_where_openmp_gives_fewer_threads_one_computes(limit: str) -> None:
     assert ran.stdout == "the same\n"
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_computes_on_threads_of_its_own() -> None:
+@pytest.mark.parametrize("loaded", ["before", "after"])
+def test_a_fork_computes_on_threads_of_its_own(loaded: str) -> None:
     """OpenMP's threads are not in the new process, which would wait for them for ever."""
-    ran = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", FORKED, loaded], capture_output=True, text=True, timeout=60
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "the same\n"
 
 
-# Gradients and vectors of one thread and of three.
-COMPUTED = """
-import os, signal, torch
+MODEL = """
+import os, signal, sys, torch
 from recformer.models import RecformerModel, kernel
 from recformer.config import RecformerConfig
 from recformer.packing import PackedTokens
@@ -234,7 +235,11 @@ model = RecformerModel(RecformerConfig(
     num_hidden_layers=2, max_position_embeddings=130, max_item_embeddings=5, attention_window=16))
 ids = torch.arange(200) % 90
 packed = PackedTokens(ids, ids % 4, ids % 5, torch.tensor([0, 90, 200]))
-
+"""
+# Gradients and vectors of one thread and of three.
+FEWER_THREADS = (
+    MODEL
+    + """
 def computed():
     with torch.inference_mode():
         vectors = [model.eval().encode(packed)]
@@ -250,29 +255,28 @@ def same(some, others):  # gradients but for what torch itself sums in another o
 torch.set_num_threads(1)
 expected = computed()
 torch.set_num_threads(3)
-"""
-FEWER_THREADS = (
-    COMPUTED
-    + """
-assert kernel.use_torch_threads(kernel.library())
+assert kernel.use_torch_threads()
 print("the same" if same(computed(), expected) else "not the same")
 """
 )
+# By the kernel alone: what torch itself would share out hangs after a fork.
 FORKED = (
-    COMPUTED
+    MODEL
     + """
-assert same(computed(), expected)  # and so OpenMP's threads are there
-def vectors():
-    # What torch itself would share out hangs after a fork: the kernel alone.
-    return kernel.encode(model.eval(), packed, torch.float32, None)
+def vectors(threads):
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        return kernel.encode(model.eval(), packed, torch.float32, None)
 
-with torch.no_grad():
-    before = vectors()
+torch.set_num_threads(3)
+torch.ones(1 << 22).exp_()  # and so OpenMP's threads are there
+if sys.argv[1] == "before":
+    assert torch.equal(vectors(3), vectors(1)) and kernel.use_torch_threads()
 child = os.fork()
 if child == 0:
     signal.alarm(30)  # one that waits for ever is not left behind
-    with torch.no_grad():
-        os._exit(0 if torch.equal(vectors(), before) else 1)
+    same = torch.equal(vectors(3), vectors(1)) and not kernel.use_torch_threads()
+    os._exit(0 if same else 1)
 _, status = os.waitpid(child, 0)
 print("the same" if status == 0 else f"not the same: {status}")
 """

@@ -154,12 +154,20 @@ def test_filler_is_added_where_torch_multiplies_alone(monkeypatch: pytest.Monkey
     first = wrapped.encoder.layer[0].intermediate
     first.dense = nn.Sequential(first.dense)
     gradients(wrapped, torch.bfloat16)
-    assert filled == [256, 256, 256]
+    wrapped.encoder.layer[0].intermediate = nn.Sequential(first)
+    gradients(wrapped, torch.bfloat16)
+    assert filled == [256, 256, 256, 256]
     monkeypatch.setattr(fused, "torch_is_slow", lambda: False)
     with_filler = gradients(model, torch.bfloat16)
-    assert filled == [256, 256, 256, 256]
+    assert filled == [256, 256, 256, 256, 256]
     for name, expected in with_filler.items():
         if name.endswith("key.bias"):  # rounding alone
             continue
         difference = (without[name] - expected).float().norm()
         assert difference <= 0.05 * expected.float().norm() + 1e-3, name
+
+
+def test_what_torch_compiles_is_torchs() -> None:
+    compiled = torch.compile(fused.linear, fullgraph=True, backend="eager")
+    x, weight = numbers(5, 32), numbers(64, 32)
+    assert torch.equal(compiled(x, weight), F.linear(x, weight))

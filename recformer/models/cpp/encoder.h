@@ -25,7 +25,7 @@
 namespace {
 
 constexpr int64_t INNER = 768 << 10;  // bytes of inner states of the feed-forward held at once
-constexpr int64_t LEAST_TOKENS = ROWS;  // a thread
+constexpr int64_t LEAST_TOKENS = 24;  // a thread
 constexpr int64_t FIRST = 1, MEAN_AS_PUBLISHED = 3;  // of `pooling`
 constexpr double MOST_WAITING = 1.2;  // busiest thread to mean, above which all share each chunk
 

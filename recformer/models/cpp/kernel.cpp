@@ -79,7 +79,7 @@ int recformer_uses_amx() { return amx; }
 // null threads are made at every call.
 void recformer_use_threads(decltype(OpenMp::parallel) parallel, decltype(OpenMp::size) size,
                            decltype(OpenMp::own) own) {
-    use_open_mp({parallel, size, own});
+    open_mp = {parallel, size, own};
 }
 
 #ifdef RECFORMER_TIMES

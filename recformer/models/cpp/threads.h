@@ -6,8 +6,6 @@
 
 #pragma once
 
-#include <pthread.h>
-
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -18,8 +16,8 @@
 
 namespace {
 
-// Of the OpenMP library that torch is linked with; null where there is none, and after a fork, which
-// leaves the new process without its threads.
+// Of the OpenMP library that torch is linked with; null where threads are made at every call: where there
+// is none, after a fork, which leaves the new process without its threads, and in services.
 struct OpenMp {
     void (*parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags) = nullptr;
     int (*size)() = nullptr;  // threads of the parallel part that asks
@@ -27,13 +25,9 @@ struct OpenMp {
 };
 OpenMp open_mp;
 
-inline void use_open_mp(const OpenMp &functions) {
-    static const int failed = pthread_atfork(nullptr, nullptr, [] { open_mp.parallel = nullptr; });
-    if (!failed) open_mp = functions;
-}
-
 // Calls work(n) for n = 0..count-1, each by a thread of its own and all at once. False, and no call, if
-// so many threads are not to be had. `threads`, at least `count`, is what torch computes with: asked for
+// so many threads are not to be had by OpenMP's limits or, of our own, at all (where the system gives
+// none, libgomp ends the process, as it would in torch's parallel parts). `threads`, at least `count`, is what torch computes with: asked for
 // fewer, OpenMP would end the others and make them anew for torch.
 template <class Work>
 bool at_once(int64_t count, int64_t threads, Work work) {

@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int64_t TOKENS_A_TASK = 8 * ROWS;
-constexpr int64_t TOKENS_AT_ONCE = 1280;  // at most, whose products a gradient of weights is summed over
+constexpr int64_t WORDS_AT_ONCE = 1280;   // of tokens, at most, a gradient of weights is summed over
 constexpr int64_t TOKENS_A_PACK = 32;     // of a task that packs, of which
 constexpr int64_t TOKENS_A_READ = 8;      // are read side by side
 constexpr int64_t MOST_BLOCKS = 8;        // of ROWS outputs that share a panel in the cache
@@ -213,7 +213,7 @@ void linear_back_weight(const LinearSizes &of, const T *grad, const T *x, float 
         std::fill_n(grad_weight, outputs * inputs, 0.0f);
         return;
     }
-    const int64_t most = whole_words<T>(share_of(tokens, TOKENS_AT_ONCE * step));
+    const int64_t most = whole_words<T>(share_of(tokens, WORDS_AT_ONCE * step));
     const int64_t panels = inputs / PANEL, blocks = (outputs + ROWS - 1) / ROWS;
     const int64_t together = std::clamp<int64_t>(blocks / (2 * threads), 1, MOST_BLOCKS);
     const Memory memory(line_of<T>(most) * (inputs + blocks * ROWS) * sizeof(T));
