@@ -26,9 +26,10 @@ struct OpenMp {
 OpenMp open_mp;
 
 // Calls work(n) for n = 0..count-1, each by a thread of its own and all at once. False, and no call, if
-// so many threads are not to be had by OpenMP's limits or, of our own, at all (where the system gives
-// none, libgomp ends the process, as it would in torch's parallel parts). `threads`, at least `count`, is what torch computes with: asked for
-// fewer, OpenMP would end the others and make them anew for torch.
+// so many threads are not to be had: by the limits of OpenMP or, of our own, of the system. (Where the
+// system gives OpenMP none, libgomp ends the process, as it would in torch's parallel parts.) `threads`,
+// at least `count`, is what torch computes with: asked for fewer, OpenMP would end the others and make
+// them anew for torch.
 template <class Work>
 bool at_once(int64_t count, int64_t threads, Work work) {
     if (count == 1) {

@@ -4,8 +4,8 @@
 // Rows are shared among threads, and every sum goes over its numbers in one order, whoever computes
 // it: neither results nor gradients depend on the threads.
 //
-// T tokens, K inputs (a multiple of 32), N outputs (of bfloat16 an even number). `T` is the type of
-// the numbers that are multiplied, `W` that of the weight: T, or float.
+// T tokens, at least one, K inputs (a multiple of 32), N outputs (of bfloat16 an even number). `T` is the
+// type of the numbers that are multiplied, `W` that of the weight: T, or float.
 
 #pragma once
 
@@ -19,10 +19,10 @@
 namespace {
 
 constexpr int64_t TOKENS_A_TASK = 8 * ROWS;
-constexpr int64_t WORDS_AT_ONCE = 1280;   // of tokens, at most, a gradient of weights is summed over
-constexpr int64_t TOKENS_A_PACK = 32;     // of a task that packs, of which
-constexpr int64_t TOKENS_A_READ = 8;      // are read side by side
-constexpr int64_t MOST_BLOCKS = 8;        // of ROWS outputs that share a panel in the cache
+constexpr int64_t WORDS_AT_ONCE = 1280;  // of tokens, at most, a gradient of weights is summed over
+constexpr int64_t TOKENS_A_PACK = 32;    // of a task that packs, of which
+constexpr int64_t TOKENS_A_READ = 8;     // are read side by side
+constexpr int64_t MOST_BLOCKS = 8;       // of ROWS outputs that share a panel in the cache
 
 struct LinearSizes {
     int64_t tokens, inputs, outputs;
@@ -209,10 +209,6 @@ void linear_back_weight(const LinearSizes &of, const T *grad, const T *x, float 
                         int64_t threads) {
     constexpr int64_t step = A_WORD<T>;
     const int64_t tokens = of.tokens, inputs = of.inputs, outputs = of.outputs;
-    if (tokens == 0) {
-        std::fill_n(grad_weight, outputs * inputs, 0.0f);
-        return;
-    }
     const int64_t most = whole_words<T>(share_of(tokens, WORDS_AT_ONCE * step));
     const int64_t panels = inputs / PANEL, blocks = (outputs + ROWS - 1) / ROWS;
     const int64_t together = std::clamp<int64_t>(blocks / (2 * threads), 1, MOST_BLOCKS);
