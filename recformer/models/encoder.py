@@ -51,7 +51,7 @@ def _only_infers(module: nn.Module) -> bool:
 
 
 def _trains_in_cpp(module: nn.Module, hidden: Tensor, dense: nn.Linear) -> bool:
-    """Whether what follows a linear layer's product can be computed by `fused`."""
+    """Whether `fused` takes a linear layer that is plain, and what follows its product."""
     return (
         not _only_infers(module) and fused.usable(hidden) and dense.out_features % kernel.PANEL == 0
     )
@@ -144,6 +144,7 @@ class _ResidualOutput(nn.Module):
         return self.LayerNorm(hidden).to(residual.dtype)
 
     def plain(self) -> bool:
+        """Whether its parts do nothing but what their classes say."""
         return fused.plain(self.dense, nn.Linear) and fused.plain(self.LayerNorm, nn.LayerNorm)
 
     def _normalise_sum(self, hidden: Tensor, residual: Tensor) -> Tensor:
@@ -215,13 +216,13 @@ class RecformerLayer(GradientCheckpointingLayer):
 
     def plain(self) -> bool:
         """Whether all that it multiplies rows of tokens with are layers as they were made."""
+        attention, halves = self.attention, (self.attention.output, self.output)
         return (
-            type(self.attention) is RecformerAttention
-            and type(self.intermediate) is RecformerIntermediate
-            and all(
-                type(half) is _ResidualOutput and half.plain()
-                for half in (self.attention.output, self.output)
-            )
+            "forward" not in self.__dict__
+            and fused.own(attention, RecformerAttention)
+            and fused.own(attention.self, RecformerSelfAttention)
+            and fused.own(self.intermediate, RecformerIntermediate)
+            and all(fused.own(half, _ResidualOutput) and half.plain() for half in halves)
             and self.intermediate.plain()
             and self.intermediate.dense.out_features % kernel.PANEL == 0
         )

@@ -62,6 +62,11 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module that holds others computes as its class says."""
+    return type(module) is kind and "forward" not in module.__dict__
+
+
 def _call(name: str, like: Tensor, *values: Tensor | float | None) -> None:
     """Call a function of the kernel on numbers of the dtype of `like`.
 
@@ -105,7 +110,7 @@ def _checked(starts: Tensor, num_tokens: int, least: int = 1) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, autocast too, faster where torch is slow.
+    """`torch.nn.functional.linear`, autocast too, by the kernel where it `multiplies`.
 
     Args:
         x: (T, K).
@@ -114,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (T, N); sums and gradients do not depend on the number of threads where they are made here.
-        Under autocast the gradient of the weight is not rounded to bfloat16.
+        Under autocast the gradient of the weight is not rounded to bfloat16, that of the bias is.
     """
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
@@ -137,7 +142,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `linear` makes products of this dtype itself, of whatever number of rows."""
+    """Whether `linear` makes products of this dtype itself, of whatever number of rows.
+
+    Those of float32 where torch's are slow; on the same processors those of bfloat16, for what
+    torch's need besides: filler, see `encoder.py`, and copies of the weights.
+    """
     if not torch_is_slow():
         return False
     return dtype == torch.float32 or (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,6 +238,32 @@ model = RecformerModel(RecformerConfig(
 ids = torch.arange(200) % 90
 packed = PackedTokens(ids, ids % 4, ids % 5, torch.tensor([0, 90, 200]))
 """
+
+
+def test_asking_for_threads_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service without the kernel asks, too; loaded later, the kernel knows what was asked for."""
+    monkeypatch.setattr(kernel, "library", functools.cache(lambda: pytest.fail("loaded")))
+    assert not kernel.use_torch_threads(False)
+    monkeypatch.undo()
+    given: list[Any] = []
+    kernel._set_threads(SimpleNamespace(recformer_use_threads=Noted(given)))  # type: ignore[arg-type]
+    assert kernel.use_torch_threads()
+    kernel._set_threads(SimpleNamespace(recformer_use_threads=Noted(given)))  # type: ignore[arg-type]
+    assert [[each is None for each in call] for call in given] == [[True] * 3, [False] * 3]
+
+
+class Noted:
+    """A function of C that notes what it is called with."""
+
+    argtypes: Any = None
+
+    def __init__(self, given: list[Any]) -> None:
+        self.given = given
+
+    def __call__(self, *values: Any) -> None:
+        self.given.append(values)
+
+
 # Gradients and vectors of one thread and of three.
 FEWER_THREADS = (
     MODEL
