@@ -32,6 +32,7 @@ import torch
 
 from recformer.cli import command_parser, keep_freed_memory
 from recformer.files import UserError
+from recformer.models import threads
 from recformer.processes import say
 
 KEY_VARIABLE = "RECFORMER_API_KEY"
@@ -161,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    threads.use_torchs(False)  # which sleep between requests
     serve(args, key)
 
 

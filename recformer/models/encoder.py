@@ -216,14 +216,18 @@ class RecformerLayer(GradientCheckpointingLayer):
 
     def plain(self) -> bool:
         """Whether all that it multiplies rows of tokens with are layers as they were made."""
-        attention, halves = self.attention, (self.attention.output, self.output)
+        parts = (
+            (self.attention, RecformerAttention),
+            (self.attention.self, RecformerSelfAttention),
+            (self.attention.output, _ResidualOutput),
+            (self.intermediate, RecformerIntermediate),
+            (self.output, _ResidualOutput),
+        )
         return (
-            "forward" not in self.__dict__
-            and fused.own(attention, RecformerAttention)
-            and fused.own(attention.self, RecformerSelfAttention)
-            and fused.own(self.intermediate, RecformerIntermediate)
-            and all(fused.own(half, _ResidualOutput) and half.plain() for half in halves)
+            all(fused.plain(part, kind) for part, kind in parts)
+            and self.attention.output.plain()
             and self.intermediate.plain()
+            and self.output.plain()
             and self.intermediate.dense.out_features % kernel.PANEL == 0
         )
 

@@ -62,11 +62,6 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def own(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module that holds others computes as its class says."""
-    return type(module) is kind and "forward" not in module.__dict__
-
-
 def _call(name: str, like: Tensor, *values: Tensor | float | None) -> None:
     """Call a function of the kernel on numbers of the dtype of `like`.
 

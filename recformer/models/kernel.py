@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
+from recformer.models import threads
 from recformer.packing import PackedTokens
 
 # `RecformerModel` and its layers, whose module imports this one.
@@ -82,8 +83,6 @@ TRAINING = {
     "recformer_linear_back": "nnnpnppn",
     "recformer_linear_back_weight": "nnnpppn",
 }
-#: What starts torch's threads, and what tells each of how many it is which.
-OPEN_MP = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
 LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, GELUActivation)
 # Modules of this package whose classes may hold them.
 HOLDERS = ("recformer.models.encoder", "recformer.models.attention")
@@ -189,48 +188,8 @@ def library() -> ctypes.CDLL | None:
     for name, codes in TRAINING.items():
         getattr(built, name).argtypes = [ctypes.c_int, *(CODES[code] for code in codes)]
     built.recformer_use_amx(1)
-    _set_threads(built)
+    threads.loaded(built)
     return built
-
-
-def use_torch_threads(wanted: bool = True) -> bool:
-    """Let the kernel compute on the threads of torch, see `cpp/threads.h`; whether it may.
-
-    Not in a process that was forked, which is without them. A service, where torch computes on one
-    thread, does better without: threads that sleep between requests are late, and spin afterwards.
-    """
-    _threads["wanted"] = wanted
-    built = library() if library.cache_info().currsize else None
-    if built is not None:
-        _set_threads(built)
-    return wanted and not _threads["forked"] and _open_mp() is not None
-
-
-_threads = {"wanted": True, "forked": False}
-
-
-@functools.cache
-def _open_mp() -> tuple[ctypes.c_void_p, ...] | None:
-    """Functions of the OpenMP that torch is linked with: libgomp, or another that has them."""
-    linked = ctypes.CDLL(torch._C.__file__)  # what it is linked with is looked through, too
-    if not all(hasattr(linked, name) for name in OPEN_MP):
-        return None
-    return tuple(ctypes.cast(getattr(linked, name), ctypes.c_void_p) for name in OPEN_MP)
-
-
-def _set_threads(built: ctypes.CDLL) -> None:
-    allowed = _threads["wanted"] and not _threads["forked"]
-    functions = _open_mp() if allowed else None
-    built.recformer_use_threads.argtypes = [ctypes.c_void_p] * len(OPEN_MP)
-    built.recformer_use_threads(*(functions or [None] * len(OPEN_MP)))
-
-
-def _after_fork() -> None:
-    _threads["forked"] = True
-    use_torch_threads(_threads["wanted"])
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def _compiled(flags: frozenset[str]) -> Path:

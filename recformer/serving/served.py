@@ -156,7 +156,6 @@ class Served:
         self._parts = ThreadPoolExecutor(self.cores, name, self._begin_part)
         self._wrap_encoder(bf16)
         self.thread.run(lambda: torch.set_num_threads(1))
-        kernel.use_torch_threads(False)  # torch's are asleep between requests
         metrics.catalogue.labels(name).set(len(self.recommender))
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from recformer.config import RecformerConfig
 from recformer.models import RecformerModel, fused, kernel
+from recformer.models.threads import use_torchs
 from recformer.packing import PackedTokens
 
 HEADS, HIDDEN = 2, 64
@@ -30,7 +31,7 @@ def one_thread_again() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    kernel.use_torch_threads()
+    use_torchs()
 
 
 def _mixed(x: int) -> int:
@@ -273,7 +274,7 @@ def test_gradients_of_the_encoder_are_those_of_torch(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("torchs", [True, False])
 def test_a_seed_decides_and_threads_do_not(dtype: torch.dtype, torchs: bool) -> None:
-    assert kernel.use_torch_threads(torchs) == torchs
+    assert use_torchs(torchs) == torchs
     model = make(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     torch.set_num_threads(1)
     first = gradients(model, dtype)

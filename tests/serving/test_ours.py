@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from recformer.data.items import ItemsInMemory
 from recformer.data.processed import Sequences, write_processed
-from recformer.models import RecformerForSeqRec, kernel
+from recformer.models import RecformerForSeqRec
 from recformer.recommendation import CatalogueRecommender, reading
 from recformer.serving.app import create_app
 from recformer.serving.examples import ExampleUsers
@@ -82,15 +82,6 @@ def test_similar_items_by_name_and_by_text(client: TestClient, service: Service)
     expected = service.main.recommender.similar_items({"title": "lamp torch"}, 3)
     assert names(ask(client, "similar", item={"title": "lamp torch"}, k=3)) == expected.items
     assert client.post("/v1/similar", json={"item": "nothing"}).status_code == 404
-
-
-def test_the_kernel_keeps_threads_of_its_own(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(kernel, "use_torch_threads", asked.append)
-    Served(model_folder, "main", Metrics()).close()
-    assert asked == [False]
 
 
 def test_bfloat16_is_near(model_folder: Path) -> None:

@@ -145,3 +145,13 @@ def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match="the key in .*key has 40 characters, expected at least 16"):
         read_key(path)
+
+
+def test_the_kernel_keeps_threads_of_its_own(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("recformer.commands.serve.threads.use_torchs", asked.append)
+    monkeypatch.setattr("recformer.commands.serve.serve", lambda args, key: None)
+    main([str(model_folder)])
+    assert asked == [False]
